@@ -1,0 +1,60 @@
+# Every target sets up what it needs. The first run makes a virtual environment in $(VENV), which takes a few minutes.
+#
+#   make quickstart [ARGS="--model NAME_OR_PATH --dataset NAME_OR_PATH"]
+#   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
+#   make style                       reformat the code      make lint       what CI checks: ruff, mypy
+#   make bench [BENCH="training"]    benchmarks/*.py        make wheel      a wheel and a source archive in dist/
+#   make clean                       remove what was made, all but the cache of models (see `peft-elastic info`)
+#
+# Variables: PYTHON (python3), VENV (.venv), ARGS, CONSTRAINTS (constraints.txt; empty for the newest versions).
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+BENCH ?= $(basename $(notdir $(wildcard benchmarks/*.py)))
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := peft_elastic tests benchmarks examples setup.py .ci
+# One thread in each of the test processes: they share the cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+.PHONY: bench clean install lint quickstart style test test-all wheel
+.DEFAULT_GOAL := test
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) peft_elastic/version.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e ".[dev]"
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/peft-elastic quickstart $(ARGS)
+
+test: $(INSTALLED)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(PYTEST) $(ARGS)
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	set -e; for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
+
+wheel: $(INSTALLED)
+	PEFT_ELASTIC_REQUIRE_EXT=1 $(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f peft_elastic/_C.*
+	find peft_elastic tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
+
+from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
+from .search import SearchResult, search_subnet
+from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
+from .tuners import ElasticLoraConfig, ElasticLoraModel
+from .version import __version__
+
+
+__all__ = [
+    "BalancedSampler",
+    "Choice",
+    "ElasticLoraConfig",
+    "ElasticLoraModel",
+    "MagnitudeConfig",
+    "PruningReport",
+    "SearchResult",
+    "SearchSpace",
+    "Subnet",
+    "SubnetSamplingCallback",
+    "UniformSampler",
+    "WandaConfig",
+    "__version__",
+    "prune",
+    "search_subnet",
+]

@@ -1,0 +1,202 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models for the commands, what they write, and what they say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from peft_elastic import Subnet
+from peft_elastic.pruning import measure_sparsity
+
+from ._data import first_line
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, more_help: str = "") -> None:
+    parser.add_argument(
+        "--model", required=required, metavar="NAME", help="the base model: a name on the hub, or a folder" + more_help
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="precision to load it in (default: auto, that of the "
+        "checkpoint; on CPUs float32 is usually several times as fast as the others)"
+    )  # fmt: skip
+    parser.add_argument("--device", help="where to compute, e.g. cpu or cuda:0 (default: the GPU if there is one)")
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> torch.nn.Module:
+    """A pretrained model, of the class that its configuration names.
+
+    Raises:
+        ValueError: if there is no such model or device, or it cannot be loaded.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` {device!r} cannot be used: {first_line(error)}") from error
+    _check_folder("--model", name, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+        return architecture.from_pretrained(name, dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--model` {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) -> torch.nn.Module:
+    """`load_model`, for the commands that work with language models alone."""
+    model = load_model(name, dtype, device)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`--model` {name!r} is a {type(model).__name__}; this command knows causal language models (decoders). "
+            "For other models use the Python API."
+        )
+    return model
+
+
+def load_tokenizer(name: str, required: bool = True) -> Any:
+    """The tokenizer of a model; None if it has none and none is required.
+
+    Raises:
+        ValueError: if one is required and cannot be loaded.
+    """
+    _check_folder("--model", name, "config.json")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if not required:
+            return None
+        raise ValueError(f"`--model` {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
+
+
+def base_model_name(model: str | None, adapter: str) -> str:
+    """`model`, or else the base model that the adapter itself names.
+
+    Raises:
+        ValueError: if the adapter is none, or names no base model.
+    """
+    _check_folder("--adapter", adapter, "adapter_config.json")
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--adapter` {adapter!r} cannot be loaded: {first_line(error)}") from error
+    if model or config.base_model_name_or_path:
+        return model or config.base_model_name_or_path
+    raise ValueError(f"`--model` is needed: the adapter {adapter!r} does not name its base model.")
+
+
+def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
+    """The model with an elastic adapter, in evaluation mode, its active subnet restored.
+
+    Raises:
+        ValueError: if the adapter is not elastic or does not fit the model.
+    """
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`--adapter` {adapter!r} cannot be loaded on this model: {first_line(error)}") from error
+    if not hasattr(peft_model, "search_space"):
+        raise ValueError(
+            f"`--adapter` {adapter!r} is not elastic, it has the peft type {peft_model.active_peft_config.peft_type.value}."
+        )
+    return peft_model.eval()
+
+
+def _check_folder(option: str, name: str, needed: str) -> None:
+    """What looks like a path is one: do not ask the hub for it."""
+    path = Path(name).expanduser()
+    if path.exists():
+        if not (path / needed).is_file():
+            raise ValueError(f"`{option}` {name!r} holds no {needed}.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"`{option}` {name!r}: there is no such folder.")
+
+
+def check_new_folder(path: Path, option: str = "--out") -> None:
+    """Refuse to write over anything, and find out now rather than after an hour that a folder cannot be written to.
+
+    Raises:
+        ValueError: if `path` exists and is not an empty folder, or cannot be created.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"`{option}` {os.fspath(path)!r} exists already; choose another folder or remove it.")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"`{option}` {os.fspath(path)!r} cannot be created.")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; it becomes `path` on success and is removed on failure, so that `path`
+    never holds half a model. `path` must not exist, or be an empty folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save a model and its tokenizer, if it has one."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:
+    """Choose the subnet, in the model and in the saved configuration of its adapter."""
+    model.set_subnet(subnet)
+    with tempfile.TemporaryDirectory(dir=adapter, prefix=".config-") as folder:
+        model.active_peft_config.save_pretrained(folder)
+        os.replace(Path(folder) / CONFIG_NAME, adapter / CONFIG_NAME)
+
+
+def zero_share(model: torch.nn.Module, names: Iterable[str]) -> float:
+    """Share of zeros in the weights of the named layers of a model, with adapters or without."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    shares = measure_sparsity(base)
+    sizes = {name: base.get_submodule(name).weight.numel() for name in names if name in shares}
+    return sum(shares[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+
+
+def say_written(files: Sequence[tuple[str | os.PathLike[str], str]], next_command: Sequence[Any] = ()) -> None:
+    """Print what was written where, and the command that usually comes next."""
+    print("\nWritten:")
+    width = max(len(os.fspath(path)) for path, _ in files)
+    for path, what in files:
+        print(f"  {os.fspath(path):<{width}}  {what}")
+    if next_command:
+        print(f"\nNext:\n  {shlex.join(map(str, next_command))}")
+    sys.stdout.flush()

@@ -1,0 +1,86 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How the commands measure a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peft_elastic.search import LossEvaluator, MultipleChoiceEvaluator, PerplexityEvaluator
+
+from . import _data
+
+
+class ChoiceEvaluator:
+    """Accuracy and loss on examples with choices. The loss moves with every change of the model, the accuracy only when
+    an example changes sides: on few examples the loss tells subnets apart sooner.
+
+    Args:
+        examples: with choices.
+        tokenizer: the model's.
+        metric (`"loss"` or `"accuracy"`): which of the two is the objective of a search; the other one is recorded.
+        batch_size: sequences per forward pass.
+    """
+
+    def __init__(
+        self, examples: Sequence[_data.Example], tokenizer: Any, metric: str = "loss", batch_size: int = 16
+    ) -> None:
+        self.name, self.mode = metric, "min" if metric == "loss" else "max"
+        self._scorer = MultipleChoiceEvaluator(
+            [
+                {"prompt": e.prompt, "choices": list(e.choices), "label": e.choices.index(e.completion)}
+                for e in examples
+            ],
+            tokenizer,
+            batch_size,
+        )
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        correct, loss = self.per_example(model)
+        return {"loss": sum(loss) / len(loss), "accuracy": sum(correct) / len(correct)}
+
+    def per_example(self, model: torch.nn.Module) -> tuple[list[int], list[float]]:
+        """For each example whether the right choice is the most likely one, 0 or 1, and -log of its probability among the
+        choices, in nats. The model should be in evaluation mode."""
+        correct, loss = [], []
+        for scores, label in zip(self._scorer.scores(model), self._scorer.labels):
+            log_probs = torch.tensor(scores, dtype=torch.float64).log_softmax(0)
+            correct.append(int(log_probs.argmax() == label))
+            loss.append(-float(log_probs[label]))
+        return correct, loss
+
+
+def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> float:
+    """Perplexity of texts, each on its own, over all their tokens but the first."""
+    ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
+    features = [{"input_ids": row, "labels": row} for row in ids if len(row) > 1]
+    return PerplexityEvaluator(_data.batches(features, _data.Collator(model), 16))(model)
+
+
+def loss_evaluator(
+    model: torch.nn.Module, tokenizer: Any, examples: Sequence[_data.Example], max_length: int, batch_size: int
+) -> LossEvaluator:
+    """Mean negative log-likelihood of the completions, in nats per token."""
+    features = _data.encode(tokenizer, examples, max_length)
+    return LossEvaluator(_data.batches(features, _data.Collator(model), batch_size))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

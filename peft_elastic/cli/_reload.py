@@ -1,0 +1,70 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A check in a process of its own, which `quickstart` starts: transformers alone loads the merged model, and that computes
+what it computed before it was saved. The file is run as a script, so that nothing of this package is there at that time.
+
+Arguments: the folder of the model; the JSON file with the examples; the .npz file with the expected outputs; the JSON
+file to write the answer to.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def outputs(model, tokenizer, prompts, new_tokens=16):
+    """Logits of the next token, float32 of shape (prompts, vocabulary), and greedy continuations, int64 of shape (prompts,
+    new_tokens)."""
+    logits, tokens = [], []
+    with torch.inference_mode():
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            logits.append(model(**inputs).logits[0, -1].float().cpu().numpy())
+            generated = model.generate(
+                **inputs,
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            )
+            tokens.append(generated[0, -new_tokens:].cpu().numpy())
+    return {"logits": np.stack(logits), "tokens": np.stack(tokens)}
+
+
+def main(folder, data, expected, answer):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = np.load(expected)
+    found = outputs(model, tokenizer, wanted["prompts"].tolist())
+    plain = "peft_elastic" not in sys.modules
+
+    # the measurement alone may use this package
+    from peft_elastic.cli._evaluation import measure, read_data
+
+    result = {
+        "without_peft_elastic": plain,
+        "largest_logit_difference": float(np.abs(found["logits"] - wanted["logits"]).max()),
+        "same_tokens": bool((found["tokens"] == wanted["tokens"]).all()),
+        "measured": measure(model, tokenizer, read_data(data)["test"]),
+    }
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,85 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-elastic merge`: put a subnet of an adapter into the base model, or out into a plain LoRA adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from peft_elastic import Subnet
+
+from . import _common
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "merge",
+        help="merge a subnet into the model, or export it as plain LoRA",
+        description="Merge the active subnet of an adapter into its base model, and save that as an ordinary checkpoint that\n"
+        "transformers loads without this package; or export the subnet as a plain LoRA adapter, which peft\n"
+        "and other programs load without this package.",
+        epilog="examples:\n"
+        "  peft-elastic merge --adapter adapter --out merged\n"
+        "  peft-elastic merge --adapter adapter --subnet search/subnet.json --out merged --export-lora lora\n"
+        "  peft-elastic merge --adapter adapter --subnet heuristic --export-lora lora",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the super-adapter, a folder or hub name")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the merged model")
+    parser.add_argument("--export-lora", type=Path, metavar="DIR", help="new folder for the plain LoRA adapter")
+    parser.add_argument(
+        "--subnet", help="max, min, heuristic, or a file such as search/subnet.json (default: the adapter's active one)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is None and args.export_lora is None:
+        raise ValueError("nothing to do: give `--out`, `--export-lora` or both.")
+    for option, folder in (("--out", args.out), ("--export-lora", args.export_lora)):
+        if folder is not None:
+            _common.check_new_folder(folder, option)
+    subnet = args.subnet
+    if subnet is not None and subnet not in ("max", "min", "heuristic"):
+        subnet = Subnet.load(subnet)
+    base = _common.base_model_name(args.model, args.adapter)
+    tokenizer = _common.load_tokenizer(base, required=False)
+    model = _common.load_adapter(_common.load_model(base, args.dtype, args.device), args.adapter)
+    if subnet is not None:
+        model.set_subnet(subnet)
+    print(model.subnet_summary().describe())
+
+    written: list[tuple[Any, str]] = []
+    if args.export_lora is not None:
+        with _common.new_folder(args.export_lora) as folder:
+            model.export_lora(folder)
+        written.append((args.export_lora, "plain LoRA adapter: PeftModel.from_pretrained(base, ...)"))
+    if args.out is not None:
+        targets = [module for choice in model.search_space for module in choice.modules]
+        before = _common.zero_share(model, targets)
+        merged = model.merge_and_unload(progressbar=True, safe_merge=True)
+        after = _common.zero_share(merged, targets)
+        if after < before - 0.01:
+            print(
+                f"Zeros in the merged layers: {before:.1%} before, {after:.1%} after. A LoRA update has no zeros, so a merged "
+                "model is dense; keep base and adapter apart to keep the sparsity."
+            )
+        with _common.new_folder(args.out) as folder:
+            _common.save_model(merged, tokenizer, folder)
+        written.append((args.out, "merged model: AutoModelForCausalLM.from_pretrained(...)"))
+    _common.say_written(written)
+    return 0

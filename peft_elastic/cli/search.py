@@ -1,0 +1,138 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-elastic search`: find the subnets of a super-adapter that are worth having."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from peft_elastic import SearchResult, search_subnet
+
+from . import _common, _data, _evaluation
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "search",
+        help="search the subnets of a super-adapter",
+        description="Evaluate subnets of a trained super-adapter on validation data, guided by NSGA-II towards those that\n"
+        "are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
+        "Interrupted, or asked for more evaluations, the same command continues where it stopped.",
+        epilog="examples:\n"
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --evals 40 --out search\n"
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --metric accuracy --max-drop 0.01 \\\n"
+        "      --out search --select     the smallest subnet within a point of the largest; active from now on\n"
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost parameters --budget 97% --out search",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the super-adapter, a folder or hub name")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the history and the results")
+    parser.add_argument("--seed", type=int, default=0, help="of the search and of --samples (default: %(default)s)")
+
+    search = parser.add_argument_group("search")
+    search.add_argument("--evals", type=int, default=40, metavar="N", help="evaluations (default: %(default)s)")
+    search.add_argument("--population", type=int, default=8, help="subnets per generation (default: %(default)s)")
+    search.add_argument("--algorithm", choices=("nsga2", "random", "exhaustive"), default="nsga2")
+    search.add_argument(
+        "--metric",
+        choices=("loss", "accuracy"),
+        default="loss",
+        help="loss: of the labels, or of all tokens of plain text; accuracy: share of examples whose right choice is the "
+        "most likely, for labels of a few kinds (default: %(default)s)",
+    )
+    search.add_argument("--cost", choices=("macs", "parameters"), default="macs", help="what to save (default: macs)")
+    search.add_argument("--batch-size", type=_data.positive_int, default=16, help="default: %(default)s")
+
+    choice = parser.add_argument_group("choice of the subnet")
+    choice.add_argument(
+        "--max-drop", type=float, metavar="X", help="the cheapest whose metric is at most X worse than that of the max "
+        "subnet (default: the best)"
+    )  # fmt: skip
+    choice.add_argument(
+        "--budget", metavar="B", help="only subnets of at most this cost: a number, or a share of the max subnet's such "
+        "as 97%%"
+    )  # fmt: skip
+    choice.add_argument("--select", action="store_true", help="make it the active subnet of the adapter, a local folder")
+    _data.add_data_arguments(parser, "evaluate on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    budget = _parse_budget(args.budget)
+    if args.select and not Path(args.adapter).is_dir():
+        raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
+    base = _common.base_model_name(args.model, args.adapter)
+    examples = _data.read_examples(args, args.samples)
+    tokenizer = _common.load_tokenizer(base)
+    model = _common.load_adapter(_common.load_causal_lm(base, args.dtype, args.device), args.adapter)
+    if examples[0].choices:
+        evaluate = _evaluation.ChoiceEvaluator(examples, tokenizer, args.metric, args.batch_size)
+    elif args.metric == "loss":
+        evaluate = _evaluation.loss_evaluator(model, tokenizer, examples, args.max_length, args.batch_size)
+    else:
+        raise ValueError("`--metric accuracy` needs labels of a few kinds, or a column 'choices'; this data has neither.")
+    print(f"{len(examples)} validation examples; {model.search_space}")
+    result = search_subnet(
+        model,
+        evaluate,
+        objectives=(args.metric, args.cost),
+        algorithm=args.algorithm,
+        n_evals=args.evals,
+        population=args.population,
+        seed=args.seed,
+        save_dir=args.out,
+    )
+    result.plot(args.out / "pareto.png")
+    print(describe(result))
+    chosen = result.best(max_drop=args.max_drop, budget=budget)
+    chosen.save(args.out / "subnet.json")
+    written = [
+        (args.out / "search_result.json", "all evaluations; peft_elastic.SearchResult.load reads the folder"),
+        (args.out / "pareto.png", "their plot"),
+        (args.out / "subnet.json", f"the chosen subnet: evaluation {result.evaluation(chosen).index}"),
+    ]
+    if args.select:
+        _common.set_active_subnet(model, chosen, Path(args.adapter))
+        written.append((args.adapter, "the adapter, in which it is now active"))
+    merge = ["peft-elastic", "merge", "--model", base, "--adapter", args.adapter, "--out", "merged"]
+    _common.say_written(written, merge if args.select else [*merge, "--subnet", args.out / "subnet.json"])
+    return 0
+
+
+def _parse_budget(text: str | None) -> float | str | None:
+    if text is None or text.endswith("%"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"`--budget` must be a number or a share such as '97%', got {text!r}.") from None
+
+
+def describe(result: SearchResult) -> str:
+    """The Pareto front and the reference subnets as a table."""
+    names = [name for name in result.history[0].metrics if name in ("loss", "accuracy", result.cost)]
+    front = {evaluation.index for evaluation in result.pareto}
+    shown = [e for e in result.history if e.index in front or e.source != "search"]
+    shown.sort(key=lambda e: e.metrics[result.cost])
+    lines = [f"{'evaluation':<22}" + "".join(f"{name:>14}" for name in names)]
+    for e in shown:
+        mark = "  *" if e.index in front else ""
+        lines.append(
+            f"{e.index:>4} {e.source + mark:<17}"
+            + "".join(f"{e.metrics[name]:>14,d}" if name == result.cost else f"{e.metrics[name]:>14.4f}" for name in names)
+        )
+    return "\n".join([*lines, "* on the Pareto front"])

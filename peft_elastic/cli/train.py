@@ -1,0 +1,200 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-elastic train`: train an elastic LoRA super-adapter."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback
+
+from . import _common, _data
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train an elastic LoRA super-adapter on a (pruned) model",
+        description="Train one LoRA adapter whose ranks can be chosen afterwards, module group by module group: every\n"
+        "optimizer step trains another random choice. The base model stays as it is. The defaults are those of\n"
+        "the Shears paper, for 3 epochs; see the documentation of transformers' Trainer for what it does.",
+        epilog="examples:\n"
+        "  peft-elastic train --model pruned --dataset train.jsonl --out adapter\n"
+        "  peft-elastic train --model pruned --dataset stanfordnlp/sst2 --template 'Review: {}\\nSentiment:' \\\n"
+        "      --r 32 --ranks 32 24 16 --groups q_proj,k_proj,v_proj up_proj,gate_proj down_proj --out adapter\n"
+        "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common.add_model_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the adapter")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted training from its last checkpoint in DIR-checkpoints"
+    )
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--r", type=int, default=32, help="largest rank (default: %(default)s)")
+    adapter.add_argument(
+        "--ranks", type=int, nargs="+", metavar="K", help="ranks to choose from (default: r, 3/4 r and 1/2 r)"
+    )
+    adapter.add_argument("--alpha", type=int, metavar="ALPHA", help="lora_alpha (default: 2 r)")
+    adapter.add_argument("--dropout", type=float, default=0.1, help="of the adapter's inputs (default: %(default)s)")
+    adapter.add_argument(
+        "--targets", nargs="+", default=["all-linear"], metavar="MODULE", help="module names (default: all-linear)"
+    )
+    adapter.add_argument(
+        "--groups",
+        nargs="+",
+        default=["module"],
+        metavar="GROUP",
+        help="which modules share one rank: 'module' (none), 'block' (all of a transformer block), or groups of names "
+        "tied in each block, such as: q_proj,k_proj,v_proj up_proj,gate_proj down_proj (default: module)",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--strategy",
+        choices=("uniform", "balanced"),
+        default="uniform",
+        help="how subnets are drawn: every rank on its own, or sizes evenly (default: %(default)s)",
+    )
+    training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: %(default)s)")
+    training.add_argument(
+        "--batch-size", type=_data.positive_int, default=16, help="examples per step and device (default: %(default)s)"
+    )
+    training.add_argument("--epochs", type=float, default=3, help="passes over the data (default: %(default)s)")
+    training.add_argument("--steps", type=_data.positive_int, help="optimizer steps, instead of --epochs")
+    training.add_argument(
+        "--save-steps", type=_data.positive_int, default=100, help="steps between checkpoints (default: %(default)s)"
+    )
+    _data.add_data_arguments(parser, "train on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = ElasticLoraConfig(
+        r=args.r,
+        elastic_ranks=args.ranks,
+        lora_alpha=2 * args.r if args.alpha is None else args.alpha,
+        lora_dropout=args.dropout,
+        target_modules=args.targets[0] if args.targets == ["all-linear"] else args.targets,
+        rank_groups=parse_groups(args.groups),
+        task_type="CAUSAL_LM",
+    )
+    _common.check_new_folder(args.out)
+    checkpoints = args.out.with_name(f"{args.out.name}-checkpoints")
+    if args.resume and get_last_checkpoint(checkpoints) is None:
+        raise ValueError(f"`--resume`: there is no checkpoint in {os.fspath(checkpoints)!r}.")
+    if not args.resume:
+        _common.check_new_folder(checkpoints)
+
+    examples = _data.read_examples(args, args.samples)
+    tokenizer = _common.load_tokenizer(args.model)
+    features = _data.encode(tokenizer, examples, args.max_length)
+    print(f"{len(features)} training examples, of {len(examples)} read")
+    model = get_peft_model(_common.load_causal_lm(args.model, args.dtype, args.device), config)
+    model.print_trainable_parameters()
+    length = {"num_train_epochs": args.epochs} if args.steps is None else {"max_steps": args.steps}
+    try:
+        fit(
+            model,
+            features,
+            checkpoints,
+            strategy=args.strategy,
+            seed=args.seed,
+            learning_rate=args.lr,
+            per_device_train_batch_size=args.batch_size,
+            save_steps=args.save_steps,
+            **length,
+        )
+    except KeyboardInterrupt:
+        if get_last_checkpoint(checkpoints) is not None:
+            print(f"\nThe last checkpoint is in {checkpoints}; the same command with --resume continues from there.")
+        raise
+    with _common.new_folder(args.out) as folder:
+        model.save_pretrained(folder)
+    shutil.rmtree(checkpoints)
+    _common.say_written(
+        [(args.out, "the super-adapter, with the max subnet active")],
+        ["peft-elastic", "search", "--model", args.model, "--adapter", args.out]
+        + ["--dataset", "VALIDATION_DATA", "--out", "search"],
+    )
+    return 0
+
+
+def parse_groups(words: Sequence[str]) -> str | list[list[str]]:
+    """`rank_groups` of an `ElasticLoraConfig` from the words of the command line."""
+    if len(words) == 1 and words[0] in ("module", "block"):
+        return words[0]
+    return [[name for name in word.split(",") if name] for word in words]
+
+
+def fit(
+    model: PeftModel,
+    features: Sequence[Mapping[str, list[int]]],
+    checkpoints: Path,
+    strategy: str,
+    seed: int,
+    **training_arguments: Any,
+) -> dict[str, Any]:
+    """Train the elastic adapter of `model`, another subnet in each step, from the last checkpoint if there is one.
+
+    Args:
+        model: with an elastic adapter.
+        features: what `encode` returned.
+        checkpoints: folder for checkpoints.
+        strategy, seed: of the `SubnetSamplingCallback`.
+        training_arguments: passed to `TrainingArguments`.
+
+    Returns:
+        `steps`, `seconds` since the last start, and `log`: a list of `{"step", "loss", "learning_rate", ...}`.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type == "cuda",
+        save_total_limit=1,
+        logging_steps=10,
+        label_names=["labels"],
+        # every step uses every adapter module, only fewer rows of it
+        ddp_find_unused_parameters=False,
+        # padding costs as much as text; batches are still drawn at random from batches of similar length
+        train_sampling_strategy="group_by_length",
+        report_to=[],
+        **training_arguments,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=features,
+        data_collator=_data.Collator(model),
+        callbacks=[SubnetSamplingCallback(strategy, seed=seed)],
+    )
+    output = trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
+    model.eval()
+    return {
+        "steps": output.global_step,
+        "seconds": output.metrics["train_runtime"],
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }

@@ -1,0 +1,151 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """
+    What every pruning method shares: how many weights go, and in which layers. Use one of its subclasses.
+
+    Give either `sparsity` or `pattern`.
+
+    Args:
+        sparsity (`float`, *optional*):
+            Fraction of weights set to zero, in [0, 1). In each comparison group of `n` weights (a row, or a layer) exactly
+            `floor(sparsity * n)` are pruned. Zeros that are already there count as pruned first.
+        pattern (`str`, *optional*):
+            Semi-structured sparsity "n:m": of every m consecutive weights along the inputs, n stay and m - n are set to
+            zero. This is NVIDIA's reading of 2:4; "1:4" is 75% sparse, and "4:8" is 50% sparse under either reading. The
+            number of inputs of every pruned layer must be divisible by m. `sparsity` is then left unset or equals 1 - n/m.
+        target_modules (`list[str]` or `str`, *optional*):
+            Which linear layers (`nn.Linear`, or `Conv1D` of transformers) to prune: a list of names or name suffixes, or a
+            regular expression that the full name must match, as in peft. By default every linear layer inside the
+            transformer blocks, so neither the embeddings nor the output head.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Layers not to prune, in the same notation.
+
+    Raises:
+        ValueError: an argument is out of range, or `sparsity` contradicts `pattern`.
+    """
+
+    method: ClassVar[str] = "none"
+
+    sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights set to zero, in [0, 1)."})
+    pattern: str | None = field(
+        default=None, metadata={"help": "'n:m': n of every m consecutive weights along the inputs stay, e.g. '2:4'."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Name suffixes or a regular expression. Default: the linear layers of the transformer blocks."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Name suffixes or a regular expression of layers that are not pruned."}
+    )
+
+    def __post_init__(self):
+        if self.sparsity is None and self.pattern is None:
+            raise ValueError("sparsity: got None without a pattern; give a number in [0, 1), or pattern='n:m'.")
+        if self.sparsity is not None:
+            number = isinstance(self.sparsity, Real) and not isinstance(self.sparsity, bool)
+            if not number or not 0 <= self.sparsity < 1:
+                raise ValueError(f"sparsity: got {self.sparsity!r}; it must be a number in [0, 1).")
+        if self.pattern is not None:
+            match = re.fullmatch(r"([0-9]+):([0-9]+)", self.pattern) if isinstance(self.pattern, str) else None
+            if match is None or not 0 < int(match[1]) < int(match[2]):
+                raise ValueError(
+                    f"pattern: got {self.pattern!r}; it must be 'n:m' with whole numbers 0 < n < m, e.g. '2:4'."
+                )
+            n, m = self.n_of_m
+            if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
+                raise ValueError(
+                    f"sparsity: got {self.sparsity!r} with pattern={self.pattern!r}, which keeps {n} of every {m} weights; "
+                    f"leave sparsity unset or give {1 - n / m}."
+                )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            names = isinstance(value, (list, tuple, set)) and value and all(isinstance(v, str) and v for v in value)
+            if value is not None and not names and not (isinstance(value, str) and value):
+                raise ValueError(
+                    f"{name}: got {value!r}; it must be a non-empty list of names, a regular expression or None."
+                )
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}: got {value!r}, which is not a regular expression ({error}).") from error
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(n, m) of `pattern`, None for unstructured pruning."""
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+
+@dataclass(frozen=True)
+class WandaConfig(PruningConfig):
+    """
+    Wanda (Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models", equation 1): the score of a
+    weight is |W_ij| * ||X_j||_2, with the norm taken over all calibration tokens of input j of that layer. The lowest
+    scores of each output row (with `pattern`: of each group of m inputs) go. Blocks are pruned in order, so that later ones
+    see the activations of the pruned earlier ones. Needs calibration data.
+
+    Args:
+        max_samples (`int`, *optional*):
+            Number of calibration sequences to use at most; by default all that `calibration` yields. The paper uses 128.
+    """
+
+    method: ClassVar[str] = "wanda"
+
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Calibration sequences used at most. Default: all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_samples is not None and (type(self.max_samples) is not int or self.max_samples < 1):
+            raise ValueError(f"max_samples: got {self.max_samples!r}; it must be a whole number >= 1, or None.")
+
+
+@dataclass(frozen=True)
+class MagnitudeConfig(PruningConfig):
+    """
+    Magnitude pruning: the weights with the smallest |W_ij| go. Needs no data.
+
+    Args:
+        scope (`str`):
+            The weights compared with each other: `"layer"` (the usual baseline, also that of the Wanda paper) or `"row"`,
+            each output row by itself. With `pattern` the groups of m inputs are compared, whatever the scope.
+    """
+
+    method: ClassVar[str] = "magnitude"
+
+    scope: Literal["layer", "row"] = field(
+        default="layer", metadata={"help": "Compare weights per 'layer' or per 'row'."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scope not in ("layer", "row"):
+            raise ValueError(f"scope: got {self.scope!r}; it must be 'layer' or 'row'.")

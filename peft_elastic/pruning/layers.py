@@ -1,0 +1,205 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    The linear layers of a model by name: `nn.Linear`, `Conv1D` of transformers, and packed quantised layers.
+
+    A layer wrapped by a peft adapter appears as its base layer under the name of the wrapper; the adapter's own matrices
+    are left out.
+    """
+    layers: dict[str, nn.Module] = {}
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if wrapped and name.startswith(wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            wrapped += (f"{name}.",)
+            module = module.get_base_layer()
+        if isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight"):
+            layers[name] = module
+    return layers
+
+
+def weight_matrix(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as (out, in), whatever its storage order: a view, so writing to it changes the layer."""
+    weight = layer.get_parameter("weight").detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def zero_fraction(layer: nn.Module) -> float:
+    """Fraction of the weights of a linear layer that are zero."""
+    weight = layer.get_parameter("weight")
+    return 1 - weight.count_nonzero().item() / weight.numel()
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings (lm_head) of a transformers model that has some."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def measure_sparsity(model: nn.Module) -> dict[str, float]:
+    """
+    Fraction of zero weights of each linear layer.
+
+    Args:
+        model: any module. Layers with packed or integer weights are left out, since their zeros mean nothing.
+
+    Returns:
+        {layer name: fraction in [0, 1]}; for a layer wrapped by a peft adapter that of its base weight.
+    """
+    return {
+        name: zero_fraction(layer)
+        for name, layer in linear_layers(model).items()
+        if not hasattr(layer, "qweight") and layer.get_parameter("weight").is_floating_point()
+    }
+
+
+def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """
+    The stacks of transformer blocks of a model, each as {block name: block}, in the order of their definition.
+
+    A stack is an outermost list of modules (`nn.ModuleList` or `nn.Sequential`) of which at least one holds several linear
+    layers and none holds exactly one: blocks do, lists of heads or of the layers of one MLP do not.
+    """
+    linears = linear_layers(model)
+    # Number of linear layers below each module name.
+    below = Counter(prefix for name in linears for prefix in enclosing_names(name))
+    stacks: list[dict[str, nn.Module]] = []
+    found: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if found and name.startswith(found):
+            continue
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        blocks = {f"{name}.{key}".lstrip("."): block for key, block in module.named_children()}
+        counts = [0 if block in linears else below[block] for block in blocks]
+        nested = any(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks.values())
+        if (
+            not nested
+            and not any(block in linears for block in blocks)
+            and 1 not in counts
+            and max(counts, default=0) > 1
+        ):
+            stacks.append(blocks)
+            found += (f"{name}.",) if name else ("",)
+    return stacks
+
+
+def enclosing_names(name: str) -> list[str]:
+    """The names of the modules that contain the module called `name`, the outermost first, the model itself left out."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _select(names: list[str], patterns: list[str] | str, argument: str) -> set[str]:
+    """Names that match a list of suffixes or a regular expression; a pattern without any match is an error."""
+    if isinstance(patterns, str):
+        per_pattern = {patterns: {name for name in names if re.fullmatch(patterns, name)}}
+    else:
+        per_pattern = {pattern: {name for name in names if _matches(name, pattern)} for pattern in patterns}
+    for pattern, matched in per_pattern.items():
+        if not matched:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise ValueError(
+                f"{argument}: {pattern!r} matches no linear layer of the model; the last parts of their names are {known}."
+            )
+    return set().union(*per_pattern.values())
+
+
+def select_layers(
+    model: nn.Module, target_modules: list[str] | str | None, exclude_modules: list[str] | str | None
+) -> dict[str, nn.Module]:
+    """
+    The layers a pruning config means (see `PruningConfig`), in the order of the model's modules.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left.
+    """
+    layers = linear_layers(model)
+    if target_modules is not None:
+        chosen = _select(list(layers), target_modules, "target_modules")
+    else:
+        blocks = {name for stack in find_stacks(model) for name in stack}
+        # A model without any list of blocks counts as one block; its output head stays out as elsewhere.
+        head = output_head(model)
+        chosen = {
+            name
+            for name, layer in layers.items()
+            if (not blocks.isdisjoint(enclosing_names(name)) if blocks else layer is not head)
+        }
+    if exclude_modules is not None:
+        chosen -= _select(list(layers), exclude_modules, "exclude_modules")
+    if not chosen:
+        raise ValueError(
+            f"target_modules: got {target_modules!r} with exclude_modules={exclude_modules!r}, which leaves no linear layer "
+            "(nn.Linear or Conv1D) to prune."
+        )
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def check_prunable(model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple[int, int] | None) -> None:
+    """
+    Raises:
+        ValueError: a weight is quantised, shared with another module, computed from other parameters, not in memory or not
+            finite, an adapter is merged into it, or its number of inputs does not fit the n:m pattern.
+    """
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    merged = {
+        id(module.get_base_layer())
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and module.merged
+    }
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if hasattr(layer, "qweight") or (weight is not None and weight.dtype not in _PRUNABLE_DTYPES):
+            found = "packed integers" if weight is None else weight.dtype
+            raise ValueError(f"model: {name} has quantised weights ({found}); prune the floating-point model first.")
+        if weight is None or type(weight.data) is not torch.Tensor or weight.is_meta:
+            raise ValueError(
+                f"model: the weight of {name} is not a plain parameter in memory, so it cannot be pruned in place."
+            )
+        if owners[id(weight)] > 1:
+            raise ValueError(
+                f"model: {name} shares its weight with another module (tied embeddings?), which pruning would change; "
+                "leave it out of target_modules."
+            )
+        if id(layer) in merged:
+            raise ValueError(f"model: an adapter is merged into {name}; call model.unmerge_adapter() before pruning.")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"model: the weight of {name} holds NaN or infinite values.")
+        inputs = weight_matrix(layer).shape[1]
+        if n_of_m is not None and inputs % n_of_m[1]:
+            raise ValueError(
+                f"pattern: got '{n_of_m[0]}:{n_of_m[1]}', but {name} has {inputs} inputs, which is not divisible by {n_of_m[1]}."
+            )
+
+
+_PRUNABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

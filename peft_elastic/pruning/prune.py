@@ -1,0 +1,107 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from .config import MagnitudeConfig, PruningConfig, WandaConfig
+from .layers import check_prunable, find_stacks, select_layers, weight_matrix, zero_fraction
+from .magnitude import prune_magnitude
+from .report import PruningReport
+from .wanda import prune_wanda
+
+
+# A method prunes the layers in place and returns the number of calibration tokens: f(model, layers, config, calibration, progress).
+_METHODS: dict[type[PruningConfig], Callable[..., int]] = {
+    MagnitudeConfig: prune_magnitude,
+    WandaConfig: prune_wanda,
+}
+
+
+def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, progress: bool = True) -> PruningReport:
+    """
+    Sets the least important base weights of a model to zero, in place. Every other parameter keeps its bits.
+
+    A model with peft adapters is pruned in its base weights, with the adapters active where activations are measured; a
+    merged adapter has to be unmerged first. An interrupted run leaves the blocks done so far pruned, and a second call with
+    the same arguments then gives the result of an unbroken one.
+
+    Args:
+        model: any transformers decoder, encoder or encoder-decoder; any other module with linear layers is one block.
+        config: `WandaConfig` or `MagnitudeConfig`; it chooses the method, the sparsity and the layers.
+        calibration: iterable of batches (a DataLoader, a list) for methods that measure activations. A batch is a mapping of
+            model inputs such as `input_ids` and `attention_mask`, each (sequences, length), or `pixel_values`; or a tensor
+            of token ids. It is read once. Padding marked by `attention_mask` does not count. Magnitude pruning ignores it.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The sparsity of each layer before and after, and the time taken.
+
+    Raises:
+        ValueError: a bad argument, before anything is changed: an unknown config, patterns that match no layer, weights that
+            are quantised, tied to another module or not finite, an n:m pattern that does not divide the inputs, missing or
+            empty calibration data, or data that never reaches some of the layers. During the run: activations that are not
+            finite.
+
+    Example:
+        >>> report = prune(model, WandaConfig(sparsity=0.5), calibration=loader)
+        >>> print(report)
+    """
+    if type(config) not in _METHODS:
+        known = ", ".join(sorted(c.__name__ for c in _METHODS))
+        raise ValueError(f"config: got {config!r}; it must be an instance of one of {known}.")
+    layers = select_layers(model, config.target_modules, config.exclude_modules)
+    check_prunable(model, layers, config.n_of_m)
+    if config.target_modules is None:
+        _warn_of_fused_experts(model)
+
+    start = time.perf_counter()
+    before = {name: zero_fraction(layer) for name, layer in layers.items()}
+    tokens = _METHODS[type(config)](model, layers, config, calibration, progress)
+    rows = [
+        {
+            "name": name,
+            "shape": list(weight_matrix(layer).shape),
+            "sparsity_before": before[name],
+            "sparsity_after": zero_fraction(layer),
+        }
+        for name, layer in layers.items()
+    ]
+    return PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens)
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    """Mixtures of experts keep the weights of all experts in one three-dimensional parameter, which is no linear layer."""
+    fused = [
+        f"{block_name}.{name}"
+        for stack in find_stacks(model)
+        for block_name, block in stack.items()
+        for module_name, module in block.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False)
+        if parameter.dim() == 3
+    ]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} three-dimensional parameters, such as {fused[0]}, hold the weights of several layers each (experts) "
+            "and are not pruned.",
+            stacklevel=3,
+        )

@@ -1,0 +1,285 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a search found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pymoo.util.nds.non_dominated_sorting import find_non_dominated
+
+from ..supernet.space import SearchSpace, Subnet
+from ..utils import atomic_write_text
+from .cost import COST_NAMES
+
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+
+_FILE_NAME = "search_result.json"
+_FORMAT = "peft-elastic/search-result"
+_VERSION = 1
+# Room for rounding when metrics and costs are compared: 0.81 - 0.80 is a little more than 0.01 in binary.
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A subnet and what was measured on it.
+
+    Args:
+        index (`int`): position in the history, from 0.
+        source (`str`): `"max"`, `"min"`, `"heuristic"`, or `"search"` for a subnet that the algorithm proposed.
+        subnet (`Subnet`): the subnet.
+        metrics (`dict[str, float]`): the objectives, whatever else `evaluate` returned, `macs` and `parameters`.
+        held_out (`dict[str, float]`, *optional*): measured after the search on other data; it steers nothing.
+    """
+
+    index: int
+    source: str
+    subnet: Subnet
+    metrics: dict[str, float]
+    held_out: dict[str, float] | None = None
+
+
+@dataclass
+class SearchResult:
+    """All evaluations of a search. Equal results have equal spaces, objectives, settings and histories.
+
+    Args:
+        space (`SearchSpace`): the space that was searched.
+        objectives (`dict[str, str]`): name -> `"max"` or `"min"`; the first is the metric, the others are costs or
+            further metrics.
+        history (`list[Evaluation]`): in the order of evaluation; the first is the max subnet.
+        settings (`dict[str, Any]`): algorithm, seed and population.
+    """
+
+    space: SearchSpace
+    objectives: dict[str, str]
+    history: list[Evaluation]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """Name of the first objective."""
+        return next(iter(self.objectives))
+
+    @property
+    def cost(self) -> str:
+        """Name of the first minimised objective after the metric; `"macs"` if there is none."""
+        return next((name for name in list(self.objectives)[1:] if self.objectives[name] == "min"), "macs")
+
+    @property
+    def reference(self) -> Evaluation:
+        """The max subnet: what `max_drop` and percentages refer to."""
+        return self.history[0]
+
+    @property
+    def pareto(self) -> list[Evaluation]:
+        """The evaluations that no other beats in one objective without being worse in another, cheapest first.
+
+        Subnets with equal objectives are all listed. With a single objective these are the best ones.
+        """
+        front = [self.history[i] for i in non_dominated(self.history, self.objectives)]
+        return sorted(front, key=lambda e: (e.metrics[self.cost], -self._quality(e), e.index))
+
+    def evaluation(self, subnet: Subnet | Mapping[str, int] | str) -> Evaluation:
+        """The evaluation of a subnet, also by name: `"max"`, `"min"`, `"heuristic"`.
+
+        Raises:
+            ValueError: if the subnet is not of this space or was not evaluated.
+        """
+        wanted = self.space.subnet(subnet)
+        for evaluation in self.history:
+            if evaluation.subnet == wanted:
+                return evaluation
+        raise ValueError(f"`subnet` {subnet!r} was not evaluated in this search.")
+
+    def best(
+        self, max_drop: float | None = None, budget: float | str | Mapping[str, float | str] | None = None
+    ) -> Subnet:
+        """The subnet to use, chosen by the metrics of the search alone (never by `held_out`).
+
+        Without `max_drop`, the subnet with the best metric (the cheapest of equals). With `max_drop`, the cheapest
+        subnet whose metric is at most that much worse than that of the max subnet (the best of equals).
+
+        Args:
+            max_drop (`float`, *optional*):
+                Largest loss of the metric against the max subnet, absolute, in the metric's own unit: 0.01 is one point
+                of an accuracy given as a fraction.
+            budget (`float`, `str` or `dict`, *optional*):
+                Upper bound on `cost`, or bounds by name of minimised objectives, `"macs"` or `"parameters"`. A number,
+                or a share of what the max subnet costs, such as `"60%"`.
+
+        Raises:
+            ValueError: if an argument is not allowed, or no evaluated subnet satisfies it; the message says which comes
+                closest.
+        """
+        limits = self._limits(budget)
+        if max_drop is not None and (not _is_number(max_drop) or max_drop < 0):
+            raise ValueError(f"`max_drop` must be a number that is not negative, got {max_drop!r}.")
+
+        def excess(evaluation: Evaluation) -> float:
+            """The largest violation of a limit, as a share of it; not positive if all are kept."""
+            return max((_excess(evaluation.metrics[name], limit) for name, limit in limits.items()), default=0.0)
+
+        affordable = [e for e in self.history if excess(e) <= _TOLERANCE]
+        if not affordable:
+            raise ValueError(
+                f"no evaluated subnet keeps `budget` {budget!r}. The closest is {self._describe(min(self.history, key=excess))}."
+            )
+        best = min(affordable, key=lambda e: (-self._quality(e), e.metrics[self.cost], e.index))
+        if max_drop is None:
+            return best.subnet
+        floor = self._quality(self.reference) - max_drop
+        floor -= _TOLERANCE * max(1.0, abs(floor))
+        good = [e for e in affordable if self._quality(e) >= floor]
+        if not good:
+            raise ValueError(
+                f"no evaluated subnet{' within the budget' if limits else ''} has a {self.metric} at most `max_drop` "
+                f"{max_drop!r} worse than that of the max subnet ({self.reference.metrics[self.metric]:g}). The closest "
+                f"is {self._describe(best)}."
+            )
+        return min(good, key=lambda e: (e.metrics[self.cost], -self._quality(e), e.index)).subnet
+
+    def _limits(self, budget: float | str | Mapping[str, float | str] | None) -> dict[str, float]:
+        if budget is None:
+            return {}
+        bounds = budget if isinstance(budget, Mapping) else {self.cost: budget}
+        minimised = [name for name, direction in self.objectives.items() if direction == "min"]
+        allowed = list(dict.fromkeys([*minimised, *COST_NAMES]))
+        limits = {}
+        for name, bound in bounds.items():
+            if name not in allowed:
+                raise ValueError(f"`budget` bounds {name!r}, allowed are {allowed}.")
+            limits[name] = _parse_bound(bound, self.reference.metrics[name])
+            if not _is_number(limits[name]) or limits[name] <= 0:
+                raise ValueError(
+                    f"`budget` must be positive numbers or shares of the max subnet's cost such as '60%', got {bound!r} "
+                    f"for {name!r}."
+                )
+        return limits
+
+    def _quality(self, evaluation: Evaluation) -> float:
+        """The metric, turned so that larger is better."""
+        value = evaluation.metrics[self.metric]
+        return value if self.objectives[self.metric] == "max" else -value
+
+    def _describe(self, evaluation: Evaluation) -> str:
+        metrics = ", ".join(f"{name} {value:g}" for name, value in evaluation.metrics.items())
+        return f"evaluation {evaluation.index} ({evaluation.source}): {metrics}"
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per evaluation: `source`, `pareto`, a column per metric, `held_out_<name>` where measured, and a column
+        per choice; the index is that of the evaluation."""
+        import pandas
+
+        front = set(non_dominated(self.history, self.objectives))
+        rows = [
+            {
+                "index": e.index,
+                "source": e.source,
+                "pareto": e.index in front,
+                **e.metrics,
+                **{f"held_out_{name}": value for name, value in (e.held_out or {}).items()},
+                **e.subnet,
+            }
+            for e in self.history
+        ]
+        return pandas.DataFrame(rows).set_index("index")
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the progress of the search and, with several objectives, the Pareto front of metric and `cost`.
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*): where to write it, e.g. `"pareto.png"`; the suffix gives the format.
+
+        Returns:
+            `matplotlib.figure.Figure`: the figure; pyplot's state is not touched.
+
+        Raises:
+            ValueError: if matplotlib cannot write the format.
+        """
+        from .plot import draw
+
+        return draw(self, path)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `search_result.json` into `directory`, atomically."""
+        data = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "space": json.loads(self.space.to_json()),
+            "objectives": self.objectives,
+            "settings": self.settings,
+            "history": [{**asdict(e), "subnet": e.subnet.to_dict()} for e in self.history],
+        }
+        atomic_write_text(Path(directory) / _FILE_NAME, json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> SearchResult:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a search result; the message names it.
+        """
+        path = Path(directory) / _FILE_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+            if data["format"] != _FORMAT or data["version"] != _VERSION:
+                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+            space = SearchSpace.from_json(json.dumps(data["space"]))
+            history = [Evaluation(**{**row, "subnet": space.subnet(row["subnet"])}) for row in data["history"]]
+            return cls(space, data["objectives"], history, data["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a search result: {error!r}") from error
+
+
+def non_dominated(history: Sequence[Evaluation], objectives: Mapping[str, str]) -> list[int]:
+    """Positions of the evaluations that are not dominated."""
+    values = np.array([minimised(e.metrics, objectives) for e in history], dtype=float)
+    return find_non_dominated(values).tolist()
+
+
+def minimised(metrics: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:
+    """The objectives in order, turned so that smaller is better."""
+    return [metrics[name] if direction == "min" else -metrics[name] for name, direction in objectives.items()]
+
+
+def _parse_bound(bound: Any, whole: float) -> Any:
+    """A number as it is, a percentage as a share of `whole`, NaN for any other text."""
+    if not isinstance(bound, str):
+        return bound
+    try:
+        return float(bound.strip().removesuffix("%")) / 100 * whole if "%" in bound else math.nan
+    except ValueError:
+        return math.nan
+
+
+def _excess(value: float, limit: float) -> float:
+    return (value - limit) / limit
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)

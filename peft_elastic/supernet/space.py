@@ -1,0 +1,383 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The vocabulary of a super-network: a `Choice` is one elastic dimension, a `SearchSpace` is a list of choices, and a
+`Subnet` gives each choice one value."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..utils import atomic_write_text
+
+
+_SUBNET_FORMAT = "peft-elastic/subnet"
+_SPACE_FORMAT = "peft-elastic/search-space"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One elastic dimension of a super-network.
+
+    Args:
+        kind (`str`):
+            What the value means: `"rank"` (rank of the adapters of `modules`).
+        name (`str`):
+            Where it applies, e.g. a module path or a transformer block with the module names it ties.
+        options (`tuple[int, ...]`):
+            The values it may take, sorted from large to small.
+        modules (`tuple[str, ...]`):
+            Paths, inside the base model, of the modules that take the value together.
+        unit_parameters (`int`):
+            Adapter parameters that one unit of the value stands for, summed over `modules`.
+    """
+
+    kind: str
+    name: str
+    options: tuple[int, ...]
+    modules: tuple[str, ...] = ()
+    unit_parameters: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError(f"`options` of choice {self.key!r} is empty, it needs at least one value.")
+        if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in self.options):
+            raise ValueError(f"`options` of choice {self.key!r} must be non-negative integers, got {self.options}.")
+        if list(self.options) != sorted(set(self.options), reverse=True):
+            raise ValueError(f"`options` of choice {self.key!r} must fall strictly, got {self.options}.")
+
+    @property
+    def key(self) -> str:
+        """`"kind:name"`, the key under which a `Subnet` holds the value of this choice."""
+        return f"{self.kind}:{self.name}"
+
+
+class Subnet(Mapping[str, int]):
+    """An immutable, hashable assignment of one value to each choice of a search space.
+
+    It is a mapping from choice key (`"rank:model.layers.0.self_attn.q_proj"`) to value, and survives JSON:
+    `Subnet.from_json(subnet.to_json()) == subnet`.
+
+    Args:
+        values (`Mapping[str, int]`): value per choice key.
+
+    Raises:
+        ValueError: if a key is not a string or a value is not a non-negative integer.
+    """
+
+    __slots__ = ("_hash", "_values")
+
+    def __init__(self, values: Mapping[str, int]) -> None:
+        checked: dict[str, int] = {}
+        for key, value in values.items():
+            if not isinstance(key, str):
+                raise ValueError(f"A subnet's keys must be strings such as 'rank:<module>', got {key!r}.")
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+                raise ValueError(f"A subnet's values must be non-negative integers, got {value!r} for {key!r}.")
+            checked[key] = int(value)
+        self._values = dict(sorted(checked.items()))
+        self._hash = hash(tuple(self._values.items()))
+
+    def __getitem__(self, key: str) -> int:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Subnet):
+            return self._values == other._values
+        if isinstance(other, Mapping):
+            return self._values == dict(other)
+        return NotImplemented
+
+    def __reduce__(self) -> tuple[type[Subnet], tuple[dict[str, int]]]:
+        return Subnet, (self._values,)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k!r}: {v}" for k, v in itertools.islice(self._values.items(), 4))
+        more = f", ... {len(self) - 4} more" if len(self) > 4 else ""
+        return f"Subnet({{{shown}{more}}})"
+
+    def to_dict(self) -> dict[str, int]:
+        """A new plain dict, choice key -> value."""
+        return dict(self._values)
+
+    def to_json(self) -> str:
+        """JSON text; the inverse of `from_json`."""
+        return json.dumps({"format": _SUBNET_FORMAT, "version": _VERSION, "values": self._values}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Subnet:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not JSON, not a subnet, or of a newer version.
+        """
+        return cls(_parse(text, _SUBNET_FORMAT, "subnet", "values", dict))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json()` to `path`, atomically."""
+        atomic_write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Subnet:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a subnet; the message names the file.
+        """
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        try:
+            return cls.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a subnet file: {error}") from error
+
+
+class SearchSpace:
+    """The choices of a super-network, in a fixed order.
+
+    `len(space)` is the number of choices and `space.size` the number of subnets.
+
+    Args:
+        choices (`Iterable[Choice]`): the elastic dimensions; their keys must differ.
+
+    Raises:
+        ValueError: if there are no choices or two share a key.
+    """
+
+    def __init__(self, choices: Iterable[Choice]) -> None:
+        self.choices: tuple[Choice, ...] = tuple(choices)
+        if not self.choices:
+            raise ValueError("`choices` is empty: a search space needs at least one choice.")
+        self._by_key = {choice.key: choice for choice in self.choices}
+        if len(self._by_key) != len(self.choices):
+            keys = [choice.key for choice in self.choices]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise ValueError(f"`choices` holds several choices with the same key: {twice}.")
+
+    # -- the space as a collection ---------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self.choices)
+
+    def __getitem__(self, key: str) -> Choice:
+        return self._by_key[key]
+
+    def __contains__(self, subnet: object) -> bool:
+        try:
+            self.check(subnet)  # type: ignore[arg-type]
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SearchSpace) and self.choices == other.choices
+
+    def __hash__(self) -> int:
+        return hash(self.choices)
+
+    def __repr__(self) -> str:
+        size = f"{self.size:,}" if self.size < 10**9 else f"about 10^{int(math.log10(self.size))}"
+        return f"SearchSpace({len(self)} choices, {size} subnets)"
+
+    @property
+    def size(self) -> int:
+        """Number of different subnets (exact, an arbitrarily large `int`)."""
+        return math.prod(len(choice.options) for choice in self.choices)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hexadecimal digest of keys and options; equal for equal spaces, in any process."""
+        text = json.dumps([[choice.key, list(choice.options)] for choice in self.choices])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    # -- subnets ---------------------------------------------------------------------------------------------------
+
+    @property
+    def max(self) -> Subnet:
+        """The largest option everywhere: the super-network itself."""
+        return self.decode([0] * len(self))
+
+    @property
+    def min(self) -> Subnet:
+        """The smallest option everywhere."""
+        return self.decode([len(choice.options) - 1 for choice in self.choices])
+
+    @property
+    def heuristic(self) -> Subnet:
+        """The middle option everywhere: element (n - 1) // 2 of the n options sorted from large to small (Shears,
+        https://huggingface.co/papers/2404.10934)."""
+        return self.decode([(len(choice.options) - 1) // 2 for choice in self.choices])
+
+    def sample(self, seed: int | Sequence[int] | np.random.Generator) -> Subnet:
+        """A subnet drawn uniformly, each choice independently.
+
+        Args:
+            seed (`int`, sequence of `int` or `numpy.random.Generator`):
+                The same seed gives the same subnet in every process; a generator is advanced.
+        """
+        rng = np.random.default_rng(seed)
+        return self.decode([int(rng.integers(len(choice.options))) for choice in self.choices])
+
+    def subnet(self, subnet: Subnet | Mapping[str, int] | str) -> Subnet:
+        """Turn what a user may write into a checked `Subnet` of this space.
+
+        Args:
+            subnet: a `Subnet`, a mapping with a value for every choice key, or `"max"`, `"min"`, `"heuristic"`.
+
+        Raises:
+            ValueError: if it does not belong to this space; the message names the choices and what they allow.
+        """
+        if isinstance(subnet, str):
+            if subnet not in ("max", "min", "heuristic"):
+                raise ValueError(f"`subnet` must be a Subnet, a dict, 'max', 'min' or 'heuristic', got {subnet!r}.")
+            return getattr(self, subnet)
+        if not isinstance(subnet, Mapping):
+            raise ValueError(
+                f"`subnet` must be a Subnet, a dict, 'max', 'min' or 'heuristic', got {type(subnet).__name__}."
+            )
+        checked = subnet if isinstance(subnet, Subnet) else Subnet(subnet)
+        self.check(checked)
+        return checked
+
+    def check(self, subnet: Mapping[str, int]) -> None:
+        """Raise a ValueError unless `subnet` gives every choice of this space, and nothing else, an allowed value."""
+        missing = [key for key in self._by_key if key not in subnet]
+        unknown = [key for key in subnet if key not in self._by_key]
+        if missing or unknown:
+            parts = []
+            if missing:
+                parts.append(f"no value for {_few(missing)}")
+            if unknown:
+                parts.append(f"unknown choices {_few(unknown)}")
+            raise ValueError(f"`subnet` does not belong to this search space: {'; '.join(parts)}.")
+        for choice in self.choices:
+            if subnet[choice.key] not in choice.options:
+                raise ValueError(
+                    f"`subnet` gives {choice.key!r} the value {subnet[choice.key]}, allowed are {list(choice.options)}."
+                )
+
+    def encode(self, subnet: Mapping[str, int]) -> tuple[int, ...]:
+        """Index of each choice's value among its options (0 is the largest), in the order of `choices`.
+
+        Raises:
+            ValueError: if the subnet does not belong to this space.
+        """
+        self.check(subnet)
+        return tuple(choice.options.index(subnet[choice.key]) for choice in self.choices)
+
+    def decode(self, indices: Sequence[int]) -> Subnet:
+        """The inverse of `encode`.
+
+        Raises:
+            ValueError: if the number of indices or an index is out of range.
+        """
+        if len(indices) != len(self):
+            raise ValueError(f"`indices` must hold {len(self)} numbers, one per choice, got {len(indices)}.")
+        values = {}
+        for choice, index in zip(self.choices, indices):
+            if not 0 <= index < len(choice.options):
+                raise ValueError(
+                    f"`indices` holds {index} for {choice.key!r}, allowed are 0 to {len(choice.options) - 1}."
+                )
+            values[choice.key] = choice.options[int(index)]
+        return Subnet(values)
+
+    def subnets(self) -> Iterator[Subnet]:
+        """All `size` subnets, the largest first."""
+        for indices in itertools.product(*(range(len(choice.options)) for choice in self.choices)):
+            yield self.decode(indices)
+
+    def count_parameters(self, subnet: Mapping[str, int]) -> int:
+        """Number of adapter parameters that are active in `subnet`."""
+        return sum(subnet[choice.key] * choice.unit_parameters for choice in self.choices)
+
+    # -- JSON ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """JSON text; the inverse of `from_json`."""
+        choices = [
+            {
+                "kind": choice.kind,
+                "name": choice.name,
+                "options": list(choice.options),
+                "modules": list(choice.modules),
+                "unit_parameters": choice.unit_parameters,
+            }
+            for choice in self.choices
+        ]
+        return json.dumps({"format": _SPACE_FORMAT, "version": _VERSION, "choices": choices}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchSpace:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not JSON, not a search space, or of a newer version.
+        """
+        rows = _parse(text, _SPACE_FORMAT, "search space", "choices", list)
+        try:
+            return cls(
+                Choice(
+                    kind=row["kind"],
+                    name=row["name"],
+                    options=tuple(row["options"]),
+                    modules=tuple(row["modules"]),
+                    unit_parameters=row["unit_parameters"],
+                )
+                for row in rows
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a search space: a choice is incomplete ({error!r})") from error
+
+
+def _parse(text: str, expected_format: str, what: str, field: str, field_type: type) -> Any:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != expected_format:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"not a {what}: expected the field 'format' to be {expected_format!r}, found {found!r}")
+    if data.get("version") != _VERSION:
+        raise ValueError(f"a {what} of version {data.get('version')!r}; this release reads version {_VERSION}")
+    if not isinstance(data.get(field), field_type):
+        raise ValueError(f"not a {what}: the field {field!r} is missing or of the wrong type")
+    return data[field]
+
+
+def _few(names: Sequence[str], limit: int = 4) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

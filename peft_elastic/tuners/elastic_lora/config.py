@@ -1,0 +1,147 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Optional, Union
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+
+# The variants of LoRA that work on any leading part of A and B. The others keep state of their own for each rank
+# (KaSA's singular values, MonteCLoRA's samplers, ...), derive it from all ranks once (Arrow's prototypes) or replace the
+# matrices (BD-LoRA, QALoRA).
+_ELASTIC_VARIANTS = {"alora_invocation_tokens", "use_dora", "velora_config"}
+
+
+@dataclass
+class ElasticLoraConfig(LoraConfig):
+    """
+    Configuration of an elastic LoRA super-adapter (peft type `ELASTIC_LORA`; neural low-rank adapter search of Shears,
+    https://huggingface.co/papers/2404.10934).
+
+    All of [`~peft.LoraConfig`] applies; `r` is the maximal rank. Whatever rank is active, the scaling stays
+    `lora_alpha / r` (`lora_alpha / sqrt(r)` with rsLoRA).
+
+    Args:
+        elastic_ranks (`list[int]`, *optional*):
+            The ranks a module may take; the largest must be `r`. Defaults to `r`, three quarters of it and half of it,
+            the space of the Shears paper. A module with another maximal rank in `rank_pattern` takes the same fractions
+            of its own, rounded up. `[r]` gives an adapter of fixed rank.
+        rank_groups (`"module"`, `"block"` or `list[list[str]]`):
+            Which modules share one rank. `"module"`: each has its own. `"block"`: all modules of a transformer block
+            share one. A list of lists of module names ties the named modules within each transformer block, for example
+            `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`; a targeted module that is in
+            no list keeps a rank of its own.
+        active_subnet (`dict[str, int]`, *optional*):
+            The chosen subnet, by choice key; `None` is the maximal one. Written by `model.set_subnet`, saved with the
+            adapter and restored when it is loaded.
+
+    Raises:
+        ValueError: for ranks that are not positive integers or whose largest is not `r`, for malformed groups, and for
+            options of `LoraConfig` that do not work with elastic ranks.
+    """
+
+    elastic_ranks: Optional[list[int]] = field(
+        default=None,
+        metadata={"help": "The ranks a module may take, the largest being r. Default: r, 3/4 r and 1/2 r."},
+    )
+    rank_groups: Union[str, list[list[str]]] = field(
+        default="module",
+        metadata={
+            "help": "Which modules share one rank: 'module', 'block', or a list of lists of module names that are tied "
+            "within each transformer block."
+        },
+    )
+    active_subnet: Optional[dict[str, int]] = field(
+        default=None,
+        metadata={"help": "The chosen subnet by choice key; None is the maximal one. Set it with model.set_subnet."},
+    )
+
+    # Not a field: what `init_lora_weights` was when the adapter was built. Users set it to True to save a PiSSA adapter's
+    # initial state.
+    initialized_with = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ELASTIC_LORA  # type: ignore[attr-defined]
+        self._check_lora_options()
+        self._check_elastic_ranks()
+        self._check_rank_groups()
+        if self.active_subnet is not None and not isinstance(self.active_subnet, dict):
+            raise ValueError(
+                f"`active_subnet` must be a dict from choice key to value, got {type(self.active_subnet).__name__}."
+            )
+
+    def _check_lora_options(self) -> None:
+        """Refuse what cannot follow a change of rank."""
+        variants = {f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")} - _ELASTIC_VARIANTS
+        # QALoRA exists for GPTQ layers only, and Megatron's parallel layers bring their own A and B
+        for name in sorted(variants | {"megatron_config", "use_qalora"}):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` cannot be combined with elastic ranks, got {getattr(self, name)!r}. Leave it unset, or use "
+                    "`LoraConfig`."
+                )
+        if self.init_lora_weights == "eva":
+            raise ValueError(
+                "`init_lora_weights='eva'` cannot be combined with elastic ranks: EVA redistributes the ranks of the "
+                "modules after the adapter has been built. Use another initialisation, or `LoraConfig`."
+            )
+
+    def _check_elastic_ranks(self) -> None:
+        r, ranks = self.r, self.elastic_ranks
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"`r` must be a positive integer, got {r!r}.")
+        if ranks is None:
+            self.elastic_ranks = sorted({r, -(-3 * r // 4), -(-r // 2)}, reverse=True)
+            return
+        if not isinstance(ranks, (list, tuple)) or not ranks:
+            raise ValueError(f"`elastic_ranks` must be a list with at least one rank, got {ranks!r}.")
+        if any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ranks):
+            raise ValueError(f"`elastic_ranks` must be positive integers, got {ranks!r}.")
+        if len(set(ranks)) != len(ranks):
+            raise ValueError(f"`elastic_ranks` must differ from each other, got {ranks!r}.")
+        if max(ranks) != r:
+            raise ValueError(
+                f"The largest of `elastic_ranks` must be `r`, got elastic_ranks={list(ranks)!r} with r={r}. "
+                f"Set r={max(ranks)} or change the list."
+            )
+        self.elastic_ranks = sorted(ranks, reverse=True)
+
+    def _check_rank_groups(self) -> None:
+        groups = self.rank_groups
+        if groups in ("module", "block"):
+            return
+        well_formed = isinstance(groups, (list, tuple)) and all(
+            isinstance(group, (list, tuple)) and group and all(isinstance(name, str) and name for name in group)
+            for group in groups
+        )
+        if not well_formed or not groups:
+            raise ValueError(
+                "`rank_groups` must be 'module', 'block' or a list of non-empty lists of module names, for example "
+                f"[['q_proj', 'k_proj', 'v_proj'], ['up_proj', 'gate_proj']], got {groups!r}."
+            )
+        names = [name for group in groups for name in group]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"`rank_groups` names {twice} more than once; a module has one rank.")
+        self.rank_groups = [list(group) for group in groups]
+
+    def rank_options(self, max_rank: int) -> tuple[int, ...]:
+        """The ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to
+        small: `elastic_ranks` times `max_rank / r`, rounded up."""
+        assert self.elastic_ranks is not None
+        return tuple(sorted({-(-k * max_rank // self.r) for k in self.elastic_ranks}, reverse=True))

@@ -1,0 +1,139 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import ElasticLoraConfig
+from .layer import active_weights, full_weights, get_rank
+
+
+# Initialisations that also change the base weights, by an amount that depends on the full rank.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def export_lora(
+    model: nn.Module,
+    config: ElasticLoraConfig,
+    adapter_name: str,
+    save_directory: str | os.PathLike[str],
+    layers: Mapping[str, LoraLayer],
+) -> None:
+    """Write the active sub-adapter as a plain LoRA adapter. See `ElasticLoraModel.export_lora`."""
+    init = str(config.initialized_with).lower()
+    if init.startswith(_BASE_CHANGING_INITS):
+        raise ValueError(
+            f"An adapter with `init_lora_weights={config.initialized_with!r}` fits only the base weights it has "
+            "changed. First convert it: `model.save_pretrained(dir, path_initial_model_for_weight_conversion=...)`, "
+            "load `dir` on the original base model, then export."
+        )
+    directory = Path(save_directory)
+    if directory.is_file():
+        raise ValueError(f"`save_directory` must be a folder, {os.fspath(save_directory)!r} is a file.")
+    lora_config = _plain_config(model, config, adapter_name, layers)
+    state_dict = _active_state_dict(model, adapter_name, layers)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as temporary:
+        save_file(state_dict, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        lora_config.save_pretrained(temporary, auto_mapping_dict=_auto_mapping(model, config))
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(os.path.join(temporary, name), directory / name)
+
+
+def _plain_config(
+    model: nn.Module, config: ElasticLoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
+) -> LoraConfig:
+    """The configuration of the sub-adapter.
+
+    The scaling of every module is kept: a module with active rank k gets `rank_pattern[m] = k` and
+    `alpha_pattern[m] = scaling * k`. `r` and `lora_alpha` of the configuration have the same ratio, so that programs
+    which read those two and the shapes of the tensors alone come to the same scaling.
+    """
+    ranks = {name: get_rank(layer, adapter_name) for name, layer in layers.items()}
+    scalings = {name: _initial_scaling(layer, adapter_name) for name, layer in layers.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    scaling = Counter(scalings.values()).most_common(1)[0][0]
+
+    plain = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init}
+    plain.update(
+        r=r,
+        lora_alpha=_whole(scaling * r),
+        use_rslora=False,  # its scaling is in the alphas
+        inference_mode=True,
+        peft_type=None,
+        init_lora_weights=True,
+        base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
+        rank_pattern={_pattern_key(name, ranks): k for name, k in ranks.items() if k != r},
+        alpha_pattern={
+            _pattern_key(name, ranks): _whole(scalings[name] * k)
+            for name, k in ranks.items()
+            if not math.isclose(scalings[name] * k, scaling * r)
+        },
+    )
+    return LoraConfig(**plain)
+
+
+def _active_state_dict(
+    model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]
+) -> dict[str, torch.Tensor]:
+    """The adapter's state dict in peft's format, with A and B cut to the active ranks."""
+    active = {}
+    for layer in layers.values():
+        active.update(zip(map(id, full_weights(layer, adapter_name)), active_weights(layer, adapter_name)))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state_dict = {
+        name: active.get(id(parameters.get(name)), tensor).detach() for name, tensor in model.state_dict().items()
+    }
+    plain = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter_name)
+    # peft's files carry the prefix of a PeftModel; tied adapters share memory, which safetensors refuses
+    return {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in plain.items()}
+
+
+def _auto_mapping(model: nn.Module, config: ElasticLoraConfig) -> dict[str, Any] | None:
+    """What `AutoPeftModel` needs in order to find the class of the base model, if the task type does not say it."""
+    if config.task_type is not None:
+        return None
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _initial_scaling(layer: LoraLayer, adapter_name: str) -> float:
+    r = layer.r[adapter_name]
+    return layer.lora_alpha[adapter_name] / (math.sqrt(r) if layer.use_rslora[adapter_name] else r)
+
+
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """The key for one module in `rank_pattern`, a regular expression that peft matches with any end of a path: the
+    module's path, anchored if another path ends in it."""
+    key = name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
+    return f"^{key}" if any(other.endswith(f".{name}") for other in names) else key
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

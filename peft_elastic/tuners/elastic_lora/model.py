@@ -1,0 +1,791 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, PeftType
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ...supernet.groups import find_blocks, group_modules
+from ...supernet.host import HOST_ATTRIBUTE
+from ...supernet.space import Choice, SearchSpace, Subnet
+from .config import ElasticLoraConfig
+from .export import export_lora
+from .layer import (
+    check_ranks,
+    full_weights,
+    get_rank,
+    is_elastic,
+    make_elastic,
+    set_rank,
+    zero_inactive,
+)
+
+
+@dataclass(frozen=True)
+class SubnetSummary:
+    """What is active in an elastic adapter; printing it gives a table.
+
+    Args:
+        adapter_name (`str`): the adapter.
+        subnet (`Subnet`): the active subnet.
+        space (`SearchSpace`): the space it comes from.
+    """
+
+    adapter_name: str
+    subnet: Subnet
+    space: SearchSpace
+
+    @property
+    def active_parameters(self) -> int:
+        """Adapter parameters the active subnet uses (A and B matrices)."""
+        return self.space.count_parameters(self.subnet)
+
+    @property
+    def total_parameters(self) -> int:
+        """Adapter parameters of the whole super-adapter (A and B matrices)."""
+        return self.space.count_parameters(self.space.max)
+
+    @property
+    def name(self) -> str:
+        """`"max"`, `"min"`, `"heuristic"` or `"custom"`."""
+        for name in ("max", "min", "heuristic"):
+            if self.subnet == getattr(self.space, name):
+                return name
+        return "custom"
+
+    def describe(self) -> str:
+        """One line: name, active and total parameters."""
+        share = 100 * self.active_parameters / max(1, self.total_parameters)
+        return (
+            f"active subnet of adapter {self.adapter_name!r}: {self.name} "
+            f"({self.active_parameters:,d} of {self.total_parameters:,d} adapter parameters, {share:.1f}%)"
+        )
+
+    def __str__(self) -> str:
+        width = max(len(choice.key) for choice in self.space)
+        rows = [
+            f"{choice.key:<{width}}  {self.subnet[choice.key]:>6}  of {list(choice.options)}" for choice in self.space
+        ]
+        return "\n".join([self.describe(), *rows])
+
+    __repr__ = __str__
+
+
+class _ElasticAdapter(NamedTuple):
+    layers: dict[str, LoraLayer]
+    space: SearchSpace
+
+
+class _PlanIsComplete(Exception):
+    """Ends the dry run of an injection."""
+
+
+class ElasticLoraModel(LoraModel):
+    """
+    LoRA whose rank can be chosen, module by module, after training (peft type `ELASTIC_LORA`).
+
+    The super-adapter is an ordinary LoRA adapter of rank `r`; sub-adapter k of a module consists of the first k rows
+    of A and columns of B, with the same scaling: Delta W = s B[:, :k] A[:k, :], s = lora_alpha / r (Shears,
+    https://huggingface.co/papers/2404.10934). Everything here is reached through the `PeftModel` that
+    `get_peft_model` returns, e.g. `model.set_subnet("heuristic")`.
+
+    Args:
+        model (`nn.Module`): the model to adapt.
+        config (`ElasticLoraConfig`): the configuration of the adapter.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`): create empty adapter weights on the meta device.
+
+    **Attributes**:
+        - **search_space** (`SearchSpace`): the choices of the active adapter.
+        - **active_subnet** (`Subnet`): what the layers compute now.
+    """
+
+    # Layers and search space by adapter.
+    _elastic_adapters: dict[str, _ElasticAdapter]
+    # During the dry run of an injection: path -> (module to adapt, its maximal rank).
+    _plan: Optional[dict[str, tuple[nn.Module, int]]] = None
+    # The adapter that `add_weighted_adapter` is about to create.
+    _weighted_adapter: Optional[str] = None
+    # Whether a PeftModel wraps this tuner; transformers' `model.add_adapter` and `load_adapter` do without one.
+    _in_peft_model: bool = False
+    # Whether the base model got its tag from here.
+    _tagged: bool = False
+    # Whether a subnet other than the chosen one is active; only ever between `sample_subnet` and `restore_subnet`.
+    _sampled: bool = False
+    # The state of the adapter weights when the model was last put into training mode, to notice one-subnet training.
+    _trained_version: Optional[int] = None
+    _warned_about_sampling: bool = False
+
+    # -- injection -------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Optional[dict[str, torch.Tensor]] = None,
+    ) -> None:
+        """As in peft. Everything that can be refused is refused before the model is changed; if injection fails all the
+        same, the model is put back."""
+        config = self.peft_config[adapter_name]
+        if adapter_name == self._weighted_adapter:
+            config.elastic_ranks = [config.r]
+        with self._unchanged_on_error(model, adapter_name):
+            self._check_injection(model, adapter_name, state_dict)
+            _convert_moe_targets(config, model)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            for name, layer in self._find_layers(adapter_name):
+                make_elastic(layer, adapter_name, name)
+            self._elastic_adapters = self._find_elastic_adapters(adapter_name)
+            self._activate_chosen(adapter_name, when_loaded=not self._in_peft_model)
+        config.initialized_with = config.init_lora_weights
+        model.__dict__[HOST_ATTRIBUTE] = self
+        # peft tags the model card of adapters of type LORA only
+        if hasattr(model, "add_model_tags") and "lora" not in (model.model_tags or []):
+            model.add_model_tags("lora")
+            self._tagged = True
+
+    def _check_injection(
+        self, model: nn.Module, adapter_name: str, state_dict: Optional[dict[str, torch.Tensor]]
+    ) -> None:
+        """Raise a ValueError if the adapter could not be injected, or not be elastic then."""
+        config = self.peft_config[adapter_name]
+        if getattr(model, "_tp_size", None) not in (None, 1):
+            raise ValueError("Tensor-parallel models cannot get elastic adapters. Use `LoraConfig`.")
+        trial = copy.deepcopy(config)
+        _convert_moe_targets(trial, model)
+        plan = self._plan_injection(model, adapter_name, trial, state_dict)
+
+        known = set(self.target_module_mapping.get(self.get_model_config(model)["model_type"], ()))
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        _refuse_unmatched("target_modules", trial.target_modules, modules, known)
+        _refuse_unmatched("target_parameters", trial.target_parameters, [*parameters, *plan])
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(trial, field)
+            unmatched = sorted(set(patterns) - {get_pattern_key([key], path) for key in patterns for path in plan})
+            if unmatched:
+                raise ValueError(f"`{field}` has the keys {unmatched}, which match no module that gets an adapter.")
+
+        for path, (module, rank) in plan.items():
+            check_ranks(module, path, config.rank_options(rank))
+            if config.init_lora_weights == "mica" and isinstance(module, nn.Embedding):
+                # MiCA freezes B through the slice that indexing returns, which cannot be frozen
+                raise ValueError(f"{path!r} is an embedding, which cannot be elastic with `init_lora_weights='mica'`.")
+        choices = self._build_choices(trial, {path: rank for path, (_, rank) in plan.items()}, model)
+        # with `layer_replication`, the layers that are to come are not known yet
+        if config.active_subnet is not None and not config.layer_replication:
+            _check_active_subnet(config, adapter_name, choices)
+
+    def _plan_injection(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: ElasticLoraConfig,
+        state_dict: Optional[dict[str, torch.Tensor]],
+    ) -> dict[str, tuple[nn.Module, int]]:
+        """Let peft go through the whole model to find what `config` targets, without replacing anything."""
+        own_config = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = config
+        self._plan = {}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the injection itself will give them
+                super().inject_adapter(model, adapter_name, state_dict=state_dict)
+        except _PlanIsComplete:
+            pass
+        finally:
+            plan, self._plan = self._plan, None
+            self.peft_config[adapter_name] = own_config
+        return plan
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if self._plan is None:
+            super()._prepare_model(peft_config, model)
+
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if self._plan is None:
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+            )
+            return
+        module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        pattern = get_pattern_key(lora_config.rank_pattern.keys(), current_key)
+        rank = lora_config.rank_pattern.get(pattern, lora_config.r)
+        self._plan[current_key] = (module, rank)
+        if isinstance(module, nn.MultiheadAttention):
+            self._plan[f"{current_key}.out_proj"] = (module.out_proj, rank)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if self._plan is not None:  # the first thing that peft does after the last module
+            raise _PlanIsComplete
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _unchanged_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Take an injection back if it fails."""
+        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        active = {module: module._active_adapter for module in model.modules() if isinstance(module, _WRAPPERS)}
+        targeted = list(self.targeted_module_names), list(self.targeted_parameter_names)
+        try:
+            yield
+        except Exception:
+            self.targeted_module_names, self.targeted_parameter_names = targeted
+            self.peft_config.pop(adapter_name, None)
+            _remove_adapter(model, adapter_name, active)
+            for parameter, flag in requires_grad.items():
+                parameter.requires_grad_(flag)
+            if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False  # set by transformers' `add_adapter` beforehand
+            raise
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        # peft's guards ask for the type LORA
+        super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
+
+    def _find_layers(self, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+        """(path in the base model, layer) of everything that carries the adapter."""
+        for path, module in self.model.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
+                continue
+            name = re.sub(r"(^|\.)(base_layer|_orig_mod)(?=\.|$)", "", path).lstrip(".")
+            if isinstance(module, ParamWrapper):
+                name = f"{name}.{module.parameter_name}"
+            yield name, module
+
+    def _find_elastic_adapters(self, injected: str) -> dict[str, _ElasticAdapter]:
+        """Layers and search space of the adapter that was injected just now and of all others, which another tuner may
+        have injected."""
+        found = dict(self.__dict__.get("_elastic_adapters", {}))
+        found.pop(injected, None)
+        for adapter_name, config in self._elastic_configs().items():
+            layers = dict(self._find_layers(adapter_name))
+            if adapter_name in found or not layers:
+                continue
+            ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+            sizes = {
+                name: sum(weight.numel() // ranks[name] for weight in full_weights(layer, adapter_name))
+                for name, layer in layers.items()
+            }
+            space = SearchSpace(self._build_choices(config, ranks, self.model, sizes))
+            found[adapter_name] = _ElasticAdapter(layers, space)
+        return found
+
+    @staticmethod
+    def _build_choices(
+        config: ElasticLoraConfig,
+        ranks: Mapping[str, int],
+        model: nn.Module,
+        sizes: Optional[Mapping[str, int]] = None,
+    ) -> list[Choice]:
+        """One choice for each rank group.
+
+        Args:
+            config: the configuration of the adapter.
+            ranks: path -> maximal rank, of each module that has the adapter.
+            model: the base model.
+            sizes: path -> adapter parameters per unit of rank.
+        """
+        groups = group_modules(ranks, config.rank_groups, find_blocks(model))
+        _tie_groups(groups, config, model)
+        choices = []
+        for group_name, members in groups.items():
+            max_ranks = {ranks[name] for name in members}
+            if len(max_ranks) > 1:
+                raise ValueError(
+                    f"`rank_groups` ties {members}, whose maximal ranks in `rank_pattern` differ: {sorted(max_ranks)}."
+                )
+            choices.append(
+                Choice(
+                    kind="rank",
+                    name=group_name,
+                    options=config.rank_options(max_ranks.pop()),
+                    modules=tuple(members),
+                    unit_parameters=sum(sizes[name] for name in members) if sizes else 0,
+                )
+            )
+        return choices
+
+    # -- search space and subnets ----------------------------------------------------------------------------------
+
+    def _elastic(self, adapter_name: str) -> _ElasticAdapter:
+        if adapter_name not in self._elastic_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} has no elastic layers, so it has no search space.")
+        layers = self._elastic_adapters[adapter_name].layers
+        replaced = [name for name, layer in layers.items() if not is_elastic(layer, adapter_name)]
+        if replaced:
+            raise ValueError(
+                f"The weights of adapter {adapter_name!r} in {replaced[0]!r} have been replaced by a fixed-rank layer, "
+                "for example by `prepare_model_for_compiled_hotswap`, which elastic adapters do not support."
+            )
+        return self._elastic_adapters[adapter_name]
+
+    def _resolve_adapter(self, adapter_name: Optional[str]) -> str:
+        elastic = self._elastic_configs()
+        if adapter_name is None:
+            active = self._active_elastic_adapters()
+            if len(active) != 1:
+                raise ValueError(f"`adapter_name` is needed: {len(active)} elastic adapters are active, {active}.")
+            adapter_name = active[0]
+        if adapter_name not in elastic:
+            raise ValueError(
+                f"`adapter_name` must be one of the elastic adapters {list(elastic)}, got {adapter_name!r}."
+            )
+        return adapter_name
+
+    def _elastic_configs(self) -> dict[str, ElasticLoraConfig]:
+        # transformers lets adapters of other types stand beside, and removes `peft_config` with the last adapter
+        configs = getattr(self, "peft_config", {})
+        return {name: config for name, config in configs.items() if isinstance(config, ElasticLoraConfig)}
+
+    def _active_elastic_adapters(self) -> list[str]:
+        """Read from the layers: transformers' `model.set_adapter` does not tell the tuner."""
+        configs = self._elastic_configs()
+        active = next((m.active_adapters for m in self.model.modules() if isinstance(m, LoraLayer)), [])
+        return [name for name in active if name in configs]
+
+    def get_search_space(self, adapter_name: Optional[str] = None) -> SearchSpace:
+        """The search space of an adapter.
+
+        Args:
+            adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+
+        Raises:
+            ValueError: if there is no such adapter, several are active and none is named, or it adapts no layer.
+        """
+        return self._elastic(self._resolve_adapter(adapter_name)).space
+
+    @property
+    def search_space(self) -> SearchSpace:
+        """The search space of the active adapter."""
+        return self.get_search_space()
+
+    @property
+    def active_subnet(self) -> Subnet:
+        """What the layers of the active adapter compute now."""
+        return self.get_active_subnet()
+
+    def get_active_subnet(self, adapter_name: Optional[str] = None) -> Subnet:
+        """What the layers of an adapter compute now, read from the layers themselves.
+
+        Args:
+            adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+        """
+        adapter_name = self._resolve_adapter(adapter_name)
+        layers, space = self._elastic(adapter_name)
+        return Subnet({choice.key: get_rank(layers[choice.modules[0]], adapter_name) for choice in space})
+
+    def set_subnet(self, subnet: Subnet | Mapping[str, int] | str, adapter_name: Optional[str] = None) -> None:
+        """Choose the subnet that the model computes from now on. The choice is saved with the adapter.
+
+        Args:
+            subnet (`Subnet`, `Mapping[str, int]` or `str`):
+                A subnet of `search_space`, a dict from choice key to value, or `"max"`, `"min"`, `"heuristic"`.
+            adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+
+        Raises:
+            ValueError: if the subnet does not belong to the search space, or the adapter is merged.
+        """
+        adapter_name = self._resolve_adapter(adapter_name)
+        checked = self.get_search_space(adapter_name).subnet(subnet)
+        self._activate(checked, adapter_name)
+        self.peft_config[adapter_name].active_subnet = checked.to_dict()
+        self._sampled = False
+        self._trained_version = None
+
+    def sample_subnet(self, subnet: Subnet | Mapping[str, int] | str, adapter_name: Optional[str] = None) -> None:
+        """Activate a subnet for a training step, without choosing it: saving, `restore_subnet()` and `model.eval()`
+        go by the chosen one.
+
+        Args:
+            subnet: as in `set_subnet`.
+            adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+        """
+        adapter_name = self._resolve_adapter(adapter_name)
+        self._activate(self.get_search_space(adapter_name).subnet(subnet), adapter_name)
+        self._sampled = True
+        self._trained_version = None
+
+    def restore_subnet(self) -> None:
+        """Activate the chosen subnet of every adapter again (see `set_subnet`; the maximal one if none was chosen)."""
+        for adapter_name in self._elastic_configs():
+            self._activate_chosen(adapter_name)
+        self._sampled = False
+
+    def _activate_chosen(self, adapter_name: str, when_loaded: bool = False) -> None:
+        if adapter_name not in self._elastic_adapters:
+            return
+        config, space = self.peft_config[adapter_name], self._elastic(adapter_name).space
+        if config.active_subnet is None:
+            self._activate(space.max, adapter_name)
+        else:
+            chosen = _check_active_subnet(config, adapter_name, space)
+            self._activate(chosen, adapter_name, when_loaded=when_loaded)
+
+    def _activate(self, subnet: Subnet, adapter_name: str, when_loaded: bool = False) -> None:
+        layers, space = self._elastic(adapter_name)
+        merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+        if merged:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged (for example in {merged[0]!r}); call `unmerge_adapter()` before "
+                "choosing another subnet."
+            )
+        for choice in space:
+            for name in choice.modules:
+                set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)
+
+    @contextmanager
+    def _all_ranks(self) -> Iterator[None]:
+        """Show every adapter at full rank, for code of peft that replaces or copies whole parameters."""
+        before = {
+            (layer, name): get_rank(layer, name)
+            for name in self._elastic_configs()
+            if name in self._elastic_adapters
+            for layer in self._elastic_adapters[name].layers.values()
+        }
+        for layer, name in before:
+            set_rank(layer, name, layer.r[name])
+        try:
+            yield
+        finally:
+            for (layer, name), rank in before.items():
+                set_rank(layer, name, rank)
+
+    def subnet_summary(self, adapter_name: Optional[str] = None) -> SubnetSummary:
+        """What is active, as a table when printed.
+
+        Args:
+            adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+        """
+        adapter_name = self._resolve_adapter(adapter_name)
+        return SubnetSummary(adapter_name, self.get_active_subnet(adapter_name), self.get_search_space(adapter_name))
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> ElasticLoraModel:
+        super().train(mode)
+        if mode:
+            self._warn_if_one_subnet_is_trained()
+        elif self._sampled:
+            self.restore_subnet()
+        return self
+
+    def _warn_if_one_subnet_is_trained(self) -> None:
+        """Warn, once, when the weights have been updated in place since the last call while one subnet stayed active.
+        transformers' Trainer calls `model.train()` in every step."""
+        if self._warned_about_sampling:
+            return
+        adapters = {name: self._elastic_adapters[name] for name in self._active_elastic_adapters()}
+        weights = (
+            weight
+            for name, adapter in adapters.items()
+            if adapter.space.size > 1
+            for layer in adapter.layers.values()
+            for weight in full_weights(layer, name)
+        )
+        trainable = next((weight for weight in weights if weight.requires_grad), None)
+        if trainable is None:
+            return
+        version, before = trainable._version, self._trained_version
+        self._trained_version = version
+        if before is not None and version != before:
+            self._warned_about_sampling = True
+            warnings.warn(
+                "An elastic adapter is being trained with one and the same subnet in every step, which trains a plain "
+                "LoRA adapter. Pass `callbacks=[SubnetSamplingCallback()]` to the Trainer, or call "
+                "`model.sample_subnet(...)` in each step of your own loop."
+            )
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def export_lora(self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None) -> None:
+        """Write the active sub-adapter as a plain LoRA adapter, which peft loads without this package.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder; it is created, and gets `adapter_config.json` and
+                `adapter_model.safetensors`. Those of an earlier adapter are replaced once the new ones are complete.
+            adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+
+        Raises:
+            ValueError: if the adapter changed the base weights when it was initialised (PiSSA and relatives).
+            OSError: if the folder cannot be written; nothing is changed then.
+        """
+        adapter_name = self._resolve_adapter(adapter_name)
+        layers = self._elastic(adapter_name).layers
+        export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model.__dict__.pop(HOST_ATTRIBUTE, None)
+        if self._tagged:
+            model.model_tags.remove("lora")
+            self._tagged = False
+        return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._elastic_adapters.pop(adapter_name, None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with self._all_ranks():
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in peft; each adapter enters with its active subnet, and the new adapter has a fixed rank."""
+        if adapter_name in self.peft_config or not adapters or not set(adapters) <= set(self.peft_config):
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)  # peft's own answer
+            return
+        # peft derives the configuration of the new adapter from the first one, but with another rank
+        own_config = self.peft_config[adapters[0]]
+        template = copy.copy(own_config)
+        template.elastic_ranks, template.rank_groups, template.active_subnet = None, "module", None
+        template.init_lora_weights = True  # the weights get replaced, and PiSSA would change the base once more
+        self._weighted_adapter = adapter_name
+        self.peft_config[adapters[0]] = template
+        try:
+            with self._inactive_ranks_zeroed(adapters):
+                super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        finally:
+            self.peft_config[adapters[0]] = own_config
+            self._weighted_adapter = None
+        self.peft_config[adapter_name].initialized_with = own_config.initialized_with
+
+    @contextmanager
+    def _inactive_ranks_zeroed(self, adapters: list[str]) -> Iterator[None]:
+        """Make full-rank weights that compute what the active subnets compute."""
+        layers = [(layer, name) for name in adapters for layer in self._elastic(name).layers.values()]
+        saved = [(full, full.detach().clone()) for layer, name in layers for full in full_weights(layer, name)]
+        try:
+            for layer, name in layers:
+                zero_inactive(layer, name)
+            with self._all_ranks():
+                yield
+        finally:
+            for full, values in saved:
+                full.data.copy_(values)
+
+    # -- saving and loading ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        # peft warns of weights that a sharded model left empty for the type LORA only
+        _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)
+        return state_dict
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        for module in model.modules():
+            has_adapter = isinstance(module, LoraLayer) and (
+                adapter_name in module.lora_A or adapter_name in module.lora_embedding_A
+            )
+            if has_adapter and not is_elastic(module, adapter_name):
+                raise ValueError(
+                    f"Adapter {adapter_name!r} is elastic, but is being loaded by a method that knows fixed ranks only, "
+                    "for example X-LoRA. Load what `model.export_lora` writes instead."
+                )
+        host = getattr(model, HOST_ATTRIBUTE, None)
+        if host is not None:
+            host._activate_chosen(adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls,
+        peft_model: Any,
+        peft_config: Any,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: dict[str, torch.Tensor],
+        kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Turn a trained PiSSA, OLoRA or CorDA adapter into one for the original base model, and keep it elastic.
+
+        peft appends the initial A0, B0 behind A and B, so that B A - B0 A0 comes out. Here the initial part goes in
+        front: it belongs to every subnet, and rank k of the trained adapter becomes rank r + k.
+        """
+        if peft_config.target_parameters:
+            raise ValueError("`path_initial_model_for_weight_conversion` does not work with `target_parameters`.")
+        # peft sets the field `init_weights` for types other than LORA, so its copy on disk still asks for PiSSA
+        del peft_config.init_weights
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path_initial_model_for_weight_conversion)
+        converted = super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path_initial_model_for_weight_conversion, output_state_dict, kwargs
+        )
+        for name, tensor in converted.items():
+            dim = 0 if "lora_A" in name else 1
+            trained, initial = tensor.chunk(2, dim=dim)
+            converted[name] = torch.cat([initial, trained], dim=dim)
+
+        # peft goes on to double `r`, `lora_alpha` and the patterns of this configuration
+        if peft_config.active_subnet is not None:
+            ranks = {
+                name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): tensor.shape[0]
+                for name, tensor in output_state_dict.items()
+                if name.endswith(".lora_A.weight")
+            }
+            choices = cls._build_choices(peft_config, ranks, peft_model.get_base_model())
+            peft_config.active_subnet = {c.key: c.options[0] + peft_config.active_subnet[c.key] for c in choices}
+        peft_config.elastic_ranks = [peft_config.r + k for k in peft_config.elastic_ranks]
+        # what does not depend on the base weights stays: DoRA's magnitudes, `modules_to_save`, biases
+        return output_state_dict | converted
+
+
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str, active: Mapping[nn.Module, Any]) -> None:
+    """Remove every trace of an adapter whose injection failed.
+
+    Args:
+        active: each wrapper that was there before -> its active adapter.
+    """
+    for path, module in list(model.named_modules()):
+        parent_path, _, child = path.rpartition(".")
+        if not isinstance(module, _WRAPPERS) or getattr(model.get_submodule(parent_path), child, None) is not module:
+            continue  # nothing of ours, or inside a wrapper that has been taken off
+        if module not in active:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                inner = module.original_module
+            elif hasattr(module, "unload_and_optionally_merge_module"):
+                inner = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            else:
+                inner = module.get_base_layer()
+            setattr(model.get_submodule(parent_path), child, inner)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's choice of another active adapter, undone below
+            if isinstance(module, BaseTunerLayer):
+                module.delete_adapter(adapter_name)
+            else:
+                module.delete_adapter(adapter_name, None)
+        module._active_adapter = active[module]
+
+
+def _as_lora(config: Any) -> Any:
+    """A shallow copy of the configuration for code of peft that asks for the type LORA."""
+    config = copy.copy(config)
+    config.peft_type = PeftType.LORA
+    return config
+
+
+def _convert_moe_targets(config: ElasticLoraConfig, model: nn.Module) -> None:
+    """As peft does for LORA: name what transformers 5 made of the experts' modules, e.g. Mixtral's w1, w2, w3."""
+    as_lora = _as_lora(config)
+    convert_peft_config_for_transformers(as_lora, model=model, conversions=None)
+    config.target_modules, config.target_parameters = as_lora.target_modules, as_lora.target_parameters
+    config.rank_pattern, config.alpha_pattern = as_lora.rank_pattern, as_lora.alpha_pattern
+
+
+def _refuse_unmatched(field: str, targets: Any, paths: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Raise a ValueError if a listed target matches no path."""
+    if not targets or isinstance(targets, str):
+        return
+    ends = {".".join(parts[i:]) for path in paths for parts in [path.split(".")] for i in range(len(parts))}
+    unmatched = sorted(set(targets) - ends - set(known))
+    if unmatched:
+        raise ValueError(f"`{field}` names {unmatched}, which are not in the base model.")
+
+
+def _check_active_subnet(config: ElasticLoraConfig, adapter_name: str, choices: SearchSpace | list[Choice]) -> Subnet:
+    space = choices if isinstance(choices, SearchSpace) else SearchSpace(choices)
+    try:
+        return space.subnet(config.active_subnet)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(
+            f"`active_subnet` in the configuration of adapter {adapter_name!r} is wrong: {error}"
+        ) from error
+
+
+def _tie_groups(groups: dict[str, list[str]], config: ElasticLoraConfig, model: Any) -> None:
+    """Give the adapter of a tied output layer the rank of the embedding's adapter, whose weights it shares."""
+    tied = set(getattr(config, "target_modules_to_tie", None) or ())
+    if not tied:
+        return
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    source = next(name for name, members in groups.items() if embedding in members)
+    for group_name in [name for name in groups if name != source]:
+        moved = [name for name in groups[group_name] if name in tied]
+        groups[source] += moved
+        groups[group_name] = [name for name in groups[group_name] if name not in moved]
+        if not groups[group_name]:
+            del groups[group_name]
+
+
+# -- what a PeftModel shows ----------------------------------------------------------------------------------------
+
+
+def _print_trainable_parameters(model: PeftModel) -> None:
+    """Stands in for `PeftModel.print_trainable_parameters`, which knows nothing of subnets."""
+    type(model).print_trainable_parameters(model)
+    for adapter_name in model.base_model._active_elastic_adapters():
+        print(model.base_model.subnet_summary(adapter_name).describe())
+
+
+def _search_subnet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    from ...search import search_subnet
+
+    return search_subnet(model, *args, **kwargs)
+
+
+def _welcome_peft_model(module: nn.Module, name: str, submodule: Optional[nn.Module]) -> None:
+    """Give a PeftModel that gets an elastic tuner what it must do itself. peft does not tell the tuner which PeftModel
+    it belongs to, and looks for methods in the PeftModel first."""
+    if isinstance(submodule, ElasticLoraModel) and isinstance(module, PeftModel) and name == "base_model":
+        module.__dict__["print_trainable_parameters"] = functools.partial(_print_trainable_parameters, module)
+        module.__dict__["search_subnet"] = functools.partial(_search_subnet, module)
+        submodule._in_peft_model = True
+        submodule.restore_subnet()
+
+
+register_module_module_registration_hook(_welcome_peft_model)

@@ -1,0 +1,73 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The examples run, in their smoke mode, as a user would start them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+@pytest.mark.parametrize(
+    "script, train, test",
+    [
+        ("shears_math.py", "gsm8k_train.jsonl", "gsm8k_test.jsonl"),
+        ("shears_math.py", "mawps_train.json", "mawps_test.json"),
+        ("shears_commonsense.py", "arc_easy_train.jsonl", "arc_easy_test.jsonl"),
+    ],
+)
+def test_smoke_mode(script, train, test, shared_data, tmp_path):
+    command = [sys.executable, EXAMPLES / script, "--smoke", "--out", tmp_path / "out"]
+    command += ["--train", shared_data / train, "--test", shared_data / test]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"dense", "pruned", "tuned, max subnet", "tuned, searched subnet"} <= set(results)
+    assert all(0 <= value <= 1 for value in results.values() if isinstance(value, float))
+    for written in ("pareto.png", "adapter/adapter_config.json", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "out" / written).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("#### 72", 72.0),
+        ("She has $1,234.50 left.", 1234.5),
+        ("so -3 degrees", -3.0),
+        ("first 1, then 2", 2.0),
+        ("no number", None),
+    ],
+)
+def test_last_number(text, number):
+    import tasks
+
+    assert tasks.last_number(text) == number
+
+
+def test_target_tokens_alone_are_trained():
+    import shears
+    import tasks
+
+    tokenizer, _ = shears.tiny_model(["Question: why? Answer: because"] * 3)
+    example = tasks.Example("Question: why?", " because", " because", [])
+    features = shears.encode(tokenizer, example, max_length=100)
+    trained = [token for token, label in zip(features["input_ids"], features["labels"]) if label != -100]
+    assert tokenizer.decode(trained) == " because<eos>"
+    assert shears.encode(tokenizer, example, max_length=3) is None

@@ -1,0 +1,179 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The distributions that the samplers draw from."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from peft_elastic import BalancedSampler, Choice, SearchSpace, UniformSampler
+
+
+# Parameters per rank of q, k, v, o, gate, up and down in SmolLM2-135M.
+SMOLLM2_BLOCK = [1152, 768, 768, 1152, 2112, 2112, 2112]
+# The same in Llama-7B: its range of counts is too fine for the sampler's table.
+LLAMA_BLOCK = [8192, 8192, 8192, 8192, 15104, 15104, 15104]
+
+
+def space_of(unit_parameters, options=(32, 24, 16)):
+    return SearchSpace(
+        Choice("rank", f"layers.{i}", options, modules=(f"layers.{i}",), unit_parameters=unit)
+        for i, unit in enumerate(unit_parameters)
+    )
+
+
+def draw(sampler, space, number, seed=0):
+    return [sampler(space, np.random.default_rng([seed, i])) for i in range(number)]
+
+
+def positions(space, subnets):
+    """Parameter counts, from 0 (the smallest subnet) to 1 (the largest)."""
+    low, high = space.count_parameters(space.min), space.count_parameters(space.max)
+    return np.array([(space.count_parameters(subnet) - low) / (high - low) for subnet in subnets])
+
+
+def bin_counts(space, subnets, bins=16):
+    return np.histogram(positions(space, subnets), bins, (0, 1))[0]
+
+
+# -- uniform ----------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_draws_each_option_of_each_choice_equally_often():
+    space = space_of([1, 5, 100], options=(32, 28, 24, 20, 16))
+    subnets = draw(UniformSampler(), space, 2000)
+    for choice in space:
+        frequencies = Counter(subnet[choice.key] for subnet in subnets)
+        assert stats.chisquare([frequencies[option] for option in choice.options]).pvalue > 1e-3
+
+
+def test_uniform_draws_choices_independently():
+    space = space_of([1, 1])
+    pairs = Counter(space.encode(subnet) for subnet in draw(UniformSampler(), space, 3000))
+    assert len(pairs) == 9
+    assert stats.chisquare(list(pairs.values())).pvalue > 1e-3
+
+
+def test_uniform_hardly_leaves_the_middle_of_a_large_space():
+    """Why there is a balanced sampler."""
+    spread = positions(space := space_of(SMOLLM2_BLOCK * 30), draw(UniformSampler(), space, 200))
+    assert 0.35 < spread.min() and spread.max() < 0.65
+
+
+# -- balanced ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "unit_parameters, options",
+    [
+        pytest.param([7] * 10, (32, 24, 16), id="equal-costs"),
+        pytest.param([1, 2, 3, 5, 8], (32, 28, 24, 20, 16), id="unequal-costs"),
+        pytest.param(SMOLLM2_BLOCK * 30, (32, 24, 16), id="smollm2"),
+        pytest.param(SMOLLM2_BLOCK * 32, (32, 28, 24, 20, 16), id="224-choices-of-5"),
+        pytest.param([49728, *SMOLLM2_BLOCK * 4], (32, 24, 16), id="one-choice-dominates"),
+    ],
+)
+def test_balanced_fills_bins_of_the_parameter_count_equally(unit_parameters, options):
+    space = space_of(unit_parameters, options)
+    counts = bin_counts(space, draw(BalancedSampler(), space, 800))
+    assert stats.chisquare(counts[counts > 0]).pvalue > 1e-3
+    # the check tells apart: uniform sampling fails it
+    assert stats.chisquare(bin_counts(space, draw(UniformSampler(), space, 800))[counts > 0]).pvalue < 1e-6
+
+
+def test_balanced_leaves_no_gap_where_counts_are_dense():
+    """Not only bin by bin: within the bins, too, up to both ends."""
+    space = space_of(SMOLLM2_BLOCK * 30)
+    spread = positions(space, draw(BalancedSampler(), space, 1000))
+    assert stats.kstest(spread, "uniform").pvalue > 1e-3
+    assert spread.min() < 0.01 and spread.max() > 0.99
+
+
+def test_balanced_is_close_to_even_where_it_has_to_round():
+    space = space_of(LLAMA_BLOCK * 32)
+    sampler = BalancedSampler()
+    spread = positions(space, draw(sampler, space, 800))
+    assert stats.kstest(spread, "uniform").statistic < 0.05
+    assert spread.min() < 0.01 and spread.max() > 0.99
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param((32, 24, 16), id="3-options"), pytest.param((32, 28, 24, 20, 16), id="5-options")]
+)
+def test_balanced_with_one_choice_is_uniform_over_its_options(options):
+    space = space_of([100], options)
+    frequencies = Counter(subnet["rank:layers.0"] for subnet in draw(BalancedSampler(), space, 1500))
+    assert len(frequencies) == len(options)
+    assert stats.chisquare(list(frequencies.values())).pvalue > 1e-3
+
+
+def test_balanced_reaches_both_sides_of_a_gap():
+    """One choice is nearly everything: no single tilt of the odds gives large values of it with small ones elsewhere."""
+    space = space_of([1000, *[1] * 40], options=(3, 2, 1))
+    spread = positions(space, draw(BalancedSampler(), space, 600))
+    for value in (0, 0.481, 0.962):  # where the large choice takes the counts
+        above = (spread[(spread >= value) & (spread <= value + 0.039)] - value) / 0.039
+        assert len(above) > 100 and above.min() < 0.1 and above.max() > 0.9
+
+
+def test_balanced_with_two_equal_choices_is_uniform_over_the_sums():
+    space = space_of([100, 100])
+    subnets = draw(BalancedSampler(), space, 2000)
+    sums = Counter(sum(subnet.values()) for subnet in subnets)
+    assert sorted(sums) == [32, 40, 48, 56, 64]
+    assert stats.chisquare(list(sums.values())).pvalue > 1e-3
+    # and over the three subnets with the same sum
+    same = Counter(space.encode(subnet) for subnet in subnets if sum(subnet.values()) == 48)
+    assert len(same) == 3
+    assert stats.chisquare(list(same.values())).pvalue > 1e-3
+
+
+def test_balanced_where_all_subnets_have_the_same_size():
+    fixed = space_of([100, 100], options=(8,))
+    assert draw(BalancedSampler(), fixed, 3) == [fixed.max] * 3
+    free = space_of([0, 0])  # choices that cost nothing
+    pairs = Counter(free.encode(subnet) for subnet in draw(BalancedSampler(), free, 1800))
+    assert len(pairs) == 9
+    assert stats.chisquare(list(pairs.values())).pvalue > 1e-3
+
+
+def test_balanced_in_a_space_with_more_subnets_than_floats_can_count():
+    space = space_of([1] * 1000, options=(5, 4, 3, 2, 1))
+    assert space.size > 1e308
+    spread = positions(space, draw(BalancedSampler(), space, 100))
+    assert stats.kstest(spread, "uniform").pvalue > 1e-3
+
+
+def test_balanced_follows_a_change_of_the_space():
+    sampler = BalancedSampler()
+    for space in (space_of([1]), space_of([1, 2, 3]), space_of([1])):
+        assert all(subnet in space for subnet in draw(sampler, space, 5))
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler_cls", [UniformSampler, BalancedSampler])
+def test_same_generator_same_subnet(sampler_cls):
+    space = space_of(SMOLLM2_BLOCK * 3)
+    subnets = draw(sampler_cls(), space, 20)
+    assert subnets == draw(sampler_cls(), space, 20)
+    assert len(set(subnets)) == 20
+    assert subnets != draw(sampler_cls(), space, 20, seed=1)
+    # a used sampler is as good as a new one
+    sampler = sampler_cls()
+    draw(sampler, space_of([3, 4]), 5)
+    assert draw(sampler, space, 20) == subnets
