@@ -61,10 +61,17 @@ class Choice:
     def __post_init__(self) -> None:
         if not self.options:
             raise ValueError(f"`options` of choice {self.key!r} is empty, it needs at least one value.")
-        if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in self.options):
+        if not all(_is_count(v) for v in self.options):
             raise ValueError(f"`options` of choice {self.key!r} must be non-negative integers, got {self.options}.")
         if list(self.options) != sorted(set(self.options), reverse=True):
             raise ValueError(f"`options` of choice {self.key!r} must fall strictly, got {self.options}.")
+        for field, value in (("kind", self.kind), ("name", self.name), *(("modules", m) for m in self.modules)):
+            if not isinstance(value, str):
+                raise ValueError(f"`{field}` of choice {self.key!r} must be text, got {value!r}.")
+        if not _is_count(self.unit_parameters):
+            raise ValueError(
+                f"`unit_parameters` of choice {self.key!r} must be a non-negative integer, got {self.unit_parameters}."
+            )
 
     @property
     def key(self) -> str:
@@ -92,9 +99,11 @@ class Subnet(Mapping[str, int]):
         for key, value in values.items():
             if not isinstance(key, str):
                 raise ValueError(f"A subnet's keys must be strings such as 'rank:<module>', got {key!r}.")
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+            if isinstance(value, np.integer):
+                value = int(value)
+            if not _is_count(value):
                 raise ValueError(f"A subnet's values must be non-negative integers, got {value!r} for {key!r}.")
-            checked[key] = int(value)
+            checked[key] = value
         self._values = dict(sorted(checked.items()))
         self._hash = hash(tuple(self._values.items()))
 
@@ -284,9 +293,10 @@ class SearchSpace:
                 parts.append(f"unknown choices {_few(unknown)}")
             raise ValueError(f"`subnet` does not belong to this search space: {'; '.join(parts)}.")
         for choice in self.choices:
-            if subnet[choice.key] not in choice.options:
+            value = subnet[choice.key]
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value not in choice.options:
                 raise ValueError(
-                    f"`subnet` gives {choice.key!r} the value {subnet[choice.key]}, allowed are {list(choice.options)}."
+                    f"`subnet` gives {choice.key!r} the value {value!r}, allowed are {list(choice.options)}."
                 )
 
     def encode(self, subnet: Mapping[str, int]) -> tuple[int, ...]:
@@ -308,9 +318,9 @@ class SearchSpace:
             raise ValueError(f"`indices` must hold {len(self)} numbers, one per choice, got {len(indices)}.")
         values = {}
         for choice, index in zip(self.choices, indices):
-            if not 0 <= index < len(choice.options):
+            if not isinstance(index, (int, np.integer)) or not 0 <= index < len(choice.options):
                 raise ValueError(
-                    f"`indices` holds {index} for {choice.key!r}, allowed are 0 to {len(choice.options) - 1}."
+                    f"`indices` holds {index!r} for {choice.key!r}, allowed are 0 to {len(choice.options) - 1}."
                 )
             values[choice.key] = choice.options[int(index)]
         return Subnet(values)
@@ -366,7 +376,7 @@ class SearchSpace:
 def _parse(text: str, expected_format: str, what: str, field: str, field_type: type) -> Any:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != expected_format:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -376,6 +386,10 @@ def _parse(text: str, expected_format: str, what: str, field: str, field_type: t
     if not isinstance(data.get(field), field_type):
         raise ValueError(f"not a {what}: the field {field!r} is missing or of the wrong type")
     return data[field]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _few(names: Sequence[str], limit: int = 4) -> str:
