@@ -26,9 +26,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) peft_elastic/version.py $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e ".[dev]"
-	touch $@
+	@echo "Installing into $(VENV), which takes a few minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e ".[dev]"
+	@touch $@
 
 quickstart: $(INSTALLED)
 	$(BIN)/peft-elastic quickstart $(ARGS)

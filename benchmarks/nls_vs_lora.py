@@ -17,9 +17,9 @@ The encoder is pruned once with Wanda. Then every method trains on the same sent
 in the same order for a given seed, so that two methods can be compared seed by seed. Subnets are selected on validation
 sentences, and every reported accuracy is that of held-out sentences which neither training nor selection has seen.
 
-    python benchmarks/nls_vs_lora.py --data FOLDER --out /tmp/nls      # FOLDER holds sst2_train.tsv and sst2_dev.tsv
-    python benchmarks/nls_vs_lora.py --out /tmp/nls                    # the movie reviews that the package fetches
-    python benchmarks/nls_vs_lora.py --smoke --out /tmp/smoke          # a toy encoder and toy sentences, seconds
+    python benchmarks/nls_vs_lora.py --data FOLDER                 # FOLDER holds sst2_train.tsv and sst2_dev.tsv
+    python benchmarks/nls_vs_lora.py                               # the movie reviews that the package fetches
+    python benchmarks/nls_vs_lora.py --smoke --out outputs/smoke   # a toy encoder and toy sentences, seconds
 
 Every finished run is kept in OUT/runs.jsonl; the same command continues where a broken one stopped. OUT/results.json
 holds settings, machine, versions, runs and comparisons, and the tables are printed as Markdown.
@@ -482,7 +482,12 @@ def machine() -> dict[str, Any]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results; a broken run continues in it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/nls_vs_lora"),
+        help="folder of the results, default %(default)s; the same command continues a broken run in it",
+    )
     parser.add_argument(
         "--data", type=Path, help="folder with sst2_train.tsv and sst2_dev.tsv; default: movie reviews"
     )

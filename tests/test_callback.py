@@ -21,104 +21,31 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from models import VOCABULARY, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch.utils.checkpoint import CheckpointError
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from training import (
+    TARGETS,
+    ForwardRecord,
+    adapter_weights,
+    arguments,
+    checkpointing,
+    dataset,
+    elastic_config,
+    elastic_llama,
+    make_trainer,
+)
+from transformers import Trainer, TrainerCallback
 
-from peft_elastic import BalancedSampler, ElasticLoraConfig, Subnet, SubnetSamplingCallback, UniformSampler
+from peft_elastic import BalancedSampler, SubnetSamplingCallback, UniformSampler
 from peft_elastic.supernet import get_elastic_host
 from peft_elastic.tuners.elastic_lora.layer import set_rank
 
 
-VOCAB, SEQUENCE = 64, 10
-
-
-def tiny_llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def lora_arguments(**kwargs):
-    return {
-        "r": 8,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "v_proj", "down_proj"],
-        "init_lora_weights": False,
-    } | kwargs
-
-
-def elastic_config(**kwargs):
-    """B starts at random (`init_lora_weights=False`), so that the active rank matters from the first step on."""
-    return ElasticLoraConfig(**lora_arguments(**({"elastic_ranks": [8, 6, 4, 2]} | kwargs)))
-
-
-def elastic_llama(seed=0, **kwargs):
-    model = tiny_llama(seed)
-    torch.manual_seed(seed + 100)
-    return get_peft_model(model, elastic_config(**kwargs))
-
-
-def dataset(size=64, seed=0):
-    ids = torch.randint(VOCAB, (size, SEQUENCE), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def arguments(folder, **kwargs):
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": 2,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "dataloader_pin_memory": False,
-        }
-        | kwargs
-    )
-
-
-def make_trainer(model, folder, callbacks=(), **kwargs):
-    extra = {key: kwargs.pop(key) for key in ("eval_dataset", "compute_metrics") if key in kwargs}
-    return Trainer(model, arguments(folder, **kwargs), train_dataset=dataset(), callbacks=list(callbacks), **extra)
-
-
-def adapter_weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-class ForwardRecord:
-    """Which subnet each forward pass of the model runs, read from the shapes that its layers compute with."""
-
-    def __init__(self, model):
-        self.training, self.evaluation = [], []
-        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-        self._seen = {}
-        for name, layer in self._layers.items():
-            layer.lora_A["default"].register_forward_hook(
-                lambda module, args, output, name=name: self._seen.__setitem__(name, output.shape[-1])
-            )
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        base.register_forward_hook(self._record)
-
-    def _record(self, model, args, output):
-        subnet = Subnet({f"rank:{name[name.index('model.layers') :]}": rank for name, rank in self._seen.items()})
-        self._seen = {}
-        (self.training if model.training else self.evaluation).append(subnet)
+def base_llama():
+    """The base model of `elastic_llama`."""
+    return tiny_llama(num_hidden_layers=3)
 
 
 # -- which subnet a step trains -------------------------------------------------------------------------------------
@@ -199,21 +126,13 @@ class GradientRecord(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
 
 
-def trained_gradients(folder, seed, checkpointing, callback):
+def trained_gradients(folder, seed, kind, callback):
     """The gradients of three steps with two micro-batches each, dropout included."""
     model = elastic_llama(seed, lora_dropout=0.1)
     record = GradientRecord()
-    checkpointing = (
-        {}
-        if checkpointing is None
-        else {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"},
-        }
-    )
     make_trainer(
         model, folder, [callback, record], seed=seed, max_steps=3, gradient_accumulation_steps=2, max_grad_norm=0.0,
-        **checkpointing,
+        **checkpointing(kind),
     ).train()  # fmt: skip
     return record.steps
 
@@ -232,7 +151,7 @@ def assert_same_gradients(actual, expected):
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_gradients_under_checkpointing(tmp_path, kind, seed):
-    expected = trained_gradients(tmp_path, seed, None, SubnetSamplingCallback())
+    expected = trained_gradients(tmp_path, seed, "none", SubnetSamplingCallback())
     actual = trained_gradients(tmp_path, seed, kind, SubnetSamplingCallback())
     assert_same_gradients(actual, expected)
 
@@ -253,8 +172,8 @@ class DrawInsideForward(TrainerCallback):
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
 def test_gradients_under_checkpointing_are_wrong_if_ranks_are_drawn_inside_forward(tmp_path, kind):
-    expected = trained_gradients(tmp_path, 0, None, DrawInsideForward())
-    assert_same_gradients(trained_gradients(tmp_path, 0, None, DrawInsideForward()), expected)
+    expected = trained_gradients(tmp_path, 0, "none", DrawInsideForward())
+    assert_same_gradients(trained_gradients(tmp_path, 0, "none", DrawInsideForward()), expected)
     with pytest.raises(AssertionError if kind == "reentrant" else CheckpointError):
         assert_same_gradients(trained_gradients(tmp_path, 0, kind, DrawInsideForward()), expected)
 
@@ -427,7 +346,7 @@ def test_checkpoints_carry_all_ranks_and_the_chosen_subnet(tmp_path):
     make_trainer(
         model, tmp_path, [SubnetSamplingCallback(eval_subnet="heuristic")], save_strategy="steps", save_steps=2
     ).train()
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-4")
+    loaded = PeftModel.from_pretrained(base_llama(), tmp_path / "checkpoint-4")
     assert loaded.active_subnet == model.search_space.heuristic
     assert all(
         layer.lora_A["default"].kept == 6 and layer.lora_A["default"]._parameters["weight"].shape[0] == 8
@@ -444,7 +363,7 @@ def test_checkpoints_carry_all_ranks_and_the_chosen_subnet(tmp_path):
 
 
 def test_load_best_model_at_end(tmp_path):
-    """The learning rate is absurd, so the first checkpoint is the best one."""
+    """The learning rate is absurd, so the last checkpoint is not the best one."""
     model = elastic_llama()
     trainer = make_trainer(
         model, tmp_path, [SubnetSamplingCallback(eval_subnet="min")], learning_rate=1.0, max_steps=3,
@@ -452,8 +371,8 @@ def test_load_best_model_at_end(tmp_path):
         load_best_model_at_end=True,
     )  # fmt: skip
     trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    best = PeftModel.from_pretrained(tiny_llama(), trainer.state.best_model_checkpoint, is_trainable=True)
+    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    best = PeftModel.from_pretrained(base_llama(), trainer.state.best_model_checkpoint, is_trainable=True)
     assert all(torch.equal(weight, adapter_weights(best)[name]) for name, weight in adapter_weights(model).items())
     assert model.active_subnet == model.search_space.min
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
@@ -481,15 +400,15 @@ class Interrupt(TrainerCallback):
     """Presses Ctrl-C while step `step` computes."""
 
     def __init__(self, model, step):
-        self.step, self.at = step, None
+        self.step, self.now = step, None
         model.register_forward_hook(self._raise)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.at = state.global_step
+        self.now = state.global_step
 
     def _raise(self, module, args, output):
-        if self.at == self.step:
-            self.at = None
+        if self.now == self.step:
+            self.step = None
             raise KeyboardInterrupt
 
 
@@ -503,7 +422,7 @@ def test_an_interrupt_leaves_a_model_that_evaluates_the_chosen_subnet(tmp_path):
     heuristic = model.search_space.heuristic
     assert model.active_subnet == callback.subnet_of_step(2) != heuristic
     model.save_pretrained(tmp_path / "saved")
-    assert PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved").active_subnet == heuristic
+    assert PeftModel.from_pretrained(base_llama(), tmp_path / "saved").active_subnet == heuristic
     trainer.evaluate()
     assert set(record.evaluation) == {heuristic} and model.active_subnet == heuristic
     # and one that can be trained again
@@ -594,7 +513,7 @@ def test_inference_does_not_warn(tmp_path):
 
 
 def test_transformers_add_adapter(tmp_path):
-    model = tiny_llama()
+    model = base_llama()
     model.add_adapter(elastic_config())
     host = get_elastic_host(model)
     record = ForwardRecord(model)
@@ -609,7 +528,7 @@ def test_transformers_add_adapter(tmp_path):
     assert record.evaluation == [host.search_space.heuristic] * 4
     assert {entry["eval_subnet"] for entry in trainer.state.log_history if "eval_loss" in entry} == {"heuristic"}
     assert all(not torch.equal(weight, before[name]) for name, weight in adapter_weights(model).items())
-    loaded = tiny_llama()
+    loaded = base_llama()
     loaded.load_adapter(str(tmp_path / "checkpoint-4"))
     assert get_elastic_host(loaded).active_subnet == host.search_space.heuristic
     inputs = torch.arange(8)[None]
@@ -621,7 +540,7 @@ def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -642,7 +561,7 @@ def test_trl_sft_trainer(tmp_path, tokenizer, wrapped_by):
     )  # fmt: skip
     callback = SubnetSamplingCallback("balanced", eval_subnet="min")
     trainer = SFTTrainer(
-        elastic_llama() if wrapped_by == "user" else tiny_llama(),
+        elastic_llama() if wrapped_by == "user" else base_llama(),
         args,
         train_dataset=texts,
         eval_dataset=texts.select(range(4)),
@@ -658,7 +577,7 @@ def test_trl_sft_trainer(tmp_path, tokenizer, wrapped_by):
     assert set(record.evaluation) == {trainer.model.search_space.min}
     logged = [entry["eval_subnet"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert logged == ["min", "min"]
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-4")
+    loaded = PeftModel.from_pretrained(base_llama(), tmp_path / "checkpoint-4")
     assert loaded.active_subnet == trainer.model.search_space.min
 
 
@@ -714,7 +633,7 @@ def test_bad_eval_subnet(tmp_path, subnet, message):
 
 
 def test_a_model_without_an_elastic_adapter_is_refused(tmp_path):
-    model = get_peft_model(tiny_llama(), LoraConfig(**lora_arguments()))
+    model = get_peft_model(base_llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ValueError, match="`model` .PeftModel. has no elastic adapter"):
         make_trainer(model, tmp_path, [SubnetSamplingCallback()]).train()
 
@@ -732,6 +651,6 @@ def test_host_behind_wrappers():
     assert get_elastic_host(torch.nn.DataParallel(model)) is host
     assert get_elastic_host(torch.compile(model)) is host
     assert get_elastic_host(torch.compile(torch.nn.DataParallel(model))) is host
-    for other in (tiny_llama(), torch.nn.DataParallel(torch.nn.Linear(2, 2)), None):
+    for other in (base_llama(), torch.nn.DataParallel(torch.nn.Linear(2, 2)), None):
         with pytest.raises(ValueError, match="has no elastic adapter"):
             get_elastic_host(other)

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,13 +47,27 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
         "--model", required=required, metavar="NAME", help="the base model: a name on the hub, or a folder" + more_help
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="precision to load it in (default: auto, that of the "
-        "checkpoint; on CPUs float32 is usually several times as fast as the others)"
-    )  # fmt: skip
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="precision to load it in (default: auto, that of the checkpoint; on CPUs float32 is usually several times as "
+        "fast as the others)",
+    )
     parser.add_argument("--device", help="where to compute, e.g. cpu or cuda:0 (default: the GPU if there is one)")
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> torch.nn.Module:
+def add_seed_argument(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--seed", type=_seed, default=0, help=f"of {of} (default: %(default)s)")
+
+
+def _seed(text: str) -> int:
+    """For argparse: what every random generator takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any:
     """A pretrained model, of the class that its configuration names.
 
     Raises:
@@ -64,6 +79,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tor
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"`--device` {device!r} cannot be used: {first_line(error)}") from error
     _check_folder("--model", name, "config.json")
+    # what libraries deprecate among themselves is of no use here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         config = AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
@@ -72,7 +89,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tor
         raise ValueError(f"`--model` {name!r} cannot be loaded: {first_line(error)}") from error
 
 
-def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) -> torch.nn.Module:
+def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) -> Any:
     """`load_model`, for the commands that work with language models alone."""
     model = load_model(name, dtype, device)
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -114,7 +131,7 @@ def base_model_name(model: str | None, adapter: str) -> str:
     raise ValueError(f"`--model` is needed: the adapter {adapter!r} does not name its base model.")
 
 
-def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
+def load_adapter(model: Any, adapter: str) -> PeftModel:
     """The model with an elastic adapter, in evaluation mode, its active subnet restored.
 
     Raises:
@@ -168,7 +185,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save a model and its tokenizer, if it has one."""
     model.save_pretrained(folder)
     if tokenizer is not None:
@@ -183,7 +200,7 @@ def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:
         os.replace(Path(folder) / CONFIG_NAME, adapter / CONFIG_NAME)
 
 
-def zero_share(model: torch.nn.Module, names: Iterable[str]) -> float:
+def zero_share(model: Any, names: Iterable[str]) -> float:
     """Share of zeros in the weights of the named layers of a model, with adapters or without."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     shares = measure_sparsity(base)

@@ -18,15 +18,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+
+from peft_elastic.utils import atomic_write_text
 
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
@@ -161,6 +164,8 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
         else:
             hub_name, _, configuration = name.partition(":")
             loaded = datasets.load_dataset(hub_name, configuration or None)
+    except StopIteration as error:  # what an empty JSON file raises
+        raise ValueError(f"`--dataset` {name!r} is empty.") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # `datasets` says in the first message only that it failed
         raise ValueError(f"`--dataset` {name!r} cannot be read: {first_line(cause)}") from error
@@ -186,32 +191,30 @@ def to_examples(
     Raises:
         ValueError: if a column does not exist or is not recognised, or a record lacks a value.
     """
-    text_column, prompt_column, label_column = _find_columns(
-        records.column_names, text_column, prompt_column, label_column
-    )
-    if text_column is not None:
-        texts = [_check_value(text, text_column, n) for n, text in enumerate(records[text_column])]
+    prompt_column, target_column = _find_columns(records.column_names, text_column, prompt_column, label_column)
+    if prompt_column is None:
+        texts = [_check_value(text, target_column, number) for number, text in enumerate(records[target_column])]
         examples = [Example("", text) for text in texts if text.strip()]
         if not examples:
-            raise ValueError(f"`--text-column` {text_column!r} holds no text.")
+            raise ValueError(f"`--text-column` {target_column!r} holds no text.")
         return examples
 
-    feature = records.features[label_column]
+    feature = records.features[target_column]
     names = list(label_names or getattr(feature, "names", None) or [])
     examples = []
     for number, record in enumerate(records):
         prompt = _fill(template, _check_value(record[prompt_column], prompt_column, number), record)
-        label, space = record[label_column], "" if prompt[-1:].isspace() else " "
+        label, space = record[target_column], "" if prompt[-1:].isspace() else " "
         choices = tuple(space + str(choice) for choice in (record.get("choices") or names))
         if choices:
             if not isinstance(label, int) or label not in range(len(choices)):
                 raise ValueError(
-                    f"`--label-column` {label_column!r} of record {number} must be from 0 to {len(choices) - 1}, the "
+                    f"`--label-column` {target_column!r} of record {number} must be from 0 to {len(choices) - 1}, the "
                     f"number of a choice, got {label!r}."
                 )
             completion = choices[label]
         else:
-            completion = space + _check_value(label, label_column, number).strip()
+            completion = space + _check_value(label, target_column, number).strip()
         examples.append(Example(prompt, completion, choices))
     if not examples[0].choices:
         # a few different answers that come again and again are classes
@@ -223,23 +226,23 @@ def to_examples(
 
 def _find_columns(
     columns: Sequence[str], text: str | None, prompt: str | None, label: str | None
-) -> tuple[str | None, str | None, str | None]:
-    """The text column, or the prompt and the label column; the others are None."""
+) -> tuple[str | None, str]:
+    """The prompt and the label column; or None and the text column."""
     for option, name in (("--text-column", text), ("--prompt-column", prompt), ("--label-column", label)):
         if name is not None and name not in columns:
             raise ValueError(f"`{option}` {name!r} is not a column; there are {', '.join(map(repr, columns))}.")
     if text is not None and (prompt is not None or label is not None):
         raise ValueError("`--text-column` goes without `--prompt-column` and `--label-column`.")
     if text is not None:
-        return text, None, None
+        return None, text
     named = prompt is not None or label is not None
     label = label or next((name for name in _LABEL_COLUMNS if name in columns), None)
     prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns and name != label), None)
     if prompt is not None and label is not None:
-        return None, prompt, label
+        return prompt, label
     text = next((name for name in _TEXT_COLUMNS if name in columns), None)
     if text is not None and not named:
-        return text, None, None
+        return None, text
     raise ValueError(
         "cannot tell which columns to use; name them with `--text-column`, or `--prompt-column` and `--label-column`. "
         f"There are {', '.join(map(repr, columns))}."
@@ -307,6 +310,21 @@ def split_examples(examples: Sequence[Example], sizes: Mapping[str, int], seed: 
     return splits
 
 
+def write_splits(path: Path, splits: Mapping[str, Sequence[Example]]) -> None:
+    """Keep splits in a JSON file."""
+    plain = {name: [asdict(example) for example in examples] for name, examples in splits.items()}
+    atomic_write_text(path, json.dumps(plain))
+
+
+def read_splits(path: Path) -> dict[str, list[Example]]:
+    """The inverse of `write_splits`."""
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: [Example(row["prompt"], row["completion"], tuple(row["choices"])) for row in rows]
+        for name, rows in plain.items()
+    }
+
+
 # -- batches -------------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +351,9 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list
         if len(whole) <= max_length:
             features.append({"input_ids": whole, "labels": [-100] * shared + whole[shared:]})
     if not features:
-        raise ValueError(f"`--max-length` {max_length} is less than the tokens of every one of {len(examples)} examples.")
+        raise ValueError(
+            f"`--max-length` {max_length} is less than the tokens of every one of {len(examples)} examples."
+        )
     return features
 
 
@@ -364,7 +384,7 @@ class Collator:
         model: the model; whether it can leave out logits is read from its signature.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # several GPUs in one process would tear the list of positions apart
         self.trims = "logits_to_keep" in inspect.signature(base.forward).parameters and torch.cuda.device_count() < 2

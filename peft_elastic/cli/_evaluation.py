@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,14 +32,10 @@ class ChoiceEvaluator:
     Args:
         examples: with choices.
         tokenizer: the model's.
-        metric (`"loss"` or `"accuracy"`): which of the two is the objective of a search; the other one is recorded.
         batch_size: sequences per forward pass.
     """
 
-    def __init__(
-        self, examples: Sequence[_data.Example], tokenizer: Any, metric: str = "loss", batch_size: int = 16
-    ) -> None:
-        self.name, self.mode = metric, "min" if metric == "loss" else "max"
+    def __init__(self, examples: Sequence[_data.Example], tokenizer: Any, batch_size: int = 16) -> None:
         self._scorer = MultipleChoiceEvaluator(
             [
                 {"prompt": e.prompt, "choices": list(e.choices), "label": e.choices.index(e.completion)}
@@ -50,11 +45,11 @@ class ChoiceEvaluator:
             batch_size,
         )
 
-    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+    def __call__(self, model: Any) -> dict[str, float]:
         correct, loss = self.per_example(model)
         return {"loss": sum(loss) / len(loss), "accuracy": sum(correct) / len(correct)}
 
-    def per_example(self, model: torch.nn.Module) -> tuple[list[int], list[float]]:
+    def per_example(self, model: Any) -> tuple[list[int], list[float]]:
         """For each example whether the right choice is the most likely one, 0 or 1, and -log of its probability among the
         choices, in nats. The model should be in evaluation mode."""
         correct, loss = [], []
@@ -65,7 +60,7 @@ class ChoiceEvaluator:
         return correct, loss
 
 
-def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> float:
+def text_perplexity(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> float:
     """Perplexity of texts, each on its own, over all their tokens but the first."""
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     features = [{"input_ids": row, "labels": row} for row in ids if len(row) > 1]
@@ -73,14 +68,16 @@ def text_perplexity(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str]
 
 
 def loss_evaluator(
-    model: torch.nn.Module, tokenizer: Any, examples: Sequence[_data.Example], max_length: int, batch_size: int
+    model: Any, tokenizer: Any, examples: Sequence[_data.Example], max_length: int, batch_size: int
 ) -> LossEvaluator:
     """Mean negative log-likelihood of the completions, in nats per token."""
     features = _data.encode(tokenizer, examples, max_length)
     return LossEvaluator(_data.batches(features, _data.Collator(model), batch_size))
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+def measure(model: Any, tokenizer: Any, examples: Sequence[_data.Example], texts: int = 100) -> dict[str, Any]:
+    """What `quickstart` reports of a model: `correct` and `loss` per example (see `ChoiceEvaluator`), and the `perplexity`
+    of the first `texts` prompts."""
+    correct, loss = ChoiceEvaluator(examples, tokenizer).per_example(model)
+    prompts = [example.prompt for example in examples[:texts]]
+    return {"correct": correct, "loss": loss, "perplexity": text_perplexity(model, tokenizer, prompts)}

@@ -43,13 +43,17 @@ class Journal:
         self._start = time.perf_counter()
         if path.exists():
             self._read()
+        else:
+            self._write()
 
     def _read(self) -> None:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             settings, self.done = data["settings"], data["done"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{os.fspath(self.path)!r} is damaged ({error!r}); start again with `--fresh`.") from error
+            raise ValueError(
+                f"{os.fspath(self.path)!r} is damaged ({error!r}); start again with `--fresh`."
+            ) from error
         names = [name for name in {**settings, **self.settings} if settings.get(name) != self.settings.get(name)]
         if names:
             differences = "; ".join(
@@ -59,6 +63,9 @@ class Journal:
                 f"`--out` {os.fspath(self.path.parent)!r} holds a run with other settings: {differences}. Use another "
                 "folder, the same settings to continue it, or `--fresh` to delete it."
             )
+
+    def _write(self) -> None:
+        atomic_write_text(self.path, json.dumps({"settings": self.settings, "done": self.done}))
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `work`, from the file if it is there. `seconds` is added to it."""
@@ -71,9 +78,12 @@ class Journal:
         result = work()
         result["seconds"] = round(time.perf_counter() - start, 2)
         self.done[name] = result
-        atomic_write_text(self.path, json.dumps({"settings": self.settings, "done": self.done}))
+        self._write()
         elapsed = time.perf_counter() - self._start
-        print(f"      {result['seconds']:.0f} s; {elapsed // 60:.0f} min {elapsed % 60:02.0f} s since the start", flush=True)
+        print(
+            f"      {result['seconds']:.0f} s; {elapsed // 60:.0f} min {elapsed % 60:02.0f} s since the start",
+            flush=True,
+        )
         return result
 
     @property

@@ -14,17 +14,19 @@
 """A check in a process of its own, which `quickstart` starts: transformers alone loads the merged model, and that computes
 what it computed before it was saved. The file is run as a script, so that nothing of this package is there at that time.
 
-Arguments: the folder of the model; the JSON file with the examples; the .npz file with the expected outputs; the JSON
-file to write the answer to.
+Arguments: the folder of the model; the device; the JSON file with the examples; the .npz file with the expected outputs;
+the JSON file to write the answer to.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 
 def outputs(model, tokenizer, prompts, new_tokens=16):
@@ -47,24 +49,27 @@ def outputs(model, tokenizer, prompts, new_tokens=16):
     return {"logits": np.stack(logits), "tokens": np.stack(tokens)}
 
 
-def main(folder, data, expected, answer):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+def main(folder, device, data, expected, answer):
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = np.load(expected)
     found = outputs(model, tokenizer, wanted["prompts"].tolist())
     plain = "peft_elastic" not in sys.modules
 
     # the measurement alone may use this package
-    from peft_elastic.cli._evaluation import measure, read_data
+    from peft_elastic.cli._data import read_splits
+    from peft_elastic.cli._evaluation import measure
 
     result = {
         "without_peft_elastic": plain,
         "largest_logit_difference": float(np.abs(found["logits"] - wanted["logits"]).max()),
         "same_tokens": bool((found["tokens"] == wanted["tokens"]).all()),
-        "measured": measure(model, tokenizer, read_data(data)["test"]),
+        "measured": measure(model, tokenizer, read_splits(Path(data))["test"]),
     }
     Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent says what there is to say
     main(*sys.argv[1:])

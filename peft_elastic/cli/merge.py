@@ -42,7 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the merged model")
     parser.add_argument("--export-lora", type=Path, metavar="DIR", help="new folder for the plain LoRA adapter")
     parser.add_argument(
-        "--subnet", help="max, min, heuristic, or a file such as search/subnet.json (default: the adapter's active one)"
+        "--subnet",
+        help="max, min, heuristic, or a file such as search/subnet.json (default: the adapter's active one)",
     )
     parser.set_defaults(run=run)
 

@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pattern", metavar="N:M", help="instead: keep N of every M consecutive weights, e.g. 2:4")
     parser.add_argument("--method", choices=sorted(_METHODS), default="wanda", help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the pruned model")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration data (default: %(default)s)")
+    _common.add_seed_argument(parser, "the choice of calibration data")
     _data.add_data_arguments(
         parser,
         "calibrate with (wanda only; default: short movie reviews, downloaded once)",

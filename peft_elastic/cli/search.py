@@ -16,8 +16,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
+from typing import Any
 
 from peft_elastic import SearchResult, search_subnet
 
@@ -40,8 +40,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the super-adapter, a folder or hub name")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the history and the results")
-    parser.add_argument("--seed", type=int, default=0, help="of the search and of --samples (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the history and the results"
+    )
+    _common.add_seed_argument(parser, "the search and of --samples")
 
     search = parser.add_argument_group("search")
     search.add_argument("--evals", type=int, default=40, metavar="N", help="evaluations (default: %(default)s)")
@@ -59,14 +61,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     choice = parser.add_argument_group("choice of the subnet")
     choice.add_argument(
-        "--max-drop", type=float, metavar="X", help="the cheapest whose metric is at most X worse than that of the max "
-        "subnet (default: the best)"
-    )  # fmt: skip
+        "--max-drop",
+        type=float,
+        metavar="X",
+        help="the cheapest whose metric is at most X worse than that of the max subnet (default: the best)",
+    )
     choice.add_argument(
-        "--budget", metavar="B", help="only subnets of at most this cost: a number, or a share of the max subnet's such "
-        "as 97%%"
-    )  # fmt: skip
-    choice.add_argument("--select", action="store_true", help="make it the active subnet of the adapter, a local folder")
+        "--budget",
+        metavar="B",
+        help="only subnets of at most this cost: a number, or a share of the max subnet's such as 97%%",
+    )
+    choice.add_argument(
+        "--select", action="store_true", help="make it the active subnet of the adapter, a local folder"
+    )
     _data.add_data_arguments(parser, "evaluate on")
     parser.set_defaults(run=run)
 
@@ -79,17 +86,21 @@ def run(args: argparse.Namespace) -> int:
     examples = _data.read_examples(args, args.samples)
     tokenizer = _common.load_tokenizer(base)
     model = _common.load_adapter(_common.load_causal_lm(base, args.dtype, args.device), args.adapter)
+    evaluate: Any
     if examples[0].choices:
-        evaluate = _evaluation.ChoiceEvaluator(examples, tokenizer, args.metric, args.batch_size)
+        evaluate = _evaluation.ChoiceEvaluator(examples, tokenizer, args.batch_size)
     elif args.metric == "loss":
         evaluate = _evaluation.loss_evaluator(model, tokenizer, examples, args.max_length, args.batch_size)
     else:
-        raise ValueError("`--metric accuracy` needs labels of a few kinds, or a column 'choices'; this data has neither.")
+        raise ValueError(
+            "`--metric accuracy` needs labels of a few kinds, or a column 'choices'; this data has neither."
+        )
     print(f"{len(examples)} validation examples; {model.search_space}")
     result = search_subnet(
         model,
         evaluate,
         objectives=(args.metric, args.cost),
+        mode={"loss": "min", "accuracy": "max"}[args.metric],
         algorithm=args.algorithm,
         n_evals=args.evals,
         population=args.population,
@@ -133,6 +144,8 @@ def describe(result: SearchResult) -> str:
         mark = "  *" if e.index in front else ""
         lines.append(
             f"{e.index:>4} {e.source + mark:<17}"
-            + "".join(f"{e.metrics[name]:>14,d}" if name == result.cost else f"{e.metrics[name]:>14.4f}" for name in names)
+            + "".join(
+                f"{e.metrics[name]:>14,d}" if name == result.cost else f"{e.metrics[name]:>14.4f}" for name in names
+            )
         )
     return "\n".join([*lines, "* on the Pareto front"])

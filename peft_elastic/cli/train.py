@@ -16,6 +16,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback
 
@@ -47,9 +48,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     _common.add_model_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the adapter")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    _common.add_seed_argument(parser, "everything random")
     parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted training from its last checkpoint in DIR-checkpoints"
+        "--resume",
+        action="store_true",
+        help="continue an interrupted training from its last checkpoint in DIR-checkpoints",
     )
 
     adapter = parser.add_argument_group("adapter")
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     )
     _common.check_new_folder(args.out)
     checkpoints = args.out.with_name(f"{args.out.name}-checkpoints")
-    if args.resume and get_last_checkpoint(checkpoints) is None:
+    if args.resume and not last_checkpoint(checkpoints):
         raise ValueError(f"`--resume`: there is no checkpoint in {os.fspath(checkpoints)!r}.")
     if not args.resume:
         _common.check_new_folder(checkpoints)
@@ -112,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _common.load_tokenizer(args.model)
     features = _data.encode(tokenizer, examples, args.max_length)
     print(f"{len(features)} training examples, of {len(examples)} read")
-    model = get_peft_model(_common.load_causal_lm(args.model, args.dtype, args.device), config)
+    base = _common.load_causal_lm(args.model, args.dtype, args.device)
+    set_seed(args.seed)  # of the initial weights
+    model = get_peft_model(base, config)
     model.print_trainable_parameters()
     length = {"num_train_epochs": args.epochs} if args.steps is None else {"max_steps": args.steps}
     try:
@@ -128,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             **length,
         )
     except KeyboardInterrupt:
-        if get_last_checkpoint(checkpoints) is not None:
+        if last_checkpoint(checkpoints):
             print(f"\nThe last checkpoint is in {checkpoints}; the same command with --resume continues from there.")
         raise
     with _common.new_folder(args.out) as folder:
@@ -147,6 +152,22 @@ def parse_groups(words: Sequence[str]) -> str | list[list[str]]:
     if len(words) == 1 and words[0] in ("module", "block"):
         return words[0]
     return [[name for name in word.split(",") if name] for word in words]
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint in a folder: a Trainer that is stopped while it saves leaves half of one."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    complete.sort(key=lambda path: int(path.name.rpartition("-")[2]))
+    return str(complete[-1]) if complete else None
+
+
+def _is_json(path: Path) -> bool:
+    # the Trainer writes this file last, but not at once
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def fit(
@@ -169,6 +190,9 @@ def fit(
     Returns:
         `steps`, `seconds` since the last start, and `log`: a list of `{"step", "loss", "learning_rate", ...}`.
     """
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+        grouped = {"group_by_length": True}  # its name in transformers 5.0
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         seed=seed,
@@ -179,9 +203,9 @@ def fit(
         label_names=["labels"],
         # every step uses every adapter module, only fewer rows of it
         ddp_find_unused_parameters=False,
-        # padding costs as much as text; batches are still drawn at random from batches of similar length
-        train_sampling_strategy="group_by_length",
         report_to=[],
+        # padding costs as much as text: random batches of texts of similar length
+        **grouped,
         **training_arguments,
     )
     trainer = Trainer(
@@ -191,7 +215,7 @@ def fit(
         data_collator=_data.Collator(model),
         callbacks=[SubnetSamplingCallback(strategy, seed=seed)],
     )
-    output = trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
+    output = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     model.eval()
     return {
         "steps": output.global_step,

@@ -75,7 +75,7 @@ class PruningConfig:
                 raise ValueError(
                     f"pattern: got {self.pattern!r}; it must be 'n:m' with whole numbers 0 < n < m, e.g. '2:4'."
                 )
-            n, m = self.n_of_m
+            n, m = int(match[1]), int(match[2])
             if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
                 raise ValueError(
                     f"sparsity: got {self.sparsity!r} with pattern={self.pattern!r}, which keeps {n} of every {m} weights; "

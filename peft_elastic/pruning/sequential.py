@@ -309,7 +309,7 @@ class _Block:
     versions: list[int] | None = None
     plain: bool = False
     stand_ins: list[Any] = field(default_factory=list)  # for the leaves of its output, when it is not computed
-    output_spec: pytree.TreeSpec | None = None
+    output_spec: Any = None  # and the structure of it
 
 
 @dataclass

@@ -41,9 +41,10 @@ def add_enum_member(enum_cls: type[enum.Enum], name: str) -> None:
         enum_cls._member_names_.append(name)
         enum_cls._member_map_[name] = member
         enum_cls._value2member_map_[name] = member
-    except (AttributeError, TypeError) as error:
+        took_it = enum_cls(name) is member and getattr(enum_cls, name) is member and member in list(enum_cls)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ImportError(_moved(f"{enum_cls.__name__} cannot take the member {name}")) from error
-    if enum_cls(name) is not member or getattr(enum_cls, name) is not member or member not in list(enum_cls):
+    if not took_it:
         raise ImportError(_moved(f"{enum_cls.__name__} did not take the member {name}"))
 
 

@@ -55,9 +55,13 @@ class _ElasticWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = self.full_weight
-        # accelerate parks offloaded weights on the meta device, and compares the shapes when it brings them back
-        if self.kept is None or (full.is_meta and "_hf_hook" in self.__dict__):
+        if self.kept is None:
             return full
+        if full.is_meta and "_hf_hook" in self.__dict__:
+            raise ValueError(
+                "accelerate has offloaded the weights of an elastic adapter, which works with its maximal subnet only. "
+                "Choose a `device_map` without 'cpu' or 'disk' offloading, or merge the adapter first."
+            )
         return _leading(full, self.rank_dim, self.kept, self.blocks)
 
     # Assigning a Parameter goes to nn.Module and never comes here. FSDP1, however, takes the parameter off the module
@@ -132,7 +136,8 @@ class ElasticParameterDict(nn.ParameterDict):
     """`lora_embedding_A` (r, num_embeddings) and `lora_embedding_B` (embedding_dim, r) of an embedding layer.
 
     Indexing, which is how peft computes with them, gives the active slice; `items()` and `values()`, which is how it
-    freezes and unfreezes them, give the full parameters.
+    freezes and unfreezes them, give the full parameters. peft moves and casts them by reading one and putting back the
+    result: putting back a moved or cast slice moves or casts the full parameter.
     """
 
     rank_dim: int
@@ -143,11 +148,13 @@ class ElasticParameterDict(nn.ParameterDict):
         return _leading(full, self.rank_dim, self.kept[key]) if key in self.kept else full
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in self.kept and value.shape != super().__getitem__(key).shape:
-            raise ValueError(
-                f"Adapter {key!r} would lose the ranks that are not active. Call `set_subnet('max')` before its "
-                "embedding weights are replaced."
-            )
+        if key in self.kept and value.shape != (full := super().__getitem__(key)).shape:
+            if value.shape != self[key].shape or not torch.equal(self[key].to(value), value):
+                raise ValueError(
+                    f"Replacing the active part of adapter {key!r} would lose its other ranks. Call `set_subnet('max')` "
+                    "first."
+                )
+            value = full.to(value)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
@@ -228,7 +235,9 @@ def set_rank(layer: LoraLayer, adapter_name: str, rank: int, when_loaded: bool =
         groups, experts = _conv_groups(layer), _num_experts(layer)
         for module, width in ((layer.lora_A[adapter_name], 1), (layer.lora_B[adapter_name], experts)):
             part = None if kept is None else kept // groups * width
-            module.kept, module.kept_when_loaded = (None, part) if when_loaded else (part, None)
+            now, then = (None, part) if when_loaded else (part, None)
+            # nn.Module's own attribute setting takes several microseconds, and this runs for every layer in every step
+            module.__dict__.update(kept=now, kept_when_loaded=then)
     if adapter_name in layer.lora_magnitude_vector:
         # peft can cache DoRA's norms between forwards
         layer.lora_magnitude_vector[adapter_name]._cache_clear()

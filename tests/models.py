@@ -1,0 +1,320 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny random models for the tests: built from configurations, without a hub, with the same weights at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+
+VOCABULARY = 96
+
+
+def build(model_cls: type, config_cls: type, seed: int = 0, **settings: Any) -> Any:
+    """A model of random weights, in evaluation mode. Weights are larger than transformers' default, so that errors in
+    them show in the outputs."""
+    torch.manual_seed(seed)
+    model = model_cls(config_cls(**{"initializer_range": 0.1} | settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _decoder(**settings: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    } | settings
+
+
+def tiny_llama(**settings: Any) -> Any:
+    return build(transformers.LlamaForCausalLM, transformers.LlamaConfig, **_decoder(**settings))
+
+
+def tiny_llama_classifier(**settings: Any) -> Any:
+    return build(
+        transformers.LlamaForSequenceClassification, transformers.LlamaConfig, **_decoder(num_labels=3, **settings)
+    )
+
+
+def tiny_qwen2(**settings: Any) -> Any:
+    return build(transformers.Qwen2ForCausalLM, transformers.Qwen2Config, **_decoder(**settings))
+
+
+def tiny_mistral(**settings: Any) -> Any:
+    return build(transformers.MistralForCausalLM, transformers.MistralConfig, **_decoder(**settings))
+
+
+def tiny_gemma(**settings: Any) -> Any:
+    """Its embedding is tied with its output layer."""
+    return build(
+        transformers.GemmaForCausalLM,
+        transformers.GemmaConfig,
+        **_decoder(head_dim=8, tie_word_embeddings=True, **settings),
+    )
+
+
+def tiny_phi(**settings: Any) -> Any:
+    return build(transformers.PhiForCausalLM, transformers.PhiConfig, **_decoder(num_key_value_heads=4, **settings))
+
+
+def tiny_gpt2(**settings: Any) -> Any:
+    return build(
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        **{
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        | settings,
+    )
+
+
+def tiny_opt(**settings: Any) -> Any:
+    return build(
+        transformers.OPTForCausalLM,
+        transformers.OPTConfig,
+        **_decoder(ffn_dim=48, word_embed_proj_dim=32, init_std=0.1, **settings),
+    )
+
+
+def tiny_bert(**settings: Any) -> Any:
+    return build(
+        transformers.BertForSequenceClassification, transformers.BertConfig, **_decoder(num_labels=3, **settings)
+    )
+
+
+def tiny_t5(**settings: Any) -> Any:
+    return build(
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config,
+        **{
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_ff": 48,
+            "d_kv": 8,
+            "num_layers": 2,
+            "num_heads": 4,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 0,
+        }
+        | settings,
+    )
+
+
+def tiny_vit(**settings: Any) -> Any:
+    return build(
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 8,
+            "num_labels": 3,
+        }
+        | settings,
+    )
+
+
+def tiny_mixtral(**settings: Any) -> Any:
+    """A mixture of experts; its experts are parameters `(experts, out, in)`, to be named in `target_parameters`."""
+    return build(
+        transformers.MixtralForCausalLM,
+        transformers.MixtralConfig,
+        **_decoder(num_local_experts=4, num_experts_per_tok=2, **settings),
+    )
+
+
+class ConvNet(nn.Module):
+    """Convolutions over `dim` dimensions, one of them in groups, and a linear head."""
+
+    def __init__(self, dim: int = 2, groups: int = 2) -> None:
+        super().__init__()
+        conv_cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
+        self.conv = conv_cls(3, 8, 3, stride=2, padding=1)
+        self.grouped = conv_cls(8, 12, 3, padding=1, groups=groups)
+        self.pointwise = conv_cls(12, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(torch.tanh(self.conv(x)))
+        return self.head(self.pointwise(torch.tanh(x)).flatten(2).mean(dim=-1))
+
+
+class AttentionNet(nn.Module):
+    """`nn.MultiheadAttention`, whose weights peft adapts as a whole, between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(self.attention(x, x, x)[0])
+
+
+class EmbeddingNet(nn.Module):
+    """An embedding, a `transformers` Conv1D, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 12)
+        self.conv1d = transformers.pytorch_utils.Conv1D(16, 12)
+        self.linear = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.tanh(self.conv1d(self.embedding(x))))
+
+
+def net(net_cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return net_cls(*args, **kwargs).eval()
+
+
+def tokens(batch: int = 3, length: int = 7, seed: int = 0, low: int = 3) -> torch.Tensor:
+    """Token ids for every model here, int64 (batch, length), without special tokens."""
+    return torch.randint(low, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _language(batch: int = 3) -> dict[str, torch.Tensor]:
+    ids = tokens(batch)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model and what the tests must know of it.
+
+    Args:
+        build: returns the model.
+        inputs: returns its inputs.
+        modules: for one module name of each kind, how many of them a model has.
+        groups: a `rank_groups` list for it.
+        blocks: paths of its transformer blocks.
+    """
+
+    build: Callable[[], Any]
+    inputs: Callable[[], dict[str, torch.Tensor]]
+    modules: dict[str, int]
+    groups: list[list[str]]
+    blocks: list[str]
+
+
+_QKV = {"q_proj": 2, "k_proj": 2, "v_proj": 2}
+_GATED = {"gate_proj": 2, "up_proj": 2, "down_proj": 2}
+_LAYERS = ["model.layers.0", "model.layers.1"]
+_LLAMA_GROUPS = [["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]
+
+ARCHITECTURES = {
+    "llama": Architecture(tiny_llama, _language, _QKV | {"o_proj": 2} | _GATED, _LLAMA_GROUPS, _LAYERS),
+    "qwen2": Architecture(tiny_qwen2, _language, _QKV | {"o_proj": 2} | _GATED, _LLAMA_GROUPS, _LAYERS),
+    "mistral": Architecture(tiny_mistral, _language, _QKV | {"o_proj": 2} | _GATED, _LLAMA_GROUPS, _LAYERS),
+    "gemma": Architecture(tiny_gemma, _language, _QKV | {"o_proj": 2} | _GATED, _LLAMA_GROUPS, _LAYERS),
+    "phi": Architecture(
+        tiny_phi,
+        _language,
+        _QKV | {"dense": 2, "fc1": 2, "fc2": 2},
+        [["q_proj", "k_proj", "v_proj"], ["fc1", "fc2"]],
+        _LAYERS,
+    ),
+    "gpt2": Architecture(
+        tiny_gpt2,
+        _language,
+        {"c_attn": 2, "attn.c_proj": 2, "c_fc": 2, "mlp.c_proj": 2},
+        [["c_attn", "attn.c_proj"], ["c_fc", "mlp.c_proj"]],
+        ["transformer.h.0", "transformer.h.1"],
+    ),
+    "opt": Architecture(
+        tiny_opt,
+        _language,
+        _QKV | {"out_proj": 2, "fc1": 2, "fc2": 2},
+        [["q_proj", "k_proj", "v_proj"], ["fc1", "fc2"]],
+        ["model.decoder.layers.0", "model.decoder.layers.1"],
+    ),
+    "bert": Architecture(
+        tiny_bert,
+        _language,
+        {"query": 2, "key": 2, "value": 2, "attention.output.dense": 2, "intermediate.dense": 2},
+        [["query", "key", "value"], ["attention.output.dense", "intermediate.dense"]],
+        ["bert.encoder.layer.0", "bert.encoder.layer.1"],
+    ),
+    "t5": Architecture(
+        tiny_t5,
+        lambda: _language() | {"decoder_input_ids": tokens(length=5, seed=1)},
+        {"q": 6, "k": 6, "v": 6, "wi": 4, "wo": 4},
+        [["q", "k", "v"], ["wi", "wo"]],
+        ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
+    ),
+    "vit": Architecture(
+        tiny_vit,
+        lambda: {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))},
+        _QKV | {"o_proj": 2, "fc1": 2, "fc2": 2},
+        [["q_proj", "k_proj", "v_proj"], ["fc1", "fc2"]],
+        ["vit.layers.0", "vit.layers.1"],
+    ),
+}
+
+
+def randomize(model: nn.Module, seed: int = 0, std: float = 0.2, adapter_name: str | None = None) -> None:
+    """Fill the adapter's weights, B too, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name and (adapter_name is None or f".{adapter_name}" in name):
+            values = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data.copy_(values)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Any, **kwargs: Any) -> torch.Tensor:
+    """Logits, in whatever mode the model is."""
+    result = model(**inputs, **kwargs) if isinstance(inputs, dict) else model(inputs, **kwargs)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

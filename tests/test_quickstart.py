@@ -1,0 +1,217 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The whole quickstart on a tiny random model, and what it says about its own results."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+
+from peft_elastic import SearchResult, Subnet, assets
+from peft_elastic.cli import _data, _report, main
+from peft_elastic.cli._journal import Journal
+from peft_elastic.cli.quickstart import movie_examples
+
+
+STAGES = ["data", "dense", "prune", "train", "search", "tuned", "merge", "reload"]
+ROWS = [
+    "dense",
+    "pruned",
+    "tuned, max subnet",
+    "tuned, heuristic subnet",
+    "tuned, searched subnet",
+    "merged, reloaded",
+]
+
+
+def smoke(out, *options):
+    return main(["quickstart", "--smoke", "--out", str(out), *options])
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    assert smoke(out) == 0
+    return out
+
+
+def test_results(finished):
+    found = results(finished)
+    assert [row["name"] for row in found["table"]] == ROWS
+    rows = {row["name"]: row for row in found["table"]}
+    assert all(0 <= row["accuracy"] <= 1 and row["accuracy_standard_error"] > 0 for row in rows.values())
+    assert [rows[name]["zeros"] for name in ROWS[:5]] == pytest.approx([0, 0.5, 0.5, 0.5, 0.5], abs=1e-3)
+    assert rows["merged, reloaded"]["zeros"] < 0.1
+    adapters = [rows[name]["adapter_parameters"] for name in ROWS]
+    assert adapters[0] == adapters[1] == adapters[5] == 0 < adapters[3] < adapters[2]
+    base = rows["dense"]["parameters"]
+    assert all(row["parameters"] == base + row["adapter_parameters"] for row in rows.values())
+    weights = (finished / "merged" / "model.safetensors").stat().st_size
+    assert rows["merged, reloaded"]["bytes"] == rows["pruned"]["bytes"] == weights
+
+    assert list(found["run_info"]["seconds_per_stage"]) == STAGES
+    assert found["checks"]["reloaded_without_peft_elastic"] and found["checks"]["same_tokens_generated"]
+    assert found["checks"]["merged_against_adapter"] < 1e-5 and found["checks"]["reloaded_against_saved"] < 1e-5
+    assert found["train_info"]["steps"] == 6 and found["meta_info"]["package_info"]["torch"] == torch.__version__
+
+
+def test_what_is_left_behind(finished):
+    model = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter").eval()
+    searched = Subnet.load(finished / "search" / "subnet.json")
+    result = SearchResult.load(finished / "search")
+    assert result.objectives == {"loss": "min", "adapter parameters": "min"}
+    assert model.active_subnet == searched == result.best()
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(finished / "merged").eval()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=0)
+        pruned = AutoModelForCausalLM.from_pretrained(finished / "pruned")
+        exported = PeftModel.from_pretrained(pruned, finished / "lora").eval()
+        torch.testing.assert_close(exported(ids).logits, expected, atol=1e-5, rtol=0)
+    assert (finished / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
+
+
+def test_the_test_data_is_used_for_nothing_else(finished):
+    splits = {name: set(part) for name, part in _data.read_splits(finished / "data.json").items()}
+    assert {name: len(part) for name, part in splits.items()} == {"test": 24, "validation": 16, "train": 408}
+    assert sum(map(len, splits.values())) == len(set.union(*splits.values()))
+    # what the search measured differs from what the table says of the very same subnets
+    chosen = SearchResult.load(finished / "search").evaluation("max").metrics
+    assert chosen["loss"] != results(finished)["table"][2]["label_loss"]
+
+
+def test_a_second_run_does_nothing_again(finished, capsys):
+    def times():
+        names = ("pruned/model.safetensors", "adapter/adapter_model.safetensors", "search/history.jsonl", "merged")
+        return [(finished / name).stat().st_mtime_ns for name in names]
+
+    before, table = times(), results(finished)["table"]
+    assert smoke(finished) == 0
+    assert times() == before and results(finished)["table"] == table
+    assert capsys.readouterr().out.count("done before") == len(STAGES)
+
+
+def test_an_interrupted_run_continues_to_the_same_results(finished, tmp_path):
+    """As if killed after the pruned model was saved and before that was noted; the rest is there in part."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "merged")
+    journal = json.loads((out / "stages.json").read_text())
+    journal["done"] = {name: journal["done"][name] for name in STAGES[:2]}
+    # the copy of the model is the one to use
+    journal["done"]["data"]["model"] = str(out / "smoke-model")
+    (out / "stages.json").write_text(json.dumps(journal))
+
+    assert smoke(out) == 0
+    assert results(out)["table"] == results(finished)["table"]
+
+
+def test_other_settings_are_not_mixed_in(finished, capsys):
+    before = (finished / "stages.json").read_bytes()
+    assert smoke(finished, "--steps", "9") == 2
+    error = capsys.readouterr().err
+    assert "steps is 6 there, 9 here" in error and "--fresh" in error
+    assert (finished / "stages.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_fresh(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "stages.json").write_text("{")
+    assert smoke(out) == 2
+    assert smoke(out, "--fresh", "--steps", "2", "--evals", "3") == 0
+    assert results(out)["train_info"]["steps"] == 2 and results(out)["train_info"]["search"]["evaluations"] == 3
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    assert smoke(tmp_path) == 2 and smoke(tmp_path, "--fresh") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_journal(tmp_path, capsys):
+    calls = []
+
+    def work():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    journal = Journal(tmp_path / "stages.json", {"seed": 0}, 2)
+    assert journal.run("a", "first", work)["value"] == 1
+    again = Journal(tmp_path / "stages.json", {"seed": 0}, 2)
+    assert again.run("a", "first", work)["value"] == 1 and again.run("b", "second", work)["value"] == 2
+    assert list(again.seconds) == ["a", "b"]
+    assert "[2/2] second" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
+        Journal(tmp_path / "stages.json", {"seed": 1}, 2)
+    (tmp_path / "stages.json").write_text("[]")
+    with pytest.raises(ValueError, match="damaged"):
+        Journal(tmp_path / "stages.json", {"seed": 0}, 2)
+
+
+def row(name, correct):
+    measured = {"correct": correct, "loss": [0.5] * (len(correct) - 1) + [0.7], "perplexity": 12.0}
+    return {
+        "name": name,
+        "measured": measured,
+        "parameters": 1234567,
+        "adapter_parameters": 0,
+        "zeros": 0.5,
+        "bytes": 2e6,
+    }
+
+
+def test_differences_are_paired():
+    """The standard error is that of the differences: ten examples that all models get right add none."""
+    rows = [row("a", [1] * 12 + [0, 0]), row("b", [1] * 10 + [0, 0, 0, 1]), row("c", [1] * 12 + [0, 0])]
+    difference, none = _report.compare(rows, [("a", "b"), ("a", "c")])
+    per_example = torch.tensor([0.0] * 10 + [1, 1, 0, -1])
+    assert difference["difference"] == pytest.approx(1 / 14)
+    assert difference["standard_error"] == pytest.approx((per_example.std() / 14**0.5).item())
+    assert difference["within_noise"]
+    assert none["difference"] == none["standard_error"] == 0 and none["within_noise"]
+    (clear,) = _report.compare([row("a", [1] * 40), row("b", [0] * 20 + [1] * 20)], [("a", "b")])
+    assert not clear["within_noise"]
+    text = _report.describe([difference, clear])
+    assert "a against b" in text and "within noise" in text.splitlines()[1] and "clear" in text.splitlines()[2]
+
+
+def test_table():
+    lines = _report.table([row("dense", [1, 1, 0, 1]), row("a longer name", [1, 0, 0, 1])]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "75.0 ± 25.0" in lines[2] and "0.550 ± 0.050" in lines[2] and "1,234,567" in lines[2]
+
+
+def test_movie_examples():
+    if not any(name.startswith("vader") for name in assets.cached()):
+        pytest.skip(f"the movie reviews are not in {assets.home()}; `peft-elastic quickstart` fetches them")
+    examples = movie_examples()
+    assert len(examples) == 7523
+    assert sum(example.completion == " positive" for example in examples) == 3729
+    assert all(
+        example.prompt.startswith("Review: ") and example.prompt.endswith("\nSentiment:") for example in examples
+    )
