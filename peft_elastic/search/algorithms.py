@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -162,7 +162,7 @@ class _NeverTwice(DuplicateElimination):
         return is_duplicate
 
 
-def _indices(individual) -> Indices:
+def _indices(individual: Any) -> Indices:
     return tuple(int(index) for index in individual.X)
 
 

@@ -34,8 +34,8 @@ def add_enum_member(enum_cls: type[enum.Enum], name: str) -> None:
         member = str.__new__(enum_cls, name)  # type: ignore[type-var]
         member._name_ = name
         member._value_ = name
-        member.__objclass__ = enum_cls
-        member._sort_order_ = len(enum_cls._member_names_)
+        member.__objclass__ = enum_cls  # type: ignore[attr-defined]
+        member._sort_order_ = len(enum_cls._member_names_)  # type: ignore[attr-defined]
         # the class attribute comes first: once the name is a member, EnumMeta refuses to set it
         setattr(enum_cls, name, member)
         enum_cls._member_names_.append(name)

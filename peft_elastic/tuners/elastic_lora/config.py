@@ -76,7 +76,7 @@ class ElasticLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.ELASTIC_LORA  # type: ignore[attr-defined]
+        self.peft_type = PeftType.ELASTIC_LORA
         self._check_lora_options()
         self._check_elastic_ranks()
         self._check_rank_groups()

@@ -33,6 +33,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...supernet.groups import find_blocks, group_modules
@@ -535,7 +536,8 @@ class ElasticLoraModel(LoraModel):
         if trainable is None:
             return
         # a sample of the values: fused optimizers, Trainer's default, do not raise the version of what they change
-        version, before = trainable.detach().flatten()[:16].tolist(), self._trained_version
+        local = trainable.detach().to_local() if isinstance(trainable, DTensor) else trainable.detach()
+        version, before = local.flatten()[:16].tolist(), self._trained_version
         self._trained_version = version
         if before is not None and version != before:
             self._warned_about_sampling = True
