@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,7 +100,7 @@ def _main_input(batch: dict[str, Any]) -> str:
 
 
 @contextmanager
-def calibration_mode(model: nn.Module):
+def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and without key-value caches; every flag is put back afterwards."""
     training = [module for module in model.modules() if module.training]
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]

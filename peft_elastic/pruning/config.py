@@ -62,7 +62,7 @@ class PruningConfig:
         default=None, metadata={"help": "Name suffixes or a regular expression of layers that are not pruned."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sparsity is None and self.pattern is None:
             raise ValueError("sparsity: got None without a pattern; give a number in [0, 1), or pattern='n:m'.")
         if self.sparsity is not None:
@@ -83,7 +83,10 @@ class PruningConfig:
                 )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            names = isinstance(value, (list, tuple, set)) and value and all(isinstance(v, str) and v for v in value)
+            if isinstance(value, set):  # what peft makes of its own target_modules
+                value = sorted(value)
+                object.__setattr__(self, name, value)
+            names = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
             if value is not None and not names and not (isinstance(value, str) and value):
                 raise ValueError(
                     f"{name}: got {value!r}; it must be a non-empty list of names, a regular expression or None."
@@ -122,7 +125,7 @@ class WandaConfig(PruningConfig):
         default=None, metadata={"help": "Calibration sequences used at most. Default: all."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_samples is not None and (type(self.max_samples) is not int or self.max_samples < 1):
             raise ValueError(f"max_samples: got {self.max_samples!r}; it must be a whole number >= 1, or None.")
@@ -145,7 +148,7 @@ class MagnitudeConfig(PruningConfig):
         default="layer", metadata={"help": "Compare weights per 'layer' or per 'row'."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope not in ("layer", "row"):
             raise ValueError(f"scope: got {self.scope!r}; it must be 'layer' or 'row'.")

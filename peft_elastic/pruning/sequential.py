@@ -134,12 +134,15 @@ class BlockWalker:
 
     def _plan(self, layers: dict[str, nn.Module]) -> list[_Stage]:
         """Runs the first batch to see what is used when, and groups the layers into the stages of the walk."""
-        stacks = [[_Block(name, module) for name, module in stack.items()] for stack in find_stacks(self._model)]
+        stacks = []
+        for modules in find_stacks(self._model):
+            latest: list[Any] = []
+            stacks.append([_Block(name, module, latest) for name, module in modules.items()])
         by_name = {block.name: block for stack in stacks for block in stack}
         loose: dict[str, nn.Module] = {}
         for name, layer in layers.items():
-            block = next((by_name[outer] for outer in enclosing_names(name) if outer in by_name), None)
-            (loose if block is None else block.layers)[name] = layer
+            owner = next((by_name[outer] for outer in enclosing_names(name) if outer in by_name), None)
+            (loose if owner is None else owner.layers)[name] = layer
         stacks = [stack for stack in stacks if any(block.layers for block in stack)]
         if not loose:
             self._output_head = output_head(self._model)  # nothing of interest comes after it
@@ -170,47 +173,32 @@ class BlockWalker:
                 stages.append(_Stage(part, sequential=self._fits(part)))
                 outside = None
             elif outside is None:
-                outside = _Block("", self._model, {part: loose[part]})
+                outside = _Block("", self._model, [], {part: loose[part]})
                 stages.append(_Stage([outside], sequential=False))
             else:
                 outside.layers[part] = loose[part]
+        for block in by_name.values():
+            block.forget()
         return stages
 
     def _probe(self, stacks: list[list[_Block]], layers: dict[str, nn.Module]) -> dict[str, int]:
         """Runs the first batch, notes in each block how it is called, and returns when each block and layer is first used."""
         clock = itertools.count()
         moments: dict[str, int] = {}
-
+        blocks = [block for stack in stacks for block in stack]
         with ExitStack() as hooks:
-            for name, layer in layers.items():
+            for name, module in [*layers.items(), *((block.name, block.module) for block in blocks)]:
 
-                def note(module, args, name=name):
+                def note(module: nn.Module, args: tuple, name: str = name) -> None:
                     moments.setdefault(name, next(clock))
 
-                hooks.enter_context(layer.register_forward_pre_hook(note))
-            for stack in stacks:
-                latest: list[Any] = []  # the outputs of the block of this stack that ran last
-                for block in stack:
-
-                    def before(module, args, kwargs, block=block, latest=latest):
-                        block.calls += 1
-                        moments.setdefault(block.name, next(clock))
-                        block.call = _Call.record(args, kwargs, latest)
-                        block.versions = _versions((args, kwargs))
-
-                    def after(module, args, kwargs, output, block=block, latest=latest):
-                        latest[:], block.output_spec = pytree.tree_flatten(output)
-                        block.stand_ins = [_stand_in(leaf) for leaf in latest]
-                        block.plain = (
-                            all(isinstance(leaf, (_Link, *_PLAIN)) for leaf in block.call.leaves)
-                            and all(isinstance(leaf, (torch.Tensor, bool, type(None))) for leaf in latest)
-                            and block.versions == _versions((args, kwargs))  # inputs not changed in place
-                        )
-                        block.versions = None
-
-                    # Before the hooks of others on the way in and after them on the way out: a replay runs them too.
-                    hooks.enter_context(block.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-                    hooks.enter_context(block.module.register_forward_hook(after, with_kwargs=True))
+                hooks.enter_context(module.register_forward_pre_hook(note))
+            for block in blocks:
+                # Before the hooks of others on the way in and after them on the way out: a replay runs them too.
+                hooks.enter_context(
+                    block.module.register_forward_pre_hook(block.note_call, prepend=True, with_kwargs=True)
+                )
+                hooks.enter_context(block.module.register_forward_hook(block.note_output, with_kwargs=True))
             self._feed_model(0)
         return moments
 
@@ -233,8 +221,6 @@ class BlockWalker:
                 )
                 if len(captured) != len(blocks) or not all(same):
                     reason = "more than their outputs passes from block to block"
-        for block in blocks:
-            block.call = None  # frees the recorded inputs
         if reason is not None:
             logger.warning("%s ...: %s, so each block takes full forward passes.", blocks[0].name, reason)
         return reason is None
@@ -244,11 +230,11 @@ class BlockWalker:
         captured: list[_Call] = []
         latest: list[Any] = []
 
-        def before(module, args, kwargs):
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             captured.append(_Call.record(args, kwargs, latest))
 
         def stand_in_for(block: _Block) -> Callable[..., Any]:
-            def forward(*args, **kwargs):
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is blocks[-1]:
                     raise _StopForward
                 latest[:] = block.stand_ins
@@ -302,14 +288,32 @@ class _Call:
 class _Block:
     name: str
     module: nn.Module
+    latest: list[Any]  # output leaves of the block of the same stack that ran last; shared by the blocks of a stack
     layers: dict[str, nn.Module] = field(default_factory=dict)
-    # What the probe finds out:
+    # What the trial on the first batch finds out:
     calls: int = 0
     call: _Call | None = None
-    versions: list[int] | None = None
-    plain: bool = False
+    versions: list[int] = field(default_factory=list)
+    plain: bool = False  # can be called again
     stand_ins: list[Any] = field(default_factory=list)  # for the leaves of its output, when it is not computed
     output_spec: Any = None  # and the structure of it
+
+    def note_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls += 1
+        self.call = _Call.record(args, kwargs, self.latest)
+        self.plain = all(isinstance(leaf, (_Link, *_PLAIN)) for leaf in self.call.leaves)
+        self.versions = _versions((args, kwargs))
+
+    def note_output(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.latest[:], self.output_spec = pytree.tree_flatten(output)
+        self.stand_ins = [_stand_in(leaf) for leaf in self.latest]
+        self.plain &= all(isinstance(leaf, (torch.Tensor, bool, type(None))) for leaf in self.latest)
+        self.plain &= self.versions == _versions((args, kwargs))  # else it changes its inputs in place
+
+    def forget(self) -> None:
+        """Frees the tensors of the trial."""
+        self.call = None
+        self.latest.clear()
 
 
 @dataclass
@@ -322,7 +326,7 @@ class _StopForward(Exception):
     """Ends a forward pass whose remainder is of no interest."""
 
 
-def _stop(module, args):
+def _stop(module: nn.Module, args: tuple) -> None:
     raise _StopForward
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -85,11 +86,11 @@ class InputNorms:
         tokens = dict.fromkeys(unit.layers, 0)
         padding: _Padding
 
-        def enter(module, args, kwargs):
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             padding.enter(module, args, kwargs)
 
-        def gather_for(name: str):
-            def gather(module, args, kwargs):
+        def gather_for(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+            def gather(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 inputs = self._real_tokens((*args, *kwargs.values())[0], padding, name)
                 square = inputs.to(torch.promote_types(inputs.dtype, torch.float32)).square().sum(dim=0)
                 squares[name] = squares[name] + square if name in squares else square
