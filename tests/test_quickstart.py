@@ -188,16 +188,19 @@ def row(name, correct):
 def test_differences_are_paired():
     """The standard error is that of the differences: ten examples that all models get right add none."""
     rows = [row("a", [1] * 12 + [0, 0]), row("b", [1] * 10 + [0, 0, 0, 1]), row("c", [1] * 12 + [0, 0])]
+    rows[1]["measured"]["loss"] = [0.6] * 13 + [0.9]
     difference, none = _report.compare(rows, [("a", "b"), ("a", "c")])
     per_example = torch.tensor([0.0] * 10 + [1, 1, 0, -1])
-    assert difference["difference"] == pytest.approx(1 / 14)
-    assert difference["standard_error"] == pytest.approx((per_example.std() / 14**0.5).item())
-    assert difference["within_noise"]
-    assert none["difference"] == none["standard_error"] == 0 and none["within_noise"]
+    assert difference["accuracy"]["difference"] == pytest.approx(1 / 14)
+    assert difference["accuracy"]["standard_error"] == pytest.approx((per_example.std() / 14**0.5).item())
+    assert difference["accuracy"]["within_noise"] and not difference["label_loss"]["within_noise"]
+    assert difference["label_loss"]["difference"] == pytest.approx(-(13 * 0.1 + 0.2) / 14)
+    assert none["accuracy"] == {"difference": 0, "standard_error": 0, "within_noise": True} == none["label_loss"]
     (clear,) = _report.compare([row("a", [1] * 40), row("b", [0] * 20 + [1] * 20)], [("a", "b")])
-    assert not clear["within_noise"]
-    text = _report.describe([difference, clear])
-    assert "a against b" in text and "within noise" in text.splitlines()[1] and "clear" in text.splitlines()[2]
+    assert not clear["accuracy"]["within_noise"]
+    first, second = _report.describe([difference, clear]).splitlines()[2:]
+    assert "+7.1 ± 12.7  within noise" in first and first.endswith("clear")
+    assert "+50.0 ± 8.0  clear" in second
 
 
 def test_table():

@@ -507,6 +507,7 @@ def test_the_search_follows_the_direction(objectives):
     ("kwargs", "message"),
     [
         ({"objectives": ()}, "`objectives` is empty"),
+        ({"objectives": 3}, "sequence of names and functions, got 3"),
         ({"objectives": ("macs", "accuracy")}, "first of `objectives`.*'macs'"),
         ({"objectives": (("accuracy", quality), "macs")}, "first of `objectives`.*'accuracy'"),
         ({"objectives": ("accuracy", "accuracy")}, "twice"),

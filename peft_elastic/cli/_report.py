@@ -80,38 +80,45 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Differences of accuracy between rows, (minuend, subtrahend) by name, in [-1, 1].
+    """Differences between rows, (minuend, subtrahend) by name: of the accuracy, in [-1, 1], and of the label loss, in nats.
 
     Both were measured on the same examples, so the standard error is that of the differences example by example: smaller
-    than the errors of the two accuracies suggest.
+    than the errors of the two means suggest.
     """
-    correct = {row["name"]: row["measured"]["correct"] for row in rows}
-    differences = []
+    measured = {row["name"]: row["measured"] for row in rows}
+    differences: list[dict[str, Any]] = []
     for first, second in pairs:
-        per_example = [a - b for a, b in zip(correct[first], correct[second], strict=True)]
-        difference, error = mean_and_error(per_example)
-        differences.append(
-            {
-                "pair": [first, second],
+        entry: dict[str, Any] = {"pair": [first, second]}
+        for name, values in (("accuracy", "correct"), ("label_loss", "loss")):
+            per_example = [a - b for a, b in zip(measured[first][values], measured[second][values], strict=True)]
+            difference, error = mean_and_error(per_example)
+            entry[name] = {
                 "difference": difference,
                 "standard_error": error,
                 "within_noise": abs(difference) <= _CLEAR * error or difference == 0,
             }
-        )
+        differences.append(entry)
     return differences
 
 
 def describe(differences: Sequence[dict[str, Any]]) -> str:
     """`compare`'s result in words."""
-    title = "Differences of the accuracy, example by example (clear: more than 2 standard errors):"
     names = [" against ".join(entry["pair"]) for entry in differences]
     width = max(map(len, names))
     lines = [
-        f"  {name:<{width}}  {100 * entry['difference']:+5.1f} ± {100 * entry['standard_error']:.1f} points  "
-        f"{'within noise' if entry['within_noise'] else 'clear'}"
-        for name, entry in zip(names, differences)
+        "Differences, example by example (clear: more than 2 standard errors, else within noise):",
+        f"  {'':<{width}}  {'accuracy, points':<26}  label loss",
     ]
-    return "\n".join([title, *lines])
+    for name, entry in zip(names, differences):
+        accuracy, loss = entry["accuracy"], entry["label_loss"]
+        points = f"{100 * accuracy['difference']:+5.1f} ± {100 * accuracy['standard_error']:.1f}  {_verdict(accuracy)}"
+        nats = f"{loss['difference']:+.3f} ± {loss['standard_error']:.3f}  {_verdict(loss)}"
+        lines.append(f"  {name:<{width}}  {points:<26}  {nats}")
+    return "\n".join(lines)
+
+
+def _verdict(difference: dict[str, Any]) -> str:
+    return "within noise" if difference["within_noise"] else "clear"
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

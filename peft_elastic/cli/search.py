@@ -48,7 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     search = parser.add_argument_group("search")
     search.add_argument("--evals", type=int, default=40, metavar="N", help="evaluations (default: %(default)s)")
     search.add_argument("--population", type=int, default=8, help="subnets per generation (default: %(default)s)")
-    search.add_argument("--algorithm", choices=("nsga2", "random", "exhaustive"), default="nsga2")
+    search.add_argument(
+        "--algorithm",
+        choices=("nsga2", "random", "exhaustive"),
+        default="nsga2",
+        help="how subnets are proposed (default: %(default)s)",
+    )
     search.add_argument(
         "--metric",
         choices=("loss", "accuracy"),

@@ -115,7 +115,7 @@ def _parameters(module: nn.Module, counted: set[int]) -> int:
 
 
 def _macs_per_rank(choice: Choice, embeddings: Mapping[str, nn.Embedding]) -> int:
-    """MACs of one unit of rank. A adapter on an embedding looks A up, so that only B (rank x dim) computes."""
+    """MACs of one unit of rank. An adapter on an embedding looks A up, so that only B (rank x dim) computes."""
     looked_up = sum(
         embedding.num_embeddings
         for path in choice.modules

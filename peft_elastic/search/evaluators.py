@@ -331,6 +331,8 @@ class LMEvalEvaluator(Evaluator):
             bootstrap_iters=0,
             log_samples=False,
         )["results"]
+        # a group stands for its tasks; a task from a file is listed under the name it has inside
+        results = {name: results[name] for name in self.tasks if name in results} or results
         key = self.metric if "," in self.metric else f"{self.metric},none"
         for task, values in results.items():
             if key not in values:

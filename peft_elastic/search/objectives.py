@@ -96,7 +96,11 @@ def parse_objectives(
 
 def _entries(objectives: str | Sequence[ObjectiveLike]) -> list[tuple[str, Callable | None]]:
     entries: list[tuple[Any, Any]] = []
-    for entry in [objectives] if isinstance(objectives, (str, Mapping)) else list(objectives):
+    if isinstance(objectives, (str, Mapping)):
+        objectives = [objectives]
+    if not isinstance(objectives, Sequence):
+        raise ValueError(f"`objectives` must be a sequence of names and functions, got {objectives!r}.")
+    for entry in objectives:
         if isinstance(entry, str):
             entries.append((entry, None))
         elif isinstance(entry, Mapping):

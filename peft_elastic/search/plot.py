@@ -82,8 +82,9 @@ def _front(axes: Axes, result: SearchResult) -> None:
     x, y = zip(*(point(e) for e in result.history))
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
     front_x, front_y = zip(*(point(e) for e in result.pareto))
-    # with a third objective the front is a surface, and a line through its points would mean nothing
-    line = {"drawstyle": "steps-post", "linewidth": 1.4} if len(result.objectives) == 2 else {"linestyle": ""}
+    # with another objective the front does not lie in this plane, and a line through its points would mean nothing
+    in_plane = list(result.objectives) == [result.metric, result.cost]
+    line = {"drawstyle": "steps-post", "linewidth": 1.4} if in_plane else {"linestyle": ""}
     axes.plot(front_x, front_y, color=_LINE, marker="o", markersize=5, label=f"Pareto front ({len(front_x)})", **line)
     _mark(axes, result, point)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

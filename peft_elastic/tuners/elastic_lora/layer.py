@@ -72,9 +72,10 @@ class _ElasticWeight(nn.Module):
     def weight(self, value: torch.Tensor) -> None:
         self.__dict__["_unregistered_weight"] = value
 
-    @weight.deleter
-    def weight(self) -> None:
-        del self.__dict__["_unregistered_weight"]
+    def __delattr__(self, name: str) -> None:
+        was_unregistered = name == "weight" and self.__dict__.pop("_unregistered_weight", None) is not None
+        if not was_unregistered or name in self._parameters:
+            super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
