@@ -72,7 +72,7 @@ class _Plan:
     steps: int = 50
     evals: int = 24
     validation: int = 100  # examples
-    test: int = 400
+    test: int = 300
 
 
 _SMOKE = _Plan(calibration=(8, 32), ranks=(8, 6, 4), batch_size=8, steps=6, evals=6, validation=16, test=24)
