@@ -16,8 +16,6 @@
 import json
 import math
 import os
-import threading
-import time
 from pathlib import Path
 
 import datasets
@@ -27,7 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
 from peft_elastic import SearchResult, Subnet
 from peft_elastic.cli import _data, _evaluation, main
@@ -144,28 +142,23 @@ def test_training_learns(folder, pruned, adapter):
     assert evaluate(PeftModel.from_pretrained(base, adapter)) < before - 0.5
 
 
-def test_interrupted_training_continues_to_the_same_result(folder, pruned, tmp_path, capsys):
-    """Ctrl-C once there is a checkpoint, then --resume."""
-    command = ["train", "--model", pruned, "--dataset", folder / "train.jsonl", *TRAIN, "--samples", "40"]
-    command += ["--steps", "40", "--save-steps", "4"]  # 8 epochs
-    assert run(*command, "--out", tmp_path / "whole") == 0
+class InterruptAtStep6(TrainerCallback):
+    """Ctrl-C after the checkpoint of step 4."""
 
-    done = threading.Event()
-
-    def interrupt():
-        deadline = time.monotonic() + 60
-        while not last_checkpoint(tmp_path / "broken-checkpoints") and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if not done.is_set():
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
             os.kill(os.getpid(), 2)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
+
+def test_interrupted_training_continues_to_the_same_result(folder, pruned, tmp_path, capsys, monkeypatch):
+    """Ctrl-C once there is a checkpoint, then --resume."""
+    command = ["train", "--model", pruned, "--dataset", folder / "train.jsonl", *TRAIN, "--samples", "40"]
+    command += ["--steps", "12", "--save-steps", "4"]
+    assert run(*command, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, InterruptAtStep6])
         status = run(*command, "--out", tmp_path / "broken")
-    finally:
-        done.set()
-        thread.join()
+    assert last_checkpoint(tmp_path / "broken-checkpoints")
     assert status == 130
     assert "--resume" in capsys.readouterr().out and not (tmp_path / "broken").exists()
 
