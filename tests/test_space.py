@@ -27,6 +27,8 @@ from hypothesis import strategies as st
 from peft_elastic.supernet import Choice, SearchSpace, Subnet
 
 
+# No deadline: how long an example takes depends on what else the machine does.
+quick = settings(max_examples=60, deadline=None)
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 options = st.sets(st.integers(0, 4096), min_size=1, max_size=6).map(lambda s: tuple(sorted(s, reverse=True)))
 
@@ -64,6 +66,7 @@ def small_space():
 # -- properties that hold for every space --------------------------------------------------------------------------
 
 
+@quick
 @given(spaces_with_subnet())
 def test_encode_and_decode_are_inverse(case):
     space, subnet = case
@@ -75,6 +78,7 @@ def test_encode_and_decode_are_inverse(case):
     assert subnet in space
 
 
+@quick
 @given(spaces_with_subnet())
 def test_json_round_trips(case):
     space, subnet = case
@@ -86,6 +90,7 @@ def test_json_round_trips(case):
     json.loads(space.to_json()), json.loads(subnet.to_json())
 
 
+@quick
 @given(spaces_with_subnet())
 def test_equal_subnets_hash_alike_whatever_the_order_of_their_keys(case):
     _, subnet = case
@@ -97,7 +102,7 @@ def test_equal_subnets_hash_alike_whatever_the_order_of_their_keys(case):
         assert copied == subnet and hash(copied) == hash(subnet)
 
 
-@settings(max_examples=50)
+@quick
 @given(spaces())
 def test_size_and_enumeration_agree(space):
     if space.size > 2000:
@@ -109,6 +114,7 @@ def test_size_and_enumeration_agree(space):
     assert all(subnet in space for subnet in subnets)
 
 
+@quick
 @given(spaces(), st.integers(0, 2**64))
 def test_samples_belong_to_the_space_and_depend_on_the_seed_alone(space, seed):
     np.random.seed(0)
@@ -120,12 +126,14 @@ def test_samples_belong_to_the_space_and_depend_on_the_seed_alone(space, seed):
     assert space.sample([seed, 1]) == space.sample([seed, 1])
 
 
+@quick
 @given(spaces_with_subnet())
 def test_min_and_max_bound_the_parameters(case):
     space, subnet = case
     assert space.count_parameters(space.min) <= space.count_parameters(subnet) <= space.count_parameters(space.max)
 
 
+@quick
 @given(spaces_with_subnet(), st.text(max_size=5), st.integers(-5, 5000))
 def test_membership_is_exact(case, key, value):
     space, subnet = case
@@ -134,6 +142,7 @@ def test_membership_is_exact(case, key, value):
     assert (changed in space) == allowed
 
 
+@quick
 @given(st.text())
 def test_foreign_text_is_a_value_error(text):
     for parse in (Subnet.from_json, SearchSpace.from_json):
@@ -148,6 +157,7 @@ json_values = st.recursive(
 )
 
 
+@quick
 @given(json_values)
 def test_foreign_json_is_a_value_error(data):
     for parse in (Subnet.from_json, SearchSpace.from_json):
@@ -155,6 +165,7 @@ def test_foreign_json_is_a_value_error(data):
             parse(json.dumps(data))
 
 
+@quick
 @given(st.dictionaries(st.text(max_size=5), json_values, max_size=3))
 def test_a_subnet_with_bad_values_is_a_value_error_or_a_subnet(values):
     text = json.dumps({"format": "peft-elastic/subnet", "version": 1, "values": values})
@@ -165,13 +176,14 @@ def test_a_subnet_with_bad_values_is_a_value_error_or_a_subnet(values):
             Subnet.from_json(text)
 
 
+@quick
 @given(st.lists(json_values, max_size=3))
 def test_a_search_space_with_bad_choices_is_a_value_error(choices):
     with pytest.raises(ValueError):
         SearchSpace.from_json(json.dumps({"format": "peft-elastic/search-space", "version": 1, "choices": choices}))
 
 
-@settings(max_examples=200)
+@quick
 @given(spaces_with_subnet(), st.data())
 def test_damaged_json_of_a_space_never_gives_another_error(case, data):
     """One field of a real file replaced by anything: refused as a ValueError, or still a working space."""
@@ -301,6 +313,7 @@ def test_fingerprint_tells_spaces_apart():
     assert space.fingerprint == small_space().fingerprint
 
 
+@pytest.mark.slow  # a second interpreter
 def test_fingerprint_and_samples_are_the_same_in_another_process():
     space = small_space()
     code = (

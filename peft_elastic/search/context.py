@@ -39,10 +39,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def subnet_restored(model: nn.Module, host: ElasticHost) -> Iterator[None]:
-    """The chosen subnet and, during training, the sampled one are the same afterwards as before; so are the training
-    modes."""
-    training = [(module, module.training) for module in model.modules()]
+def subnet_restored(host: ElasticHost) -> Iterator[None]:
+    """The chosen subnet and, during training, the sampled one are the same afterwards as before."""
     active = host.active_subnet
     host.restore_subnet()
     chosen = host.active_subnet
@@ -50,8 +48,6 @@ def subnet_restored(model: nn.Module, host: ElasticHost) -> Iterator[None]:
         yield
     finally:
         host.set_subnet(chosen)
-        for module, mode in training:
-            module.training = mode
         if active != chosen:
             host.sample_subnet(active)
 

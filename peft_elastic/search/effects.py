@@ -95,7 +95,7 @@ def estimate_effects(
     rng = np.random.default_rng(seed)
     rows: list[np.ndarray] = []
     losses: list[np.ndarray] = []
-    with subnet_restored(model, host), eval_mode(model):
+    with subnet_restored(host), eval_mode(model):
         for batch in batches:
             subnets = [space.sample(rng) for _ in range(per_batch)]
             measured = np.array([_loss(model, host, batch, subnet) for subnet in subnets])

@@ -121,7 +121,7 @@ def search_subnet(
     named = reference_subnets(space)
     history: list[Evaluation] = []
     search = ALGORITHMS[algorithm](space, len(targets), population, seed)
-    with subnet_restored(model, host), tqdm(total=limit, desc="search", disable=not progress) as bar:
+    with subnet_restored(host), tqdm(total=limit, desc="search", disable=not progress) as bar:
         if file is not None and file.n_rows:
             _say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
         while True:
@@ -263,6 +263,8 @@ def _profile(references: Sequence[Evaluation], metric: str) -> str:
 
 
 def _show(bar: tqdm, history: Sequence[Evaluation], directions: Mapping[str, str]) -> None:
+    if bar.disable:
+        return
     metric, direction = next(iter(directions.items()))
     best = (max if direction == "max" else min)(e.metrics[metric] for e in history)
     bar.set_postfix(
