@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 
@@ -203,6 +204,27 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(torch.tanh(self.conv1d(self.embedding(x))))
+
+
+class OddLora(nn.Module, LoraLayer):
+    """A user's own LoRA layer, whose A and B are of a kind that cannot be elastic."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return 4, 4
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        self.r[adapter_name] = config.r
+        self.lora_A[adapter_name] = nn.Bilinear(2, 2, config.r)
+        self.lora_B[adapter_name] = nn.Bilinear(2, 2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
 
 
 def net(net_cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:

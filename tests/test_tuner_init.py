@@ -18,7 +18,7 @@ import shutil
 
 import pytest
 import torch
-from models import EmbeddingNet, net, outputs, randomize, tiny_gpt2, tiny_llama, tiny_opt, tokens
+from models import EmbeddingNet, net, outputs, randomize, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tokens
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -182,6 +182,15 @@ def test_a_converted_adapter_can_be_exported_and_trained_on(tmp_path):
 def test_what_peft_refuses_to_convert_is_refused(tmp_path):
     model = initialised(tiny_llama, tmp_path, init_lora_weights="pissa", use_rslora=True, rank_pattern={"q_proj": 4})
     with pytest.raises(ValueError, match="not supported when using `rank_pattern` or `alpha_pattern`"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+
+
+def test_conversion_of_experts_is_refused(tmp_path):
+    """peft would mix the ranks of different experts."""
+    config = ElasticLoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    model = get_peft_model(tiny_mixtral(), config)
+    model.save_pretrained(tmp_path / "initial")
+    with pytest.raises(ValueError, match="does not work with `target_parameters`"):
         model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
 
 

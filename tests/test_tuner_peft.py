@@ -16,6 +16,7 @@
 import contextlib
 import copy
 import io
+import json
 import pickle
 import warnings
 
@@ -197,7 +198,6 @@ def test_the_model_card_is_tagged(tmp_path):
     assert "lora" not in (model.merge_and_unload().model_tags or [])
 
 
-@pytest.mark.parametrize("field", ["active_subnet"])
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -211,9 +211,7 @@ def test_the_model_card_is_tagged(tmp_path):
         ("max", "must be a dict"),
     ],
 )
-def test_a_corrupt_subnet_is_refused_when_loading(tmp_path, field, value, message):
-    import json
-
+def test_a_corrupt_subnet_is_refused_when_loading(tmp_path, value, message):
     model = elastic()
     model.save_pretrained(tmp_path)
     if isinstance(value, str) and value.startswith("every choice"):
@@ -221,7 +219,7 @@ def test_a_corrupt_subnet_is_refused_when_loading(tmp_path, field, value, messag
         number = int(number) if number.lstrip("-").isdigit() else number
         value = dict.fromkeys((choice.key for choice in model.search_space), number)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"active_subnet": value}))
     base = tiny_llama()
     modules = [type(module) for module in base.modules()]
     with pytest.raises(ValueError, match=message):
@@ -467,25 +465,19 @@ def test_merging_several_adapters():
     close(outputs(model.merge_and_unload(adapter_names=["default", "b"]), tokens()), before)
 
 
-def test_unload_leaves_the_base_untouched():
-    for _, (build, settings, _) in MERGED.items():
-        if "modules_to_save" in settings:
-            continue
-        expected = build().state_dict()
-        model = elastic(build(), **settings)
-        outputs(model, tokens() if hasattr(model.base_model.model, "config") else MERGED_INPUTS(build))
-        model.set_subnet("min")
-        model.merge_adapter()
-        model.unmerge_adapter()
-        # merging and unmerging rounds, so unload a fresh one
-        unloaded = elastic(build(), **settings).unload()
-        found = unloaded.state_dict()
-        assert found.keys() == expected.keys()
+@pytest.mark.parametrize("case", [case for case in MERGED if case != "modules_to_save"])
+def test_unload_leaves_the_base_untouched(case):
+    build, settings, inputs = MERGED[case]
+    expected = build().state_dict()
+    model = elastic(build(), **settings)
+    for _ in each_subnet(model):
+        outputs(model, inputs())
+    found = model.unload().state_dict()
+    assert found.keys() == expected.keys()
+    if case == "attention":  # peft merges and unmerges this one in every forward
+        assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    else:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def MERGED_INPUTS(build):
-    return next(inputs for b, _, inputs in MERGED.values() if b is build)()
 
 
 def test_set_subnet_does_not_touch_any_weight():
@@ -709,7 +701,6 @@ def test_copies_are_independent(tmp_path):
         assert torch.equal(outputs(twin, tokens()), before)
         assert twin.active_subnet == model.active_subnet
         twin.set_subnet("max")
-        twin.load_adapter  # noqa: B018
         assert (outputs(twin, tokens()) - before).abs().max() > 1e-3
         assert torch.equal(outputs(model, tokens()), before)
     # copies are complete: they can be trained, saved and get further adapters
@@ -1023,7 +1014,7 @@ def test_all_architectures_roundtrip(tmp_path):
         close(outputs(loaded.merge_and_unload(), arch.inputs()), before)
 
 
-def test_nothing_is_left_in_the_process(tmp_path):
+def test_other_models_are_left_alone():
     """The registration hook acts on PeftModels with an elastic tuner alone."""
     stock = get_peft_model(tiny_llama(), LoraConfig(**QV))
     assert "print_trainable_parameters" not in vars(stock) and "search_subnet" not in vars(stock)

@@ -22,6 +22,7 @@ from models import (
     AttentionNet,
     ConvNet,
     EmbeddingNet,
+    OddLora,
     build,
     net,
     outputs,
@@ -33,7 +34,7 @@ from models import (
 )
 from peft import LoraConfig, PeftMixedModel, PeftModel, XLoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -181,35 +182,12 @@ def test_a_refusal_leaves_the_base_weights_of_pissa_alone():
     assert_unchanged(model, before)
 
 
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        return x * self.weight
-
-
-class ScaleLora(nn.Module, LoraLayer):
-    """A user's LoRA layer for a layer of theirs; its A and B are no linear layers."""
-
-    def __init__(self, base_layer, adapter_name, config, **kwargs):
-        super().__init__()
-        LoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.r[adapter_name] = config.r
-        self.lora_A[adapter_name] = nn.Bilinear(2, 2, config.r)
-        self.lora_B[adapter_name] = nn.Bilinear(2, 2, 4)
-
-    def _get_in_out_features(self, module):
-        return 4, 4
-
-
 def test_custom_layers_of_unknown_kinds_are_refused_by_name():
-    model = nn.Sequential(nn.Linear(4, 4), Scale())
+    """Only once they exist can it be seen what their A and B are."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     before = snapshot(model)
     config = ElasticLoraConfig(target_modules=["0", "1"])
-    config._register_custom_module({Scale: ScaleLora})
+    config._register_custom_module({nn.LayerNorm: OddLora})
     with pytest.raises(ValueError, match="'1' cannot be elastic: its adapter consists of Bilinear and Bilinear"):
         get_peft_model(model, config)
     assert_unchanged(model, before)

@@ -20,7 +20,7 @@ import warnings
 
 import pytest
 import torch
-from models import outputs, randomize, tiny_bert, tiny_gemma, tiny_llama, tiny_mixtral, tokens
+from models import OddLora, outputs, randomize, tiny_bert, tiny_gemma, tiny_llama, tiny_mixtral, tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft import set_peft_model_state_dict as set_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -291,6 +291,23 @@ def test_a_refused_adapter_leaves_the_model_usable():
     assert model.active_adapters() == ["default"]
     assert sum(isinstance(m, BaseTunerLayer) for m in model.modules()) == 4
     assert torch.equal(outputs(model, tokens()), before)
+
+
+def test_a_refusal_after_injection_brings_back_the_active_adapter():
+    """Another tuner activates its adapter while it injects it, and peft would fall back on any that is left."""
+    model = with_adapter(with_adapter(), "a")
+    model.set_adapter("default")
+    before = outputs(model, tokens())
+    config = ElasticLoraConfig(r=4, target_modules=["q_proj", "input_layernorm"])
+    config._register_custom_module({type(model.model.norm): OddLora})
+    with pytest.raises(ValueError, match="'model.layers.0.input_layernorm' cannot be elastic"):
+        model.add_adapter(config, "odd")
+    assert model.active_adapters() == ["default"] and list(model.peft_config) == ["default", "a"]
+    assert sum(isinstance(m, BaseTunerLayer) for m in model.modules()) == 4
+    assert torch.equal(outputs(model, tokens()), before)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in model.named_parameters() if n.endswith("default.weight")}
+    get_elastic_host(model).set_subnet("min")
 
 
 def test_a_corrupt_subnet_is_refused_when_loading(tmp_path):

@@ -49,10 +49,7 @@ class _ElasticWeight(nn.Module):
     @property
     def full_weight(self) -> torch.Tensor:
         """All ranks, whatever is active."""
-        full = self.__dict__.get("_unregistered_weight", self._parameters.get("weight"))
-        if full is None:
-            raise AttributeError("the weight has been taken away")  # by FSDP1, which is about to put another there
-        return full
+        return self._parameters["weight"]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -66,16 +63,13 @@ class _ElasticWeight(nn.Module):
             )
         return _leading(full, self.rank_dim, self.kept, self.blocks)
 
-    # Assigning a Parameter goes to nn.Module and never comes here. FSDP1, however, takes the parameter off the module
-    # and puts a plain tensor in its place while it computes.
+    # Assigning a Parameter goes to nn.Module and never comes here.
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
-        self.__dict__["_unregistered_weight"] = value
-
-    def __delattr__(self, name: str) -> None:
-        was_unregistered = name == "weight" and self.__dict__.pop("_unregistered_weight", None) is not None
-        if not was_unregistered or name in self._parameters:
-            super().__delattr__(name)
+        raise ValueError(
+            "The weight of an elastic adapter must stay a parameter. FSDP1 replaces it by a view into flat memory: use "
+            "FSDP2 (`fully_shard`; `fsdp_version: 2` in accelerate) or DDP."
+        )
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
@@ -216,7 +210,7 @@ def is_elastic(layer: LoraLayer, adapter_name: str) -> bool:
     """Whether the A and B of `adapter_name` are elastic."""
     if adapter_name in layer.lora_embedding_A:
         return isinstance(layer.lora_embedding_A, ElasticParameterDict)
-    return all(isinstance(module, _ElasticWeight) for module in _matrices(layer, adapter_name))
+    return isinstance(layer.lora_A[adapter_name], _ElasticWeight)
 
 
 def set_rank(layer: LoraLayer, adapter_name: str, rank: int, when_loaded: bool = False) -> None:
@@ -236,7 +230,7 @@ def set_rank(layer: LoraLayer, adapter_name: str, rank: int, when_loaded: bool =
                 parameters.kept[adapter_name] = kept
     else:
         groups, experts = _conv_groups(layer), _num_experts(layer)
-        for module, width in zip(_matrices(layer, adapter_name), (1, experts)):
+        for module, width in ((layer.lora_A[adapter_name], 1), (layer.lora_B[adapter_name], experts)):
             part = None if kept is None else kept // groups * width
             now, then = (None, part) if when_loaded else (part, None)
             # nn.Module's own attribute setting takes several microseconds, and this runs for every layer in every step
@@ -251,7 +245,7 @@ def get_rank(layer: LoraLayer, adapter_name: str) -> int:
     if adapter_name in layer.lora_embedding_A:
         kept = layer.lora_embedding_A.kept.get(adapter_name)
     else:
-        kept = _matrices(layer, adapter_name)[0].kept
+        kept = layer.lora_A[adapter_name].kept
         kept = None if kept is None else kept * _conv_groups(layer)
     return layer.r[adapter_name] if kept is None else kept
 
@@ -260,16 +254,14 @@ def full_weights(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, tor
     """The weights of A and B with all their ranks, whatever is active."""
     if adapter_name in layer.lora_embedding_A:
         return dict(layer.lora_embedding_A.items())[adapter_name], dict(layer.lora_embedding_B.items())[adapter_name]
-    lora_A, lora_B = _matrices(layer, adapter_name)
-    return lora_A.full_weight, lora_B.full_weight
+    return layer.lora_A[adapter_name].full_weight, layer.lora_B[adapter_name].full_weight
 
 
 def active_weights(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of A and B as they are active now."""
     if adapter_name in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    lora_A, lora_B = _matrices(layer, adapter_name)
-    return lora_A.weight, lora_B.weight
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 def zero_inactive(layer: LoraLayer, adapter_name: str) -> None:
@@ -277,19 +269,12 @@ def zero_inactive(layer: LoraLayer, adapter_name: str) -> None:
     if adapter_name in layer.lora_embedding_A:
         parts = [(p.rank_dim, p.kept.get(adapter_name), 1) for p in (layer.lora_embedding_A, layer.lora_embedding_B)]
     else:
-        parts = [(m.rank_dim, m.kept, m.blocks) for m in _matrices(layer, adapter_name)]
+        parts = [(m.rank_dim, m.kept, m.blocks) for m in (layer.lora_A[adapter_name], layer.lora_B[adapter_name])]
     for full, (rank_dim, kept, blocks) in zip(full_weights(layer, adapter_name), parts):
         if kept is not None:
             inactive = torch.ones(full.shape[rank_dim], dtype=torch.bool)
             inactive[_leading(torch.arange(full.shape[rank_dim]), 0, kept, blocks)] = False
             full.data.index_fill_(rank_dim, inactive.nonzero().flatten().to(full.device), 0)
-
-
-def _matrices(layer: LoraLayer, adapter_name: str) -> tuple[Any, Any]:
-    """The A and B modules, without the FSDP1 modules that may be around each of them."""
-    pair = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    lora_A, lora_B = (module._modules.get("_fsdp_wrapped_module", module) for module in pair)
-    return lora_A, lora_B
 
 
 def _conv_groups(layer: LoraLayer) -> int:

@@ -194,7 +194,7 @@ class ElasticLoraModel(LoraModel):
         _convert_moe_targets(trial, model)
         plan = self._plan_injection(model, adapter_name, trial, state_dict)
 
-        known = set(self.target_module_mapping.get(self.get_model_config(model)["model_type"], ()))
+        known = set(self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ()))
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         _refuse_unmatched("target_modules", trial.target_modules, modules, known)
         _refuse_unmatched("target_parameters", trial.target_parameters, [*parameters, *plan])
@@ -360,14 +360,17 @@ class ElasticLoraModel(LoraModel):
     def _elastic(self, adapter_name: str) -> _ElasticAdapter:
         if adapter_name not in self._elastic_adapters:
             raise ValueError(f"Adapter {adapter_name!r} has no elastic layers, so it has no search space.")
-        layers = self._elastic_adapters[adapter_name].layers
+        return self._elastic_adapters[adapter_name]
+
+    def _elastic_layers(self, adapter_name: str) -> dict[str, LoraLayer]:
+        layers = self._elastic(adapter_name).layers
         replaced = [name for name, layer in layers.items() if not is_elastic(layer, adapter_name)]
         if replaced:
             raise ValueError(
                 f"The weights of adapter {adapter_name!r} in {replaced[0]!r} have been replaced by a fixed-rank layer, "
                 "for example by `prepare_model_for_compiled_hotswap`, which elastic adapters do not support."
             )
-        return self._elastic_adapters[adapter_name]
+        return layers
 
     def _resolve_adapter(self, adapter_name: Optional[str]) -> str:
         elastic = self._elastic_configs()
@@ -421,7 +424,7 @@ class ElasticLoraModel(LoraModel):
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
         """
         adapter_name = self._resolve_adapter(adapter_name)
-        layers, space = self._elastic(adapter_name)
+        layers, space = self._elastic_layers(adapter_name), self._elastic(adapter_name).space
         return Subnet({choice.key: get_rank(layers[choice.modules[0]], adapter_name) for choice in space})
 
     def set_subnet(self, subnet: Subnet | Mapping[str, int] | str, adapter_name: Optional[str] = None) -> None:
@@ -472,7 +475,7 @@ class ElasticLoraModel(LoraModel):
             self._activate(chosen, adapter_name, when_loaded=when_loaded)
 
     def _activate(self, subnet: Subnet, adapter_name: str, when_loaded: bool = False) -> None:
-        layers, space = self._elastic(adapter_name)
+        layers, space = self._elastic_layers(adapter_name), self._elastic(adapter_name).space
         merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
         if merged:
             raise ValueError(
@@ -482,23 +485,6 @@ class ElasticLoraModel(LoraModel):
         for choice in space:
             for name in choice.modules:
                 set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)
-
-    @contextmanager
-    def _all_ranks(self) -> Iterator[None]:
-        """Show every adapter at full rank, for code of peft that replaces or copies whole parameters."""
-        before = {
-            (layer, name): get_rank(layer, name)
-            for name in self._elastic_configs()
-            if name in self._elastic_adapters
-            for layer in self._elastic_adapters[name].layers.values()
-        }
-        for layer, name in before:
-            set_rank(layer, name, layer.r[name])
-        try:
-            yield
-        finally:
-            for (layer, name), rank in before.items():
-                set_rank(layer, name, rank)
 
     def subnet_summary(self, adapter_name: Optional[str] = None) -> SubnetSummary:
         """What is active, as a table when printed.
@@ -562,7 +548,7 @@ class ElasticLoraModel(LoraModel):
             OSError: if the folder cannot be written; nothing is changed then.
         """
         adapter_name = self._resolve_adapter(adapter_name)
-        layers = self._elastic(adapter_name).layers
+        layers = self._elastic_layers(adapter_name)
         export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -601,15 +587,19 @@ class ElasticLoraModel(LoraModel):
 
     @contextmanager
     def _inactive_ranks_zeroed(self, adapters: list[str]) -> Iterator[None]:
-        """Make full-rank weights that compute what the active subnets compute."""
-        layers = [(layer, name) for name in adapters for layer in self._elastic(name).layers.values()]
+        """Let all ranks of these adapters together compute what their active subnets compute."""
+        layers = [(layer, name) for name in adapters for layer in self._elastic_layers(name).values()]
+        ranks = [get_rank(layer, name) for layer, name in layers]
         saved = [(full, full.detach().clone()) for layer, name in layers for full in full_weights(layer, name)]
         try:
             for layer, name in layers:
                 zero_inactive(layer, name)
-            with self._all_ranks():
-                yield
+            for layer, name in layers:
+                set_rank(layer, name, layer.r[name])
+            yield
         finally:
+            for (layer, name), rank in zip(layers, ranks):
+                set_rank(layer, name, rank)
             for full, values in saved:
                 full.data.copy_(values)
 
