@@ -154,6 +154,8 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
     try:
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
+        elif path.is_file() and not path.stat().st_size:
+            raise ValueError("the file is empty.")
         elif path.is_file() and path.suffix in _READERS:
             options = {"sep": "\t"} if path.suffix == ".tsv" else {}
             loaded = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
@@ -164,9 +166,8 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
         else:
             hub_name, _, configuration = name.partition(":")
             loaded = datasets.load_dataset(hub_name, configuration or None)
-    except StopIteration as error:  # what an empty JSON file raises
-        raise ValueError(f"`--dataset` {name!r} is empty.") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # StopIteration is what a JSON file of blank lines raises
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # `datasets` says in the first message only that it failed
         raise ValueError(f"`--dataset` {name!r} cannot be read: {first_line(cause)}") from error
     if isinstance(loaded, datasets.DatasetDict):
