@@ -5,21 +5,34 @@ The extension is optional: without a C++17 compiler the package installs all the
 """
 
 import os
+import platform
+import tempfile
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CompileError
 
 
 REQUIRED = os.environ.get("PEFT_ELASTIC_REQUIRE_EXT", "0") not in ("", "0")
 
+# Each level of the kernels is compiled for its own instructions, and the extension chooses among them when it runs. A
+# compiler that does not know an option builds the file without any: it is then empty, and the level absent.
+AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt"]
+AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vbmi", "vbmi2", "vnni"))]
+LEVEL_FLAGS = {
+    "level_avx2.cpp": AVX2,
+    "level_avx512.cpp": AVX512,
+    "level_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "level_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
 
-class OptionalBuildExt(build_ext):
-    """`optional=True` below forgives a compiler that fails; on some platforms having none at all is an error raised
-    before the first file, which is forgiven here."""
 
+class BuildExt(build_ext):
     def run(self):
+        # `optional=True` below forgives a compiler that fails; on some platforms having none at all is an error raised
+        # before the first file, which is forgiven here.
         try:
             super().run()
         except BaseError as error:
@@ -27,16 +40,46 @@ class OptionalBuildExt(build_ext):
                 raise
             self.warn(f"building without the C++ extension: {error}")
 
+    def build_extension(self, ext):
+        if self.compiler.compiler_type == "unix":
+            self._add_flags_per_file()
+        super().build_extension(ext)
+
+    def _add_flags_per_file(self):
+        compile_one = self.compiler._compile
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+
+        def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            flags = LEVEL_FLAGS.get(Path(src).name, []) if is_x86 else []
+            if flags and not self._accepts(flags):
+                self.warn(f"this compiler knows not all of {' '.join(flags)}: building without {Path(src).stem}")
+                flags = []
+            compile_one(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
+
+        self.compiler._compile = compile_with_flags
+
+    def _accepts(self, flags):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text("#include <immintrin.h>\nint main() { return 0; }\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
+
 
 setup(
     ext_modules=[
         Pybind11Extension(
             "peft_elastic._C",
-            sources=["csrc/cpu_features.cpp", "csrc/module.cpp"],
-            depends=["csrc/cpu_features.h"],
+            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            # -O3 whatever Python was built with. gcc 12 takes the undefined operands in its own AVX512 header for mistakes.
+            extra_compile_args=[] if os.name == "nt" else ["-O3", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
             cxx_std=17,
             optional=not REQUIRED,
         )
     ],
-    cmdclass={"build_ext": OptionalBuildExt},
+    cmdclass={"build_ext": BuildExt},
 )

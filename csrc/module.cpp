@@ -16,7 +16,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #include "cpu_features.h"
+#include "dispatch.h"
+#include "linear.h"
+#include "pack.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -41,9 +49,149 @@ py::dict cpu_report() {
   return result;
 }
 
+// Memory comes as addresses, so that nothing here depends on torch; the Python side (deploy/ops.py) owns it and has checked
+// shapes, types and strides.
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+peft_elastic::ValueType value_type(int type) {
+  if (type != 0 && type != 1) throw std::invalid_argument("the value type must be 0 (bf16) or 1 (int8)");
+  return static_cast<peft_elastic::ValueType>(type);
+}
+
+peft_elastic::FloatType float_type(int type) {
+  if (type < 0 || type > 2) throw std::invalid_argument("the float type must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  return static_cast<peft_elastic::FloatType>(type);
+}
+
+std::int64_t count_nonzeros(int type, Address dense, std::int64_t out_features, std::int64_t in_features,
+                            std::int64_t row_stride) {
+  py::gil_scoped_release release;
+  return peft_elastic::count_nonzeros(value_type(type), at<const void>(dense), out_features, in_features, row_stride);
+}
+
+void pack_dense(int type, Address dense, std::int64_t out_features, std::int64_t in_features, std::int64_t row_stride,
+                Address packed, std::size_t size) {
+  py::gil_scoped_release release;
+  peft_elastic::pack_dense(value_type(type), at<const void>(dense), out_features, in_features, row_stride,
+                           at<std::uint8_t>(packed), size);
+}
+
+void pack_bitmask(int type, Address bitmask, std::size_t bitmask_bytes, Address values, std::int64_t value_count,
+                  std::int64_t out_features, std::int64_t in_features, Address packed, std::size_t size) {
+  py::gil_scoped_release release;
+  peft_elastic::pack_bitmask(value_type(type), at<const std::uint8_t>(bitmask), bitmask_bytes, at<const void>(values),
+                             value_count, out_features, in_features, at<std::uint8_t>(packed), size);
+}
+
+void unpack(Address packed, std::size_t size, Address bitmask, Address values) {
+  py::gil_scoped_release release;
+  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  peft_elastic::check_contents(weight);
+  peft_elastic::unpack(weight, at<std::uint8_t>(bitmask), at<void>(values));
+}
+
+py::tuple describe(Address packed, std::size_t size) {
+  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  return py::make_tuple(static_cast<int>(weight.type), weight.out_features, weight.in_features,
+                        weight.offsets[weight.blocks]);
+}
+
+void check_contents(Address packed, std::size_t size) {
+  py::gil_scoped_release release;
+  peft_elastic::check_contents(peft_elastic::open_packed(at<const std::uint8_t>(packed), size));
+}
+
+// A tenth of a microsecond counts here: a token calls hundreds of layers.
+void linear(Address packed, std::size_t size, Address x, int x_type, std::int64_t rows, std::int64_t in_features,
+            std::int64_t x_stride, Address scales, Address bias, int bias_type, Address y, int y_type,
+            std::int64_t out_features, int threads, bool int8_activations) {
+  py::gil_scoped_release release;
+  peft_elastic::LinearCall call;
+  call.weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  if (call.weight.out_features != out_features || call.weight.in_features != in_features) {
+    throw std::invalid_argument("the packed weight is " + std::to_string(call.weight.out_features) + " x " +
+                                std::to_string(call.weight.in_features) + ", expected " + std::to_string(out_features) +
+                                " x " + std::to_string(in_features));
+  }
+  const bool int8 = call.weight.type == peft_elastic::ValueType::kInt8;
+  if (int8 != (scales != 0)) throw std::invalid_argument("scales go with an int8 weight, and only with one");
+  if (int8_activations && !int8) throw std::invalid_argument("int8 activations go with an int8 weight");
+  call.x = at<const void>(x);
+  call.x_type = float_type(x_type);
+  call.rows = rows;
+  call.x_stride = x_stride;
+  call.scales = at<const float>(scales);
+  call.bias = at<const void>(bias);
+  call.bias_type = float_type(bias_type);
+  call.y = at<void>(y);
+  call.y_type = float_type(y_type);
+  call.threads = threads;
+  call.int8_activations = int8_activations;
+  peft_elastic::linear(call, peft_elastic::selected_kernels());
+}
+
+void dense_rows(Address packed, std::size_t size, Address scales, std::int64_t first_row, std::int64_t rows, Address target,
+                int type, int threads) {
+  py::gil_scoped_release release;
+  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  if ((weight.type == peft_elastic::ValueType::kInt8) != (scales != 0)) {
+    throw std::invalid_argument("scales go with an int8 weight, and only with one");
+  }
+  if (first_row < 0 || rows < 0 || first_row > weight.out_features - rows) {
+    throw std::invalid_argument("rows outside of the weight");
+  }
+  peft_elastic::dense_rows(weight, at<const float>(scales), first_row, rows, at<void>(target), float_type(type), threads);
+}
+
+py::list levels() {
+  py::list result;
+  for (const auto& status : peft_elastic::level_statuses()) {
+    py::list missing;
+    for (const auto& feature : status.missing) missing.append(feature);
+    py::dict level;
+    level["name"] = status.name;
+    level["built"] = status.built;
+    level["usable"] = status.usable;
+    level["missing"] = missing;
+    result.append(level);
+  }
+  return result;
+}
+
+void use_openmp(Address parallel, Address thread_num, Address num_threads) {
+  peft_elastic::OpenMp functions{};
+  functions.parallel = reinterpret_cast<decltype(functions.parallel)>(parallel);
+  functions.thread_num = reinterpret_cast<decltype(functions.thread_num)>(thread_num);
+  functions.num_threads = reinterpret_cast<decltype(functions.num_threads)>(num_threads);
+  peft_elastic::use_openmp(functions);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ extension of peft_elastic. Use it through peft_elastic._native.";
   m.def("cpu_report", &cpu_report, "What this processor can do and the operating system allows.");
+
+  m.def("levels", &levels, "The levels (instruction sets) of the kernels, best first.");
+  m.def("selected_level", &peft_elastic::selected_level);
+  m.def("select_level", &peft_elastic::select_level, "By name; an empty name selects the best usable level.");
+  m.def("use_openmp", &use_openmp, "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads, or zeros.");
+  m.def("has_openmp", &peft_elastic::has_openmp);
+
+  m.def("packed_bytes", [](int type, std::int64_t out_features, std::int64_t in_features, std::int64_t nonzeros) {
+    return peft_elastic::packed_bytes(value_type(type), out_features, in_features, nonzeros);
+  });
+  m.def("count_nonzeros", &count_nonzeros);
+  m.def("pack_dense", &pack_dense);
+  m.def("pack_bitmask", &pack_bitmask);
+  m.def("unpack", &unpack);
+  m.def("describe", &describe, "(value type, out_features, in_features, nonzeros) of a packed weight.");
+  m.def("check_contents", &check_contents);
+  m.def("linear", &linear);
+  m.def("dense_rows", &dense_rows);
 }

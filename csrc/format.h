@@ -1,0 +1,67 @@
+// Copyright 2026 The peft-elastic authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+// The in-memory format of a sparse weight: a bitmap and the packed nonzeros, in the order in which the kernels read them.
+//
+// A weight W [out, in] is cut into blocks of 16 outputs and these into tiles: 16 outputs x 32 inputs of bf16, or 16 outputs
+// x 64 inputs of int8. The edges are padded with zeros. A tile has 16 rows of 64 bytes; row r holds, output by output, the
+// inputs 2r and 2r+1 (bf16) or 4r .. 4r+3 (int8): the "B" tile of Intel AMX (Intel Software Developer's Manual, TDPBF16PS
+// and TDPBSSD), which is also the operand of the AVX512 dot products. Of each row the nonzeros alone are stored, in this
+// order, with a bitmap of one bit per weight: 32 bits for a row of bf16, 64 for a row of int8.
+//
+// One buffer, little endian, aligned to 64 bytes:
+//   Header
+//   offsets   u64 [blocks + 1]          index of the first value of each block of outputs
+//   bitmaps   u32 or u64 [blocks][tiles][16]
+//   values    bf16 or int8 [nonzeros], then 64 bytes of padding, so that wide loads never leave the buffer
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace peft_elastic {
+
+enum class ValueType : std::uint32_t { kBf16 = 0, kInt8 = 1 };
+
+constexpr std::int64_t kBlock = 16;        // outputs of a tile
+constexpr std::int64_t kTileRows = 16;     // rows of a tile
+constexpr std::size_t kAlignment = 64;     // of the buffer and of its sections
+constexpr std::size_t kTailPadding = 64;   // behind the values
+constexpr std::int64_t kMaxRows = 32;      // activations that a level multiplies in one call
+
+// static, so that no level's instructions end up in a function that the linker merges with another's
+static constexpr std::int64_t value_bytes(ValueType type) { return type == ValueType::kBf16 ? 2 : 1; }
+static constexpr std::int64_t tile_inputs(ValueType type) { return type == ValueType::kBf16 ? 32 : 64; }
+static constexpr std::int64_t group_inputs(ValueType type) { return type == ValueType::kBf16 ? 2 : 4; }  // of one output in a tile row
+static constexpr std::int64_t tile_bitmap_bytes(ValueType type) { return type == ValueType::kBf16 ? 64 : 128; }
+
+struct Header {
+  char magic[8];
+  ValueType type;
+  std::uint32_t reserved;
+  std::uint64_t out_features, in_features, nonzeros;
+  std::uint64_t offsets_at, bitmaps_at, values_at, total_bytes;  // where the sections begin, in bytes from the header
+  char padding[56];
+};
+static_assert(sizeof(Header) == 128, "the header is part of the format");
+
+// A checked buffer, as the kernels see it.
+struct Weight {
+  ValueType type;
+  std::int64_t out_features, in_features, blocks, tiles;  // tiles: of one block
+  const std::uint64_t* offsets;
+  const std::uint8_t* bitmaps;
+  const std::uint8_t* values;
+};
+
+}  // namespace peft_elastic

@@ -1,0 +1,278 @@
+// Copyright 2026 The peft-elastic authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+// AVX2 and FMA. There is no expand instruction, so a byte of the bitmap selects one of 256 byte shuffles, which drops the
+// packed values into place: bf16 into the upper half of a float, int8 into the top byte of a 32-bit integer.
+
+#include <cstring>
+
+#include "kernels.h"
+
+#if (defined(__AVX2__) && defined(__FMA__) && defined(__BMI2__) && defined(__POPCNT__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
+
+#include "simd.h"
+
+namespace peft_elastic {
+namespace {
+
+struct Shuffles {
+  std::uint8_t of[256][32];
+};
+
+// For each byte of a bitmap the control of VPSHUFB: 8 lanes of 32 bits, the n-th value into the upper bytes of the lane of the
+// n-th set bit, zeros elsewhere. Both halves of the source register hold the same values.
+constexpr Shuffles make_shuffles(int value_bytes) {
+  Shuffles table{};
+  for (int bits = 0; bits < 256; ++bits) {
+    int next = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      for (int byte = 0; byte < 4; ++byte) table.of[bits][4 * lane + byte] = 0x80;
+      if (!((bits >> lane) & 1)) continue;
+      for (int byte = 0; byte < value_bytes; ++byte) table.of[bits][4 * lane + 4 - value_bytes + byte] = static_cast<std::uint8_t>(next++);
+    }
+  }
+  return table;
+}
+
+alignas(64) constexpr Shuffles kShufflesBf16 = make_shuffles(2);
+alignas(64) constexpr Shuffles kShufflesInt8 = make_shuffles(1);
+
+// Takes the lowest 8 bits of `bits`, then removes them; advances `values` behind what they stand for.
+template <ValueType type>
+PE_INLINE __m256 expand8(std::uint64_t& bits, const std::uint8_t*& values) {
+  const std::size_t byte = bits & 255;
+  bits >>= 8;
+  __m256 result;
+  if constexpr (type == ValueType::kBf16) {
+    const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShufflesBf16.of[byte]));
+    result = _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, control));
+    values += 2 * _mm_popcnt_u32(static_cast<unsigned>(byte));
+  } else {
+    const __m256i packed = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
+    const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShufflesInt8.of[byte]));
+    result = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(packed, control));  // 2^24 times the value
+    values += _mm_popcnt_u32(static_cast<unsigned>(byte));
+  }
+  return result;
+}
+
+// One group of inputs (2 of bf16, 4 of int8) in every place of a register.
+template <ValueType type>
+PE_INLINE __m256 broadcast_group(const float* x) {
+  if constexpr (type == ValueType::kBf16) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x)));
+  } else {
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
+  }
+}
+
+constexpr float kInt8Unit = 1.0f / 16777216.0f;  // 2^-24: undoes the place of the byte, without rounding
+
+// Adds neighbours: 16 outputs from 4 registers of (4 outputs x 2 inputs), or from 8 of (2 outputs x 4 inputs).
+PE_INLINE void store_pairs(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+  const __m256d ab = _mm256_castps_pd(_mm256_hadd_ps(a, b));  // a0 a1 | b0 b1 | a2 a3 | b2 b3, each pair 64 bits
+  const __m256d cd = _mm256_castps_pd(_mm256_hadd_ps(c, d));
+  _mm256_storeu_ps(out, _mm256_castpd_ps(_mm256_permute4x64_pd(ab, 0xd8)));
+  _mm256_storeu_ps(out + 8, _mm256_castpd_ps(_mm256_permute4x64_pd(cd, 0xd8)));
+}
+
+PE_INLINE void store_quads(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));  // a0 b0 c0 d0 | a1 b1 c1 d1
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_permutevar8x32_ps(sums, order), _mm256_set1_ps(kInt8Unit)));
+}
+
+PE_INLINE std::uint64_t load64(const std::uint8_t* p) {
+  std::uint64_t bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+
+// One row of activations: expand and multiply in registers. Sums by name, as gcc keeps no array of them in registers.
+void multiply_one_bf16(const Weight& w, const float* x, std::int64_t first, std::int64_t last, float* sums) {
+  for (std::int64_t block = first; block < last; ++block) {
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(ValueType::kBf16);
+    const std::uint8_t* values = w.values + 2 * w.offsets[block];
+    __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
+    const float* const end = x + w.tiles * 32;
+    for (const float* inputs = x; inputs != end; inputs += 4, bitmap += 8) {  // two rows of a tile
+      std::uint64_t bits = load64(bitmap);
+      const __m256 even = broadcast_group<ValueType::kBf16>(inputs);
+      a0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a0);
+      a1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a1);
+      a2 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a2);
+      a3 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a3);
+      const __m256 odd = broadcast_group<ValueType::kBf16>(inputs + 2);
+      b0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b0);
+      b1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b1);
+      b2 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b2);
+      b3 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b3);
+    }
+    store_pairs(_mm256_add_ps(a0, b0), _mm256_add_ps(a1, b1), _mm256_add_ps(a2, b2), _mm256_add_ps(a3, b3),
+                sums + block * kBlock);
+  }
+}
+
+void multiply_one_int8(const Weight& w, const float* x, std::int64_t first, std::int64_t last, float* sums) {
+  for (std::int64_t block = first; block < last; ++block) {
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(ValueType::kInt8);
+    const std::uint8_t* values = w.values + w.offsets[block];
+    __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
+    const float* const end = x + w.tiles * 64;
+    for (const float* inputs = x; inputs != end; inputs += 4, bitmap += 8) {
+      std::uint64_t bits = load64(bitmap);
+      const __m256 input = broadcast_group<ValueType::kInt8>(inputs);
+      a0 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a0);
+      a1 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a1);
+      a2 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a2);
+      a3 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a3);
+      a4 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a4);
+      a5 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a5);
+      a6 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a6);
+      a7 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a7);
+    }
+    store_quads(a0, a1, a2, a3, sums + block * kBlock);
+    store_quads(a4, a5, a6, a7, sums + block * kBlock + 8);
+  }
+}
+
+// Several rows: part of a block is expanded to floats in the L1 cache, once for all rows. A row of a tile becomes kParts
+// pairs of registers; the sums of (row, part) stay in memory between two panels and in registers within one.
+template <ValueType type>
+struct Panel {
+  static constexpr int kParts = type == ValueType::kBf16 ? 2 : 4;  // pairs of registers in a row of a tile
+  static constexpr int kRowFloats = 16 * kParts;
+  static constexpr int kRows = 16 * 1024 / (kRowFloats * 4);  // of a panel of 16 KiB
+  static constexpr int kGroup = static_cast<int>(group_inputs(type));
+};
+
+template <ValueType type, int kCount>
+PE_INLINE void multiply_panel(const float* panel, int panel_rows, const float* x, std::int64_t x_stride, float* partial) {
+  using P = Panel<type>;
+  for (int part = 0; part < P::kParts; ++part) {
+    __m256 low[kCount], high[kCount];
+#pragma GCC unroll 6
+    for (int m = 0; m < kCount; ++m) {
+      low[m] = _mm256_load_ps(partial + m * P::kRowFloats + 16 * part);
+      high[m] = _mm256_load_ps(partial + m * P::kRowFloats + 16 * part + 8);
+    }
+    const float* weights = panel + 16 * part;
+    const float* inputs = x;
+    for (int row = 0; row < panel_rows; ++row, weights += P::kRowFloats, inputs += P::kGroup) {
+      const __m256 w_low = _mm256_load_ps(weights), w_high = _mm256_load_ps(weights + 8);
+#pragma GCC unroll 6
+      for (int m = 0; m < kCount; ++m) {
+        const __m256 input = broadcast_group<type>(inputs + m * x_stride);
+        low[m] = _mm256_fmadd_ps(w_low, input, low[m]);
+        high[m] = _mm256_fmadd_ps(w_high, input, high[m]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < kCount; ++m) {
+      _mm256_store_ps(partial + m * P::kRowFloats + 16 * part, low[m]);
+      _mm256_store_ps(partial + m * P::kRowFloats + 16 * part + 8, high[m]);
+    }
+  }
+}
+
+template <ValueType type>
+void multiply_many(const Weight& w, const float* x, std::int64_t x_stride, int rows, std::int64_t first, std::int64_t last,
+                   float* sums, std::int64_t sums_stride, float* scratch) {
+  using P = Panel<type>;
+  float* const panel = scratch;                             // [kRows][kRowFloats]
+  float* const partial = scratch + P::kRows * P::kRowFloats;  // [rows][kRowFloats]
+  const int bitmap_row_bytes = static_cast<int>(tile_bitmap_bytes(type) / kTileRows);
+  const int groups = (rows + 5) / 6;
+  for (std::int64_t block = first; block < last; ++block) {
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(type);
+    const std::uint8_t* values = w.values + w.offsets[block] * value_bytes(type);
+    for (int i = 0; i < rows * P::kRowFloats; i += 8) _mm256_store_ps(partial + i, _mm256_setzero_ps());
+    const std::int64_t block_rows = w.tiles * kTileRows;
+    for (std::int64_t start = 0; start < block_rows; start += P::kRows) {
+      const int count = static_cast<int>(block_rows - start < P::kRows ? block_rows - start : P::kRows);
+      float* target = panel;
+      for (int i = 0; i < count * bitmap_row_bytes; i += 8, bitmap += 8) {
+        std::uint64_t bits = load64(bitmap);
+#pragma GCC unroll 8
+        for (int byte = 0; byte < 8; ++byte, target += 8) _mm256_store_ps(target, expand8<type>(bits, values));
+      }
+      const float* inputs = x + start * P::kGroup;
+      float* partials = partial;
+      for (int group = 0; group < groups; ++group) {
+        const int size = rows * (group + 1) / groups - rows * group / groups;  // groups of about the same size
+        switch (size) {
+          case 1: multiply_panel<type, 1>(panel, count, inputs, x_stride, partials); break;
+          case 2: multiply_panel<type, 2>(panel, count, inputs, x_stride, partials); break;
+          case 3: multiply_panel<type, 3>(panel, count, inputs, x_stride, partials); break;
+          case 4: multiply_panel<type, 4>(panel, count, inputs, x_stride, partials); break;
+          case 5: multiply_panel<type, 5>(panel, count, inputs, x_stride, partials); break;
+          default: multiply_panel<type, 6>(panel, count, inputs, x_stride, partials); break;
+        }
+        inputs += size * x_stride;
+        partials += size * P::kRowFloats;
+      }
+    }
+    for (int m = 0; m < rows; ++m) {
+      const float* p = partial + m * P::kRowFloats;
+      float* out = sums + m * sums_stride + block * kBlock;
+      const auto load = [p](int i) { return _mm256_load_ps(p + 8 * i); };
+      if constexpr (type == ValueType::kBf16) {
+        store_pairs(load(0), load(1), load(2), load(3), out);
+      } else {
+        store_quads(load(0), load(1), load(2), load(3), out);
+        store_quads(load(4), load(5), load(6), load(7), out + 8);
+      }
+    }
+  }
+}
+
+void bf16_float(const Weight& w, const void* x, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
+                std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
+  const float* inputs = static_cast<const float*>(x);
+  if (rows == 1) {
+    multiply_one_bf16(w, inputs, first, last, sums);
+  } else {
+    multiply_many<ValueType::kBf16>(w, inputs, x_stride, static_cast<int>(rows), first, last, sums, sums_stride,
+                                    static_cast<float*>(scratch));
+  }
+}
+
+void int8_float(const Weight& w, const void* x, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
+                std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
+  const float* inputs = static_cast<const float*>(x);
+  if (rows == 1) {
+    multiply_one_int8(w, inputs, first, last, sums);
+  } else {
+    multiply_many<ValueType::kInt8>(w, inputs, x_stride, static_cast<int>(rows), first, last, sums, sums_stride,
+                                    static_cast<float*>(scratch));
+  }
+}
+
+}  // namespace
+
+const Kernels* avx2_kernels() {
+  static constexpr Kernels kKernels = {&bf16_float, nullptr, &int8_float, nullptr};
+  return &kKernels;
+}
+
+}  // namespace peft_elastic
+
+#else
+
+namespace peft_elastic {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace peft_elastic
+
+#endif

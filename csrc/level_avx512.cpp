@@ -1,0 +1,43 @@
+// Copyright 2026 The peft-elastic authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+// AVX512 with VBMI2 and VNNI (Intel from Ice Lake, AMD from Zen 4), float arithmetic.
+
+#include "kernels.h"
+
+#if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
+
+#include "avx512.h"
+
+namespace peft_elastic {
+
+const Kernels* avx512_kernels() {
+  static constexpr Kernels kKernels = {
+      &multiply_rows<Bf16Float>,
+      nullptr,
+      &multiply_rows<Int8Float>,
+      &multiply_rows<Int8Int8>,
+  };
+  return &kKernels;
+}
+
+}  // namespace peft_elastic
+
+#else
+
+namespace peft_elastic {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace peft_elastic
+
+#endif

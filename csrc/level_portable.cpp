@@ -1,0 +1,100 @@
+// Copyright 2026 The peft-elastic authors.
+//
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//
+//     http://www.apache.org/licenses/LICENSE-2.0
+//
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+// The portable level: plain C++, for every processor. It says what the others compute.
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace peft_elastic {
+namespace {
+
+std::uint64_t load_bits(const std::uint8_t* p, int bytes) {
+  std::uint64_t bits = 0;
+  for (int i = 0; i < bytes; ++i) bits |= static_cast<std::uint64_t>(p[i]) << (8 * i);
+  return bits;
+}
+
+float widen_bf16(std::uint16_t value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+struct Bf16 {
+  using Value = std::uint16_t;
+  static constexpr ValueType kType = ValueType::kBf16;
+  static float widen(Value value) { return widen_bf16(value); }
+};
+
+struct Int8 {
+  using Value = std::int8_t;
+  static constexpr ValueType kType = ValueType::kInt8;
+  static std::int32_t widen(Value value) { return value; }
+};
+
+// Activations and sums are float, or int8 with sums of 32 bits. Each row of a tile is expanded once for all activations.
+template <typename W, typename X, typename Sum>
+void multiply(const Weight& w, const void* x_void, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
+              std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
+  using Value = typename W::Value;
+  constexpr int kGroup = static_cast<int>(group_inputs(W::kType));
+  constexpr int kRow = static_cast<int>(kBlock) * kGroup;
+  const X* x = static_cast<const X*>(x_void);
+  Sum* total = static_cast<Sum*>(scratch);  // [rows][16]
+  for (std::int64_t block = first; block < last; ++block) {
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(W::kType);
+    const std::uint8_t* values = w.values + w.offsets[block] * sizeof(Value);
+    for (std::int64_t i = 0; i < rows * kBlock; ++i) total[i] = 0;
+    for (std::int64_t row = 0; row < w.tiles * kTileRows; ++row, bitmap += kRow / 8) {
+      std::uint64_t bits = load_bits(bitmap, kRow / 8);
+      Sum dense[kRow];
+      for (int i = 0; i < kRow; ++i, bits >>= 1) {
+        Value value = 0;
+        if (bits & 1) {
+          std::memcpy(&value, values, sizeof(value));
+          values += sizeof(value);
+        }
+        dense[i] = static_cast<Sum>(W::widen(value));
+      }
+      for (std::int64_t m = 0; m < rows; ++m) {
+        const X* inputs = x + m * x_stride + row * kGroup;
+        for (int n = 0; n < kBlock; ++n) {
+          for (int k = 0; k < kGroup; ++k) total[m * kBlock + n] += dense[n * kGroup + k] * static_cast<Sum>(inputs[k]);
+        }
+      }
+    }
+    for (std::int64_t m = 0; m < rows; ++m) {
+      for (int n = 0; n < kBlock; ++n) {
+        sums[m * sums_stride + block * kBlock + n] = static_cast<float>(total[m * kBlock + n]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels* portable_kernels() {
+  static constexpr Kernels kKernels = {
+      &multiply<Bf16, float, float>,
+      nullptr,
+      &multiply<Int8, float, float>,
+      &multiply<Int8, std::int8_t, std::int32_t>,
+  };
+  return &kKernels;
+}
+
+}  // namespace peft_elastic

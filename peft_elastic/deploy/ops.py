@@ -1,0 +1,330 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tensors in, tensors out: the C++ kernels, and the operator that torch.compile and torch.export see."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+
+_C = _native._C
+_VALUE_TYPES = {torch.bfloat16: 0, torch.int8: 1}  # ValueType in csrc/format.h
+_VALUE_DTYPES = (torch.bfloat16, torch.int8)
+_FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
+
+# From this many rows on (measured: docs/performance.md) the weight is expanded and torch's dense multiplication is used.
+DENSE_ROWS = 64
+_PANEL_BYTES = 32 * 2**20  # of the expanded weight
+
+
+class PackedInfo(NamedTuple):
+    """What the header of a packed weight says."""
+
+    out_features: int
+    in_features: int
+    nnz: int
+    dtype: str  # "bf16" or "int8"
+
+
+def is_available() -> bool:
+    """Whether the extension is built; then every processor can run at least the portable level."""
+    return _C is not None
+
+
+def _extension():
+    if _C is None:
+        raise ValueError(
+            "The sparse kernels need the C++ extension, which is not there; `peft-elastic info` says how to get it."
+        )
+    return _C
+
+
+def _new_packed(size: int) -> Tensor:
+    # torch aligns to 64 bytes, as the kernels need.
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dim: int) -> None:
+    if tensor.dtype not in dtypes or tensor.dim() != dim or tensor.device.type != "cpu":
+        raise ValueError(
+            f"`{name}` must be a {dim}-dimensional CPU tensor of {' or '.join(map(str, dtypes))}, got "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}."
+        )
+
+
+def pack(bitmask: Tensor, values: Tensor, in_features: int) -> Tensor:
+    """The in-memory form of a sparse weight, tiled as the kernels read it (csrc/format.h).
+
+    Args:
+        bitmask: uint8 [out_features, ceil(in_features / 8)]; bit j of byte b of a row is column 8 b + j.
+        values: bfloat16 or int8 [nnz], the nonzeros row by row; int8 in -127 .. 127.
+        in_features: columns of the weight.
+
+    Returns:
+        uint8 [bytes], with a header of its own.
+
+    Raises:
+        ValueError: if lengths, the population count, stray bits or values do not agree.
+    """
+    extension = _extension()
+    _check_matrix("bitmask", bitmask, (torch.uint8,), 2)
+    _check_matrix("values", values, _VALUE_DTYPES, 1)
+    bitmask, values = bitmask.contiguous(), values.contiguous()
+    kind, out_features = _VALUE_TYPES[values.dtype], bitmask.shape[0]
+    packed = _new_packed(extension.packed_bytes(kind, out_features, in_features, values.numel()))
+    extension.pack_bitmask(
+        kind,
+        bitmask.data_ptr(),
+        bitmask.numel(),
+        values.data_ptr(),
+        values.numel(),
+        out_features,
+        in_features,
+        packed.data_ptr(),
+        packed.numel(),
+    )
+    return packed
+
+
+def pack_dense(weight: Tensor) -> Tensor:
+    """As `pack`, from a dense weight [out_features, in_features] of bfloat16, or int8 that is quantised already."""
+    extension = _extension()
+    _check_matrix("weight", weight, _VALUE_DTYPES, 2)
+    if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+        weight = weight.contiguous()
+    dense = (_VALUE_TYPES[weight.dtype], weight.data_ptr(), *weight.shape, weight.stride(0))
+    nnz = extension.count_nonzeros(*dense)
+    packed = _new_packed(extension.packed_bytes(dense[0], *weight.shape, nnz))
+    extension.pack_dense(*dense, packed.data_ptr(), packed.numel())
+    return packed
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """`(bitmask, values)`: the inverse of `pack`. ValueError if `packed` is damaged."""
+    info = describe(packed)
+    bitmask = torch.empty(info.out_features, (info.in_features + 7) // 8, dtype=torch.uint8)
+    values = torch.empty(info.nnz, dtype=torch.bfloat16 if info.dtype == "bf16" else torch.int8)
+    _extension().unpack(packed.data_ptr(), packed.numel(), bitmask.data_ptr(), values.data_ptr())
+    return bitmask, values
+
+
+def describe(packed: Tensor) -> PackedInfo:
+    """What the header says; ValueError if it does not fit the length of the tensor."""
+    _check_matrix("packed", packed, (torch.uint8,), 1)
+    kind, out_features, in_features, nnz = _extension().describe(packed.data_ptr(), packed.numel())
+    return PackedInfo(out_features, in_features, nnz, ("bf16", "int8")[kind])
+
+
+def to_dense(packed: Tensor, scales: Optional[Tensor], dtype: torch.dtype, first_row: int = 0, rows: int = -1) -> Tensor:
+    """Rows of the weight, dense: [rows, in_features] of `dtype` (float32, bfloat16 or float16); -1: all from `first_row`."""
+    info = describe(packed)
+    rows = info.out_features - first_row if rows < 0 else rows
+    dense = torch.empty(rows, info.in_features, dtype=dtype)
+    _extension().dense_rows(
+        packed.data_ptr(),
+        packed.numel(),
+        0 if scales is None else scales.data_ptr(),
+        first_row,
+        rows,
+        dense.data_ptr(),
+        _FLOAT_TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return dense
+
+
+def forward(
+    x: Tensor,
+    packed: Tensor,
+    scales: Optional[Tensor],
+    bias: Optional[Tensor],
+    out_features: int,
+    activations: str = "float",
+) -> Tensor:
+    """The product itself, without gradients, for tensors that are in order: what `sparse_linear` comes down to."""
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features if in_features else 0
+    if rows >= DENSE_ROWS and activations == "float":
+        return _forward_dense(x, packed, scales, bias, out_features)
+    flat = x.reshape(rows, in_features)
+    if flat.stride(1) != 1 and in_features > 1:
+        flat = flat.contiguous()
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    if rows == 0:
+        return y
+    kind = _FLOAT_TYPES[x.dtype]
+    _C.linear(  # type: ignore[union-attr]
+        packed.data_ptr(),
+        packed.numel(),
+        flat.data_ptr(),
+        kind,
+        rows,
+        in_features,
+        flat.stride(0) if rows > 1 else in_features,
+        0 if scales is None else scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _FLOAT_TYPES[bias.dtype],
+        y.data_ptr(),
+        kind,
+        out_features,
+        torch.get_num_threads(),
+        activations == "int8",
+    )
+    return y
+
+
+def _forward_dense(
+    x: Tensor, packed: Tensor, scales: Optional[Tensor], bias: Optional[Tensor], out_features: int
+) -> Tensor:
+    panel = max(16, _PANEL_BYTES // (x.element_size() * x.shape[-1]) // 16 * 16)
+    bias = None if bias is None else bias.to(x.dtype)
+    parts = []
+    for first in range(0, out_features, panel):
+        rows = min(panel, out_features - first)
+        part_bias = None if bias is None else bias[first : first + rows]
+        parts.append(torch.nn.functional.linear(x, to_dense(packed, scales, x.dtype, first, rows), part_bias))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+@torch.library.custom_op("peft_elastic::sparse_linear", mutates_args=(), device_types="cpu")
+def sparse_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Optional[Tensor],
+    bias: Optional[Tensor],
+    out_features: int,
+    activations: str = "float",
+) -> Tensor:
+    """y = x W^T + b with a packed sparse W, accumulated in float32.
+
+    Args:
+        x: [..., in_features], float32, bfloat16 or float16, any strides.
+        packed: what `pack` returned for W [out_features, in_features].
+        scales: float32 [out_features] for int8 values, None for bfloat16.
+        bias: [out_features] of any of the three types, or None.
+        out_features: rows of W.
+        activations: "float", or "int8" (int8 weights only): each row of x is rounded to int8, symmetric.
+
+    Returns:
+        [..., out_features] of the type of x. Differentiable with respect to x and bias; W has no gradient.
+
+    Raises:
+        ValueError: if a type, a shape or the packed weight does not fit.
+    """
+    _extension()
+    if x.dtype not in _FLOAT_TYPES:
+        raise ValueError(f"`x` must be float32, bfloat16 or float16, got {x.dtype}.")
+    info = describe(packed)
+    if x.dim() == 0 or x.shape[-1] != info.in_features or out_features != info.out_features:
+        raise ValueError(
+            f"`x` of shape {tuple(x.shape)} and `out_features` {out_features} do not fit a packed weight of "
+            f"{info.out_features} x {info.in_features}."
+        )
+    if activations not in ("float", "int8") or (activations == "int8" and info.dtype != "int8"):
+        raise ValueError(f'`activations` must be "float", or "int8" with an int8 weight, got {activations!r}.')
+    if (scales is not None) != (info.dtype == "int8"):
+        raise ValueError(f"`scales` go with int8 values and only with these; the weight is {info.dtype}.")
+    if scales is not None and (scales.dtype != torch.float32 or scales.shape != (out_features,)):
+        raise ValueError(f"`scales` must be float32 [{out_features}], got {scales.dtype} {tuple(scales.shape)}.")
+    if bias is not None and (bias.dtype not in _FLOAT_TYPES or bias.shape != (out_features,)):
+        raise ValueError(f"`bias` must be a float tensor [{out_features}], got {bias.dtype} {tuple(bias.shape)}.")
+    return forward(
+        x,
+        packed,
+        None if scales is None else scales.contiguous(),
+        None if bias is None else bias.contiguous(),
+        out_features,
+        activations,
+    )
+
+
+@sparse_linear.register_fake
+def _(x, packed, scales, bias, out_features, activations="float"):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _setup_context(ctx, inputs, output):
+    x, packed, scales, bias, _, _ = inputs
+    if packed.requires_grad or (scales is not None and scales.requires_grad):
+        raise ValueError(
+            "A packed sparse weight has no gradient. Train the dense layer (`.to_linear()`) or an adapter beside it."
+        )
+    ctx.save_for_backward(packed, *(() if scales is None else (scales,)))
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    packed, *rest = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = sparse_linear_backward(grad, packed, rest[0] if rest else None, ctx.in_features)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None
+
+
+@torch.library.custom_op("peft_elastic::sparse_linear_backward", mutates_args=(), device_types="cpu")
+def sparse_linear_backward(grad: Tensor, packed: Tensor, scales: Optional[Tensor], in_features: int) -> Tensor:
+    """The gradient of `sparse_linear` with respect to x: grad W, [..., in_features]; panels of W are expanded in turn."""
+    info = describe(packed)
+    panel = max(16, _PANEL_BYTES // (grad.element_size() * in_features) // 16 * 16)
+    result = torch.zeros((*grad.shape[:-1], in_features), dtype=torch.float32)
+    for first in range(0, info.out_features, panel):
+        rows = min(panel, info.out_features - first)
+        result += grad[..., first : first + rows] @ to_dense(packed, scales, grad.dtype, first, rows)
+    return result.to(grad.dtype)
+
+
+@sparse_linear_backward.register_fake
+def _(grad, packed, scales, in_features):
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+sparse_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _share_threads_of_torch() -> None:
+    """Lets the kernels run on the threads of the OpenMP runtime that torch has loaded.
+
+    A second pool would fight with them for the processors: they spin for milliseconds after each parallel region.
+    """
+    maps = Path("/proc/self/maps")
+    if _C is None or not maps.exists():
+        return
+    names = ("libgomp", "libiomp5", "libomp")
+    files = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "lib" in line}
+    runtimes = sorted(file for file in files if Path(file).name.startswith(names))
+    torch_folder = str(Path(torch.__file__).parent)
+    mine = [file for file in runtimes if file.startswith(torch_folder)] or runtimes
+    if len(mine) != 1:
+        return  # not clear which one torch uses: the kernels keep a pool of their own
+    try:
+        library = ctypes.CDLL(mine[0])
+        functions = [library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads]
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"peft-elastic cannot use the threads of {mine[0]} and starts its own: {error}")
+        return
+    _C.use_openmp(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+
+
+_share_threads_of_torch()
