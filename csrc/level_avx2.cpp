@@ -15,7 +15,7 @@
 // AVX2 and FMA. There is no expand instruction, so a byte of the bitmap selects one of 256 byte shuffles, which drops the
 // packed values into place: bf16 into the upper half of a float, int8 into the top byte of a 32-bit integer.
 
-#include <cstring>
+#include <cstddef>
 
 #include "kernels.h"
 
@@ -48,24 +48,24 @@ constexpr Shuffles make_shuffles(int value_bytes) {
 alignas(64) constexpr Shuffles kShufflesBf16 = make_shuffles(2);
 alignas(64) constexpr Shuffles kShufflesInt8 = make_shuffles(1);
 
-// Takes the lowest 8 bits of `bits`, then removes them; advances `values` behind what they stand for.
+// The 8 weights of a byte of the bitmap, whose values begin at values[next]; moves `next` behind them. The expansion is the
+// bound of this level, so every instruction counts: the byte comes from memory already widened, and its population count is
+// that of the shifted byte, which is also the offset into the table. `next` starts at 0 for every 8 bytes, so that these
+// depend on the ones before by one addition alone.
 template <ValueType type>
-PE_INLINE __m256 expand8(std::uint64_t& bits, const std::uint8_t*& values) {
-  const std::size_t byte = bits & 255;
-  bits >>= 8;
-  __m256 result;
+PE_INLINE __m256 expand8(std::uint8_t bits, const std::uint8_t* values, std::size_t& next) {
+  const std::size_t offset = static_cast<std::size_t>(bits) << 5;
+  const std::uint8_t* const source = values + next * static_cast<std::size_t>(value_bytes(type));
+  next += static_cast<std::size_t>(_mm_popcnt_u64(offset));
   if constexpr (type == ValueType::kBf16) {
-    const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-    const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShufflesBf16.of[byte]));
-    result = _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, control));
-    values += 2 * _mm_popcnt_u32(static_cast<unsigned>(byte));
+    const auto* control = reinterpret_cast<const __m256i*>(&kShufflesBf16.of[0][0] + offset);
+    const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, _mm256_load_si256(control)));
   } else {
-    const __m256i packed = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
-    const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShufflesInt8.of[byte]));
-    result = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(packed, control));  // 2^24 times the value
-    values += _mm_popcnt_u32(static_cast<unsigned>(byte));
+    const auto* control = reinterpret_cast<const __m256i*>(&kShufflesInt8.of[0][0] + offset);
+    const __m256i packed = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(packed, _mm256_load_si256(control)));  // 2^24 times the value
   }
-  return result;
 }
 
 // One group of inputs (2 of bf16, 4 of int8) in every place of a register.
@@ -94,12 +94,6 @@ PE_INLINE void store_quads(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
   _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_permutevar8x32_ps(sums, order), _mm256_set1_ps(kInt8Unit)));
 }
 
-PE_INLINE std::uint64_t load64(const std::uint8_t* p) {
-  std::uint64_t bits;
-  std::memcpy(&bits, p, sizeof(bits));
-  return bits;
-}
-
 // One row of activations: expand and multiply in registers. Sums by name, as gcc keeps no array of them in registers.
 void multiply_one_bf16(const Weight& w, const float* x, std::int64_t first, std::int64_t last, float* sums) {
   for (std::int64_t block = first; block < last; ++block) {
@@ -108,17 +102,18 @@ void multiply_one_bf16(const Weight& w, const float* x, std::int64_t first, std:
     __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
     const float* const end = x + w.tiles * 32;
     for (const float* inputs = x; inputs != end; inputs += 4, bitmap += 8) {  // two rows of a tile
-      std::uint64_t bits = load64(bitmap);
+      std::size_t next = 0;
       const __m256 even = broadcast_group<ValueType::kBf16>(inputs);
-      a0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a0);
-      a1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a1);
-      a2 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a2);
-      a3 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), even, a3);
+      a0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[0], values, next), even, a0);
+      a1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[1], values, next), even, a1);
+      a2 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[2], values, next), even, a2);
+      a3 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[3], values, next), even, a3);
       const __m256 odd = broadcast_group<ValueType::kBf16>(inputs + 2);
-      b0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b0);
-      b1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b1);
-      b2 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b2);
-      b3 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bits, values), odd, b3);
+      b0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[4], values, next), odd, b0);
+      b1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[5], values, next), odd, b1);
+      b2 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[6], values, next), odd, b2);
+      b3 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[7], values, next), odd, b3);
+      values += 2 * next;
     }
     store_pairs(_mm256_add_ps(a0, b0), _mm256_add_ps(a1, b1), _mm256_add_ps(a2, b2), _mm256_add_ps(a3, b3),
                 sums + block * kBlock);
@@ -132,16 +127,17 @@ void multiply_one_int8(const Weight& w, const float* x, std::int64_t first, std:
     __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
     const float* const end = x + w.tiles * 64;
     for (const float* inputs = x; inputs != end; inputs += 4, bitmap += 8) {
-      std::uint64_t bits = load64(bitmap);
+      std::size_t next = 0;
       const __m256 input = broadcast_group<ValueType::kInt8>(inputs);
-      a0 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a0);
-      a1 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a1);
-      a2 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a2);
-      a3 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a3);
-      a4 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a4);
-      a5 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a5);
-      a6 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a6);
-      a7 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bits, values), input, a7);
+      a0 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[0], values, next), input, a0);
+      a1 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[1], values, next), input, a1);
+      a2 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[2], values, next), input, a2);
+      a3 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[3], values, next), input, a3);
+      a4 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[4], values, next), input, a4);
+      a5 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[5], values, next), input, a5);
+      a6 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[6], values, next), input, a6);
+      a7 = _mm256_fmadd_ps(expand8<ValueType::kInt8>(bitmap[7], values, next), input, a7);
+      values += next;
     }
     store_quads(a0, a1, a2, a3, sums + block * kBlock);
     store_quads(a4, a5, a6, a7, sums + block * kBlock + 8);
@@ -204,9 +200,12 @@ void multiply_many(const Weight& w, const float* x, std::int64_t x_stride, int r
       const int count = static_cast<int>(block_rows - start < P::kRows ? block_rows - start : P::kRows);
       float* target = panel;
       for (int i = 0; i < count * bitmap_row_bytes; i += 8, bitmap += 8) {
-        std::uint64_t bits = load64(bitmap);
+        std::size_t next = 0;
 #pragma GCC unroll 8
-        for (int byte = 0; byte < 8; ++byte, target += 8) _mm256_store_ps(target, expand8<type>(bits, values));
+        for (int byte = 0; byte < 8; ++byte, target += 8) {
+          _mm256_store_ps(target, expand8<type>(bitmap[byte], values, next));
+        }
+        values += next * static_cast<std::size_t>(value_bytes(type));
       }
       const float* inputs = x + start * P::kGroup;
       float* partials = partial;
