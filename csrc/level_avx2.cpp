@@ -144,41 +144,44 @@ void multiply_one_int8(const Weight& w, const float* x, std::int64_t first, std:
   }
 }
 
-// Several rows: part of a block is expanded to floats in the L1 cache, once for all rows. A row of a tile becomes kParts
-// pairs of registers; the sums of (row, part) stay in memory between two panels and in registers within one.
+// Several rows: part of a block is expanded to floats in the L1 cache, once for all rows. The sums, one
+// for each weight of a row of a tile, stay in memory between two panels and in registers within one.
 template <ValueType type>
 struct Panel {
-  static constexpr int kParts = type == ValueType::kBf16 ? 2 : 4;  // pairs of registers in a row of a tile
-  static constexpr int kRowFloats = 16 * kParts;
+  static constexpr int kRowFloats = type == ValueType::kBf16 ? 32 : 64;  // weights in a row of a tile
   static constexpr int kRows = 16 * 1024 / (kRowFloats * 4);  // of a panel of 16 KiB
   static constexpr int kGroup = static_cast<int>(group_inputs(type));
 };
 
-template <ValueType type, int kCount>
+// kCount rows of activations, kWidth registers of sums for each: 8 to 12 sums in all where there are rows enough, as the
+// latency of two multiplications a cycle asks for.
+template <ValueType type, int kCount, int kWidth = kCount <= 3 ? 4 : 2>
 PE_INLINE void multiply_panel(const float* panel, int panel_rows, const float* x, std::int64_t x_stride, float* partial) {
   using P = Panel<type>;
-  for (int part = 0; part < P::kParts; ++part) {
-    __m256 low[kCount], high[kCount];
-#pragma GCC unroll 6
+  for (int part = 0; part < P::kRowFloats; part += 8 * kWidth) {
+    __m256 sums[kCount][kWidth];
+#pragma GCC unroll 4
     for (int m = 0; m < kCount; ++m) {
-      low[m] = _mm256_load_ps(partial + m * P::kRowFloats + 16 * part);
-      high[m] = _mm256_load_ps(partial + m * P::kRowFloats + 16 * part + 8);
+#pragma GCC unroll 4
+      for (int i = 0; i < kWidth; ++i) sums[m][i] = _mm256_load_ps(partial + m * P::kRowFloats + part + 8 * i);
     }
-    const float* weights = panel + 16 * part;
+    const float* weights = panel + part;
     const float* inputs = x;
     for (int row = 0; row < panel_rows; ++row, weights += P::kRowFloats, inputs += P::kGroup) {
-      const __m256 w_low = _mm256_load_ps(weights), w_high = _mm256_load_ps(weights + 8);
-#pragma GCC unroll 6
-      for (int m = 0; m < kCount; ++m) {
-        const __m256 input = broadcast_group<type>(inputs + m * x_stride);
-        low[m] = _mm256_fmadd_ps(w_low, input, low[m]);
-        high[m] = _mm256_fmadd_ps(w_high, input, high[m]);
+      __m256 input[kCount];
+#pragma GCC unroll 4
+      for (int m = 0; m < kCount; ++m) input[m] = broadcast_group<type>(inputs + m * x_stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < kWidth; ++i) {
+        const __m256 weight = _mm256_load_ps(weights + 8 * i);
+#pragma GCC unroll 4
+        for (int m = 0; m < kCount; ++m) sums[m][i] = _mm256_fmadd_ps(weight, input[m], sums[m][i]);
       }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 4
     for (int m = 0; m < kCount; ++m) {
-      _mm256_store_ps(partial + m * P::kRowFloats + 16 * part, low[m]);
-      _mm256_store_ps(partial + m * P::kRowFloats + 16 * part + 8, high[m]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kWidth; ++i) _mm256_store_ps(partial + m * P::kRowFloats + part + 8 * i, sums[m][i]);
     }
   }
 }
@@ -190,7 +193,7 @@ void multiply_many(const Weight& w, const float* x, std::int64_t x_stride, int r
   float* const panel = scratch;                             // [kRows][kRowFloats]
   float* const partial = scratch + P::kRows * P::kRowFloats;  // [rows][kRowFloats]
   const int bitmap_row_bytes = static_cast<int>(tile_bitmap_bytes(type) / kTileRows);
-  const int groups = (rows + 5) / 6;
+  const int groups = (rows + 3) / 4;
   for (std::int64_t block = first; block < last; ++block) {
     const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(type);
     const std::uint8_t* values = w.values + w.offsets[block] * value_bytes(type);
@@ -215,9 +218,7 @@ void multiply_many(const Weight& w, const float* x, std::int64_t x_stride, int r
           case 1: multiply_panel<type, 1>(panel, count, inputs, x_stride, partials); break;
           case 2: multiply_panel<type, 2>(panel, count, inputs, x_stride, partials); break;
           case 3: multiply_panel<type, 3>(panel, count, inputs, x_stride, partials); break;
-          case 4: multiply_panel<type, 4>(panel, count, inputs, x_stride, partials); break;
-          case 5: multiply_panel<type, 5>(panel, count, inputs, x_stride, partials); break;
-          default: multiply_panel<type, 6>(panel, count, inputs, x_stride, partials); break;
+          default: multiply_panel<type, 4>(panel, count, inputs, x_stride, partials); break;
         }
         inputs += size * x_stride;
         partials += size * P::kRowFloats;

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Any
 
@@ -44,3 +45,33 @@ def cpu_report() -> dict[str, Any] | None:
     `cache_bytes` (dict of int for `l1d`, `l2`, `l3`, one cache of each level, 0 where unknown).
     """
     return None if _C is None else _C.cpu_report()
+
+
+def levels() -> list[dict[str, Any]]:
+    """The levels (instruction sets) of the sparse kernels, best first; empty without the extension.
+
+    Keys: `name`; `built` (bool, this build has it); `usable` (bool, built, and this processor and system can run it);
+    `missing` (list of str, features that the processor lacks).
+    """
+    return [] if _C is None else _C.levels()
+
+
+def selected_level() -> str | None:
+    """The level that the kernels run on; None without the extension."""
+    return None if _C is None else _C.selected_level()
+
+
+def select_level(name: str) -> None:
+    """Runs the kernels on the level of this name from now on; "" is the best usable one. ValueError if it is not usable."""
+    if _C is None:
+        raise ValueError(
+            "There are no kernel levels without the C++ extension; `peft-elastic info` says how to get it."
+        )
+    _C.select_level(name)
+
+
+if _C is not None and os.environ.get("PEFT_ELASTIC_ISA"):
+    try:
+        select_level(os.environ["PEFT_ELASTIC_ISA"])
+    except ValueError as error:
+        raise ValueError(f"Environment variable PEFT_ELASTIC_ISA: {error}.") from None

@@ -78,6 +78,7 @@ def collect() -> dict[str, Any]:
             "file": getattr(_native._C, "__file__", None),
             "error": None if _native.IMPORT_ERROR is None else str(_native.IMPORT_ERROR),
         },
+        "kernels": {"levels": _native.levels(), "selected": _native.selected_level()},
         "torch": {
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -126,6 +127,7 @@ def _format(report: dict[str, Any]) -> str:
     lines.append("In use")
     if extension["built"]:
         lines.append(f"  {'extension':<14}built ({cpu['compiler']}): {extension['file']}")
+        lines.append(f"  {'sparse kernels':<14} {_describe_levels(report['kernels'])}")
     else:
         lines.append(f"  {'extension':<14}NOT built: {extension['error']}")
         lines.append(f"  {'':<14}everything works without it; to get it, {_HOW_TO_BUILD}")
@@ -137,6 +139,20 @@ def _format(report: dict[str, Any]) -> str:
     cache = report["cache"]
     lines.append(f"  {'cache':<14}{cache['folder']}: {', '.join(cache['holds']) or 'empty'}")
     return "\n".join(lines)
+
+
+def _describe_levels(kernels: dict[str, Any]) -> str:
+    states = []
+    for level in kernels["levels"]:
+        state = (
+            "in use"
+            if level["name"] == kernels["selected"]
+            else "usable"
+            if level["usable"]
+            else "not on this processor"
+        )
+        states.append(f"{level['name']}: {state if level['built'] else 'not built'}")
+    return f"{', '.join(states)} (PEFT_ELASTIC_ISA chooses)"
 
 
 def _wrap(words: list[str], indent: int = 16, width: int = 100) -> str:

@@ -134,7 +134,9 @@ def describe(packed: Tensor) -> PackedInfo:
     return PackedInfo(out_features, in_features, nnz, ("bf16", "int8")[kind])
 
 
-def to_dense(packed: Tensor, scales: Optional[Tensor], dtype: torch.dtype, first_row: int = 0, rows: int = -1) -> Tensor:
+def to_dense(
+    packed: Tensor, scales: Optional[Tensor], dtype: torch.dtype, first_row: int = 0, rows: int = -1
+) -> Tensor:
     """Rows of the weight, dense: [rows, in_features] of `dtype` (float32, bfloat16 or float16); -1: all from `first_row`."""
     info = describe(packed)
     rows = info.out_features - first_row if rows < 0 else rows
