@@ -3,6 +3,7 @@
 #   make quickstart [ARGS="--model NAME_OR_PATH --dataset NAME_OR_PATH"]
 #   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
 #   make style                       reformat the code      make lint       what CI checks: ruff, mypy
+#   make fuzz                        200,000 damaged weights under ASan and UBSan
 #   make bench [BENCH="training"]    benchmarks/*.py        make wheel      a wheel and a source archive in dist/
 #   make clean                       remove what was made, all but the cache of models (see `peft-elastic info`)
 #
@@ -20,7 +21,7 @@ SOURCES := peft_elastic tests benchmarks examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: bench clean install lint quickstart style test test-all wheel
+.PHONY: bench clean fuzz install lint quickstart style test test-all wheel
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -39,6 +40,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(ARGS)
+
+fuzz: $(INSTALLED)
+	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/test_levels.py -k fuzzing
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)
