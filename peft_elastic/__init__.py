@@ -13,6 +13,7 @@
 # limitations under the License.
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
+from .deploy import SparseLinear
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .search import SearchResult, search_subnet
 from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
@@ -29,6 +30,7 @@ __all__ = [
     "PruningReport",
     "SearchResult",
     "SearchSpace",
+    "SparseLinear",
     "Subnet",
     "SubnetSamplingCallback",
     "UniformSampler",

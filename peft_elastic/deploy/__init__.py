@@ -12,3 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """Deployment: compressed layers for a sparse CPU kernel, and their form on disk. Knows no tuner."""
+
+from .sparse_linear import SparseLinear
+
+
+__all__ = ["SparseLinear"]

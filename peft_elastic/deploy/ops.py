@@ -30,6 +30,7 @@ _C = _native._C
 _VALUE_TYPES = {torch.bfloat16: 0, torch.int8: 1}  # ValueType in csrc/format.h
 _VALUE_DTYPES = (torch.bfloat16, torch.int8)
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
+FLOAT_DTYPES = tuple(_FLOAT_TYPES)
 
 # From this many rows on (measured: docs/performance.md) the weight is expanded and torch's dense multiplication is used.
 DENSE_ROWS = 64
