@@ -1,0 +1,355 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`optimize_generation`: the same output as the model's own code, for whatever `generate` is asked to do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from peft_elastic.deploy import generation
+from peft_elastic.deploy.generation import optimize_generation, restore_generation
+
+
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def make(name="llama", dtype=torch.float32, **settings):
+    config_class, model_class = MODELS[name]
+    torch.manual_seed(0)
+    defaults = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,  # so that the logits, and with them the tokens, depend on the context
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "sliding_window": None,
+    }
+    if name == "llama":
+        del defaults["sliding_window"]
+    model = model_class(config_class(**defaults | settings)).to(dtype).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the steps that took the fast path."""
+    count = []
+    original = generation._DecodeStep.step
+
+    def step(self, *args):
+        count.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(generation._DecodeStep, "step", step)
+    return count
+
+
+def prompt(batch=1, length=7):
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, ids, **settings):
+    torch.manual_seed(5)
+    defaults = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    settings = {**defaults, **settings}
+    return model.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)
+
+
+def assert_same(got, expected, tolerance=2e-4):
+    assert torch.equal(got.sequences, expected.sequences)
+    assert len(got.logits) == len(expected.logits)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)])
+def test_families(name, heads, steps):
+    model = make(name, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    expected = run(model, prompt())
+    assert optimize_generation(model) is model
+    assert_same(run(model, prompt()), expected)
+    assert len(steps) == 11  # all but the prompt
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.9, "top_k": 20},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": True},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"repetition_penalty": 1.3},
+    ],
+    ids=["sampling", "beams", "beam-sampling", "several", "penalty"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_ways_to_generate(settings, batch, steps):
+    model = make()
+    expected = run(model, prompt(batch), **settings)
+    optimize_generation(model)
+    assert_same(run(model, prompt(batch), **settings), expected)
+    assert len(steps) == 11
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_left_padding(name, steps):
+    model = make(name)
+    ids = prompt(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :1] = 0, 0
+    ids[mask == 0] = 0
+    expected = run(model, ids, attention_mask=mask)
+    alone = run(model, ids[:1, 5:])
+    optimize_generation(model)
+    got = run(model, ids, attention_mask=mask)
+    assert_same(got, expected)
+    # padding changes nothing: the check that both paths do not ignore the mask alike
+    assert torch.equal(got.sequences[0, 9:], alone.sequences[0, 4:])
+    assert len(steps) == 11
+
+
+def test_many_lengths_and_growth_of_the_buffers(steps):
+    model = make()
+    calls = [(prompt(1, 3), 150), (prompt(2, 40), 5), (prompt(1, 130), 90), (prompt(1, 1), 20)]
+    expected = [run(model, ids, max_new_tokens=n, min_new_tokens=n) for ids, n in calls]
+    optimize_generation(model)
+    for (ids, n), reference in zip(calls, expected, strict=True):
+        assert_same(run(model, ids, max_new_tokens=n, min_new_tokens=n), reference, tolerance=1e-3)
+    assert len(steps) == sum(n - 1 for _, n in calls)
+
+
+def test_cache_that_is_continued_cropped_copied_and_leaves_inference_mode(steps):
+    model = make()
+    tokens = prompt(1, 12)
+
+    def walk():
+        cache, out = DynamicCache(config=model.config), []
+
+        def feed(part, cache):
+            out.append(model(part, past_key_values=cache, use_cache=True).logits)
+
+        with torch.inference_mode():
+            feed(tokens[:, :5], cache)
+            feed(tokens[:, 5:6], cache)
+        with torch.no_grad():
+            feed(tokens[:, 6:7], cache)
+            feed(tokens[:, 7:8], cache)
+            other = copy.deepcopy(cache)
+            shared = copy.copy(cache.layers[0])  # holds the same view
+            before = shared.keys.clone()
+            feed(tokens[:, 8:9], cache)
+            feed(tokens[:, 9:10], other)
+            feed(tokens[:, 10:12], cache)  # two at once: the model's own code
+            feed(tokens[:, 1:2], cache)
+            cache.crop(-3)
+            feed(tokens[:, 2:3], cache)
+            feed(tokens[:, 3:4], other)
+            assert torch.equal(shared.keys, before)
+        return out
+
+    expected = walk()
+    optimize_generation(model)
+    for got, reference in zip(walk(), expected, strict=True):
+        torch.testing.assert_close(got, reference, atol=2e-4, rtol=1e-4)
+    assert len(steps) == 8
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_models_own_code(steps):
+    exact, model = make(initializer_range=0.1).double(), make(initializer_range=0.1, dtype=torch.bfloat16)
+    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    ids = prompt(1, 40)
+
+    def errors(model):
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :8], past_key_values=cache)
+            out = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 40)]
+        return torch.cat(out).double()
+
+    reference = errors(exact)
+    plain = (errors(model) - reference).norm()
+    optimize_generation(model)
+    fast = (errors(model) - reference).norm()
+    assert len(steps) == 32
+    assert fast < 1.25 * plain
+    assert fast < 0.05 * reference.norm()
+
+
+def test_undo():
+    model = make()
+    before = set(model.model.__dict__)
+    with pytest.raises(ValueError, match="not optimized"):
+        restore_generation(model)
+    optimize_generation(optimize_generation(model))  # twice is once
+    assert "forward" in model.model.__dict__
+    assert restore_generation(model) is model
+    assert set(model.model.__dict__) == before
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_use_their_own_weights(duplicate, steps):
+    model = optimize_generation(make())
+    expected = run(model, prompt())
+    other = duplicate(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    steps.clear()
+    assert_same(run(other, prompt()), expected)
+    assert len(steps) == 11
+
+
+def test_saved_as_before(tmp_path, steps):
+    model = make()
+    expected = run(model, prompt())
+    optimize_generation(model).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert_same(run(loaded, prompt()), expected)
+    assert not steps
+
+
+def test_peft_model_and_layers_swapped_later(steps):
+    model = make()
+    optimize_generation(model)
+    peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    peft_model.eval()
+    got = run(peft_model, prompt())
+    assert len(steps) == 11
+    restore_generation(peft_model)
+    assert_same(got, run(peft_model, prompt()))
+
+    merged = optimize_generation(peft_model.merge_and_unload())
+    layer = merged.model.layers[0]
+    layer.mlp.gate_proj = nn.Linear(64, 96)
+    steps.clear()
+    got = run(merged, prompt())
+    assert len(steps) == 11
+    assert_same(got, run(restore_generation(merged), prompt()))
+
+
+def test_training_is_untouched(steps):
+    model, reference = make(), make()
+    optimize_generation(model)
+    for each in (model, reference):
+        each.train()
+        each(prompt(2), labels=prompt(2)).loss.backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    # a single position with a cache and gradients, in evaluation mode
+    model.eval()
+    model.zero_grad()
+    cache = DynamicCache(config=model.config)
+    model(prompt(), past_key_values=cache)
+    model(prompt(1, 1), past_key_values=cache).logits.sum().backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_hidden_states": True},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+    ],
+    ids=["hidden-states", "static-cache", "no-cache"],
+)
+def test_other_requests_take_the_models_own_code(settings, steps):
+    model = make()
+    expected = run(model, prompt(), **settings)
+    optimize_generation(model)
+    got = run(model, prompt(), **settings)
+    assert_same(got, expected)
+    assert not steps
+    if "output_hidden_states" in settings:
+        assert len(got.hidden_states) == len(expected.hidden_states) == 12
+        # the hooks that transformers leaves behind do not slow down what follows
+        run(model, prompt())
+        assert len(steps) == 11
+
+
+def test_sliding_window_takes_the_models_own_code(steps):
+    model = make("mistral", sliding_window=5)
+    expected = run(model, prompt())
+    optimize_generation(model)
+    assert_same(run(model, prompt()), expected)
+    assert not steps
+
+
+@pytest.mark.parametrize("path", ["layers.1", "layers.1.self_attn", "layers.2.input_layernorm"])
+def test_hooks_are_called(path, steps):
+    model = optimize_generation(make())
+    called = []
+    handle = model.model.get_submodule(path).register_forward_hook(lambda *_: called.append(1))
+    run(model, prompt())
+    assert len(called) == 12 and not steps
+    handle.remove()
+    run(model, prompt())
+    assert len(steps) == 11
+    # hooks on linear layers are called on the fast path as well
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: called.append(1))
+    called.clear()
+    run(model, prompt())
+    assert len(called) == 12 and len(steps) == 22
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="BertModel.*LlamaModel, MistralModel, Qwen2Model, Qwen3Model"):
+        optimize_generation(
+            BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+        )
+    model = make(attn_implementation="eager")
+    with pytest.raises(ValueError, match="'eager'; allowed is 'sdpa'"):
+        optimize_generation(model)
+    model = make()
+    model.model.forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="forward of its LlamaModel was replaced"):
+        optimize_generation(model)
+    model = make()
+    model.model.layers[1].self_attn = nn.Identity()
+    with pytest.raises(ValueError, match="layer 1 is made of .*Identity"):
+        optimize_generation(model)
+    assert "forward" not in model.model.__dict__
