@@ -22,10 +22,14 @@ or sparse, with or without an adapter, are called as they are.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama
@@ -102,13 +106,12 @@ def optimize_generation(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"`model` has attn_implementation={attention!r}; allowed is 'sdpa' (`model.set_attn_implementation('sdpa')`)."
         )
-    family = _FAMILIES[type(base)]
     for index, layer in enumerate(base.layers):
-        found = [type(part) for part in _parts(layer)] if type(layer) is family.layer else [type(layer)]
-        if found != _expected(family):
+        found, expected = _kinds(layer, _FAMILIES[type(base)])
+        if found != expected:
             raise ValueError(
                 f"`model`: layer {index} is made of {[kind.__name__ for kind in found]}; allowed are "
-                f"{[kind.__name__ for kind in _expected(family)]} of transformers."
+                f"{[kind.__name__ for kind in expected]} of transformers."
             )
     base.forward = _DecodeStep(base)
     return model
@@ -140,24 +143,50 @@ def _find(model: nn.Module) -> nn.Module:
     )
 
 
-def _parts(layer: nn.Module) -> tuple[Any, ...]:
-    """The modules of a layer whose own forward the step does not call."""
-    return layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+def _parts(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the modules are, inside a layer, whose own forward the step does not call: their owner and their name."""
+    attention: Any = layer.self_attn
+    head_norms = [(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    return [(layer, "self_attn"), (layer, "input_layernorm"), (layer, "post_attention_layernorm"), *head_norms]
 
 
-def _expected(family: _Family) -> list[type[nn.Module]]:
-    return [family.layer, family.attention, family.norm, family.norm]
+def _kinds(layer: nn.Module, family: _Family) -> tuple[list[type], list[type]]:
+    """The classes that a layer and its parts are of, and those that they should be of."""
+    if type(layer) is not family.layer or type(layer.self_attn) is not family.attention:
+        return [type(layer), type(getattr(layer, "self_attn", None))], [family.layer, family.attention]
+    norms = [type(getattr(owner, name)) for owner, name in _parts(layer)[1:]]
+    return [family.layer, family.attention, *norms], [family.layer, family.attention, *[family.norm] * len(norms)]
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` would do nothing but run the forward of its class `kind`."""
-    if type(module) is not kind or "forward" in module.__dict__ or module._forward_pre_hooks:
-        return False
-    # transformers leaves its own hooks in place once hidden states were asked for; they do nothing unless asked again
-    return not module._forward_hooks or all(
-        getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
-        for hook in module._forward_hooks.values()
-    )
+class _Watch:
+    """Notices modules that were replaced, given another class or another forward, or hooked. Takes microseconds."""
+
+    def __init__(self, places: Iterable[tuple[nn.Module, str]]) -> None:
+        places = list(places)
+        self.owners = [owner._modules for owner, _ in places]
+        self.names = [name for _, name in places]
+        self.modules: list[Any] = [owner._modules[name] for owner, name in places]
+        self.kinds = [type(module) for module in self.modules]
+        self.attributes = [module.__dict__ for module in self.modules]
+        self.hooks_before = [module._forward_pre_hooks for module in self.modules]
+        self.hooks_after = [module._forward_hooks for module in self.modules]
+
+    def is_plain(self) -> bool:
+        """Whether the modules are those of the beginning, and a call of each does nothing but run its class's forward."""
+        if (
+            not all(map(is_, map(dict.get, self.owners, self.names), self.modules))
+            or list(map(type, self.modules)) != self.kinds
+            or any(map(contains, self.attributes, repeat("forward")))
+            or any(self.hooks_before)
+        ):
+            return False
+        # transformers leaves its own hooks in place once hidden states were asked for; they do nothing unless asked again
+        return all(
+            getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+            for hooks in self.hooks_after
+            if hooks
+            for hook in hooks.values()
+        )
 
 
 def _normalize(hidden: Tensor, norm: Any) -> Tensor:
@@ -172,6 +201,8 @@ class _DecodeStep:
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
+        self.layers: list[Any] = []  # those that `watch` watches
+        self.watch: _Watch | None = None
         # by cache layer: the buffers with room to grow, and the view of them that the cache layer held last
         self.buffers: weakref.WeakKeyDictionary[DynamicLayer, tuple[Tensor, Tensor, Tensor, Tensor]]
         self.buffers = weakref.WeakKeyDictionary()
@@ -220,7 +251,13 @@ class _DecodeStep:
         """Whether a call is a step of generation that `step` computes as the decoder would."""
         base: Any = self.base
         config = base.config
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or base.training or inputs_embeds is not None:
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch.is_grad_enabled()
+            or base.training
+            or inputs_embeds is not None
+        ):
             return False
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
             return False
@@ -235,10 +272,20 @@ class _DecodeStep:
             # cache_position, which older versions pass, says what the length of the cache says
             elif value is not None and value is not False and name != "cache_position":
                 return False
-        layers = base.layers[: config.num_hidden_layers]
-        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) < len(layers) or not len(layers):
+        # a cache made without the configuration holds all positions even where the model looks back through a window
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+            type(base) is modeling_mistral.MistralModel and config.sliding_window is not None
+        ):
             return False
-        batch = input_ids.shape[0]
+        count = min(len(base.layers), config.num_hidden_layers)
+        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) < count or count == 0:
+            return False
+        if not self.has_plain_layers(count):
+            return False
+        # dropout is the one thing in a layer that a training mode of its own would change
+        if config.attention_dropout and any(layer.self_attn.training for layer in self.layers):
+            return False
+        batch, dtype = input_ids.shape[0], self.layers[0].input_layernorm.weight.dtype
         first = cache.layers[0]
         if type(first) is not DynamicLayer or not first.is_initialized or first.keys is None:
             return False
@@ -248,16 +295,34 @@ class _DecodeStep:
                 return False
             if cached.keys.shape[0] != batch or cached.keys.shape[2] != length or length == 0:
                 return False
+            if cached.keys.dtype != dtype or cached.values.dtype != dtype:
+                return False
         if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != 1):
             return False
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length + 1)
         ):
             return False
-        expected = _expected(_FAMILIES[type(base)])
-        return all(
-            _is_plain(part, kind) for layer in layers for part, kind in zip(_parts(layer), expected, strict=True)
-        )
+        return not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
+    def has_plain_layers(self, count: int) -> bool:
+        """Whether the first `count` layers are those of transformers, free of hooks."""
+        base: Any = self.base
+        if self.watch is not None and len(self.layers) == count and self.watch.is_plain():
+            return True
+        self.watch = None
+        self.layers = list(base.layers)[:count]
+        places: list[tuple[nn.Module, str]] = [(base, "layers")]
+        for index, layer in enumerate(self.layers):
+            found, expected = _kinds(layer, _FAMILIES[type(base)])
+            if found != expected:
+                return False
+            places += [(base.layers, str(index)), *_parts(layer)]
+        watch = _Watch(places)
+        if not watch.is_plain():
+            return False
+        self.watch = watch
+        return True
 
     def step(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache
@@ -277,7 +342,7 @@ class _DecodeStep:
         # x cos + rotate_half(x) sin, where rotate_half swaps the halves and negates the first: put the sign into sin
         sin = torch.cat((-sin[..., : dim // 2], sin[..., dim // 2 :]), dim=-1)
 
-        for layer in base.layers[: base.config.num_hidden_layers]:
+        for layer in self.layers:
             attention = layer.self_attn
             x = _normalize(hidden, layer.input_layernorm)
             query = attention.q_proj(x).reshape(batch, -1, dim)
