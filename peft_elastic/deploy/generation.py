@@ -233,6 +233,7 @@ class _Room:
         """Whether `held`, what the cache holds now, is what the room gave to it, and one more position finds room."""
         return (
             self.length < self.capacity
+            and len(self.views) == len(held)
             and all(map(is_, self.views, held))
             # made in inference mode, it cannot be written to outside
             and (torch.is_inference_mode_enabled() or not self.buffers[0].is_inference())
@@ -254,7 +255,7 @@ class _FusedLayers:
 
     def __init__(self, layers: list[Any], dtype: torch.dtype) -> None:
         first = layers[0].self_attn
-        self.dtype, self.head_dim = dtype, first.head_dim
+        self.count, self.dtype, self.head_dim = len(layers), dtype, first.head_dim
         self.hidden_size, self.kv_heads = first.q_proj.in_features, first.k_proj.out_features // first.head_dim
         extension: Any = _native._C  # it is there, as SparseLinear layers are
         self.model = extension.DecodeModel(_FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
@@ -352,6 +353,7 @@ class _FusedLayers:
         batch = hidden.shape[0]
         return (
             hidden.dtype == cos.dtype == self.dtype
+            and len(room.buffers) == 2 * self.count
             and cos.shape in ((1, 1, self.head_dim), (batch, 1, self.head_dim))
             and hidden.shape == (batch, 1, self.hidden_size)
             and batch < ops.DENSE_ROWS
@@ -381,14 +383,82 @@ class _FusedLayers:
         return output
 
 
+def _run_layers(
+    layers: list[Any], hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, room: _Room
+) -> Tensor:
+    """The layers one by one, in torch, with whatever linear layers they have."""
+    batch, dim = hidden.shape[0], cos.shape[-1]
+    # x cos + rotate_half(x) sin, where rotate_half swaps the halves and negates the first: put the sign into sin
+    sin = torch.cat((-sin[..., : dim // 2], sin[..., dim // 2 :]), dim=-1)
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    for layer, keys, values in zip(layers, room.views[::2], room.views[1::2], strict=True):
+        attention = layer.self_attn
+        x = _normalize(hidden, layer.input_layernorm)
+        query = attention.q_proj(x).reshape(batch, -1, dim)
+        key = attention.k_proj(x).reshape(batch, -1, dim)
+        value = attention.v_proj(x).reshape(batch, -1, dim)
+        if hasattr(attention, "q_norm"):
+            query = _normalize(query, attention.q_norm)
+            key = _normalize(key, attention.k_norm)
+        heads, kv_heads = query.shape[1], key.shape[1]
+        both = torch.cat((query, key), dim=1)
+        swapped = both.view(batch, -1, 2, dim // 2).flip(2).view(batch, -1, dim)
+        query, key = torch.addcmul(both * cos, swapped, sin).split((heads, kv_heads), dim=1)
+        keys.select(2, -1).copy_(key)
+        values.select(2, -1).copy_(value)
+        # one position: query heads that share a key-value head are as good as positions of that head
+        query = query.view(batch, kv_heads, heads // kv_heads, dim)
+        attended = nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=attention.scaling
+        )
+        hidden = hidden + attention.o_proj(attended.reshape(batch, 1, heads * dim))
+        hidden = hidden + layer.mlp(_normalize(hidden, layer.post_attention_layernorm))
+    return hidden
+
+
+class _Layers:
+    """The layers of a decoder, found to be those that the step knows."""
+
+    def __init__(self, modules: list[Any], watch: _Watch, family: _Family) -> None:
+        self.modules, self.watch, self.family = modules, watch, family
+        self.indices = [layer.self_attn.layer_idx for layer in modules]  # in the cache
+        self.fused: _FusedLayers | None = None
+
+    @classmethod
+    def make(cls, base: Any, count: int) -> _Layers | None:
+        """None if one of the first `count` layers is another, or has a hook."""
+        family, modules = _FAMILIES[type(base)], list(base.layers)[:count]
+        places: list[tuple[nn.Module, str]] = [(base, "layers")]
+        for index, layer in enumerate(modules):
+            found, expected = _kinds(layer, family)
+            if found != expected:
+                return None
+            places += [(base.layers, str(index)), *_parts(layer)]
+        layers = cls(modules, _Watch(places), family)
+        return layers if layers.watch.is_plain() and 0 < count == len(set(layers.indices)) else None
+
+    def cached(self, cache: DynamicCache) -> list[DynamicLayer]:
+        return [cache.layers[index] for index in self.indices]  # type: ignore[misc]
+
+    def fused_if_possible(self) -> _FusedLayers | None:
+        fused = self.fused
+        if fused is None or not fused.is_current():
+            self.fused = None  # frees what it held
+            fused = self.fused = _FusedLayers.make(self.modules, self.family)
+        return fused
+
+
+def _held(cached: list[DynamicLayer]) -> list[Tensor]:
+    return [tensor for each in cached for tensor in (each.keys, each.values)]
+
+
 class _DecodeStep:
     """Stands in for the forward of a decoder: takes the steps it knows itself, and leaves the others to the decoder."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
-        self.layers: list[Any] = []  # those that `watch` watches
-        self.watch: _Watch | None = None
-        self.fused: _FusedLayers | None = None
+        self.layers: _Layers | None = None
         self.rooms: weakref.WeakKeyDictionary[DynamicLayer, _Room] = weakref.WeakKeyDictionary()  # by the first layer
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
@@ -407,9 +477,9 @@ class _DecodeStep:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if self.takes(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs):
-            hidden = self.base.embed_tokens(input_ids)  # type: ignore[operator]
-            hidden = self.step(hidden, attention_mask, position_ids, past_key_values)
+        layers = self.takes(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
+        if layers is not None:
+            hidden = self.step(layers, input_ids, attention_mask, position_ids, past_key_values)
             return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         return type(self.base).forward(
             self.base,
@@ -431,8 +501,8 @@ class _DecodeStep:
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
-    ) -> bool:
-        """Whether a call is a step of generation that `step` computes as the decoder would."""
+    ) -> _Layers | None:
+        """The layers, if a call is a step of generation that `step` computes as the decoder would."""
         base: Any = self.base
         config = base.config
         if (
@@ -442,89 +512,78 @@ class _DecodeStep:
             or base.training
             or inputs_embeds is not None
         ):
-            return False
+            return None
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
-            return False
+            return None
         if torch.is_autocast_enabled("cpu") or config._attn_implementation != "sdpa" or use_cache is False:
-            return False
+            return None
         if config.output_hidden_states or config.output_attentions or config.return_dict is False:
-            return False
+            return None
         for name, value in kwargs.items():
             if name == "return_dict":
                 if value is False:
-                    return False
+                    return None
             # cache_position, which older versions pass, says what the length of the cache says
             elif value is not None and value is not False and name != "cache_position":
-                return False
+                return None
         # a cache made without the configuration holds all positions even where the model looks back through a window
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
             type(base) is modeling_mistral.MistralModel and config.sliding_window is not None
         ):
-            return False
+            return None
         if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-            return False
-        if not self.has_plain_layers(min(len(base.layers), config.num_hidden_layers)):
-            return False
+            return None
+        layers = self.plain_layers()
+        if layers is None:
+            return None
         # dropout is the one thing in a layer that a training mode of its own would change
-        if config.attention_dropout and any(layer.self_attn.training for layer in self.layers):
-            return False
+        if config.attention_dropout and any(layer.self_attn.training for layer in layers.modules):
+            return None
         if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != 1):
-            return False
-        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= max(self.indices):
-            return False
-        cached = self.cached(cache)
+            return None
+        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= max(layers.indices):
+            return None
+        cached = layers.cached(cache)
         if any(type(each) is not DynamicLayer or not each.is_initialized for each in cached):
-            return False
-        held = self.held(cached)
+            return None
+        held = _held(cached)
         batch, shape = input_ids.shape[0], held[0].shape
         if len(shape) != 4 or shape[0] != batch or shape[2] == 0:
-            return False
+            return None
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, shape[2] + 1)
         ):
-            return False
+            return None
         room = self.rooms.get(cached[0])
-        dtype = self.layers[0].input_layernorm.weight.dtype
-        return held[0].dtype == dtype and (
-            (room is not None and room.holds(held)) or all(t.shape == shape and t.dtype == dtype for t in held)
-        )
+        dtype = layers.modules[0].input_layernorm.weight.dtype
+        if held[0].dtype != dtype:
+            return None
+        if room is not None and room.holds(held):
+            return layers
+        return layers if all(each.shape == shape and each.dtype == dtype for each in held) else None
 
-    def cached(self, cache: DynamicCache) -> list[DynamicLayer]:
-        return [cache.layers[index] for index in self.indices]  # type: ignore[misc]
-
-    @staticmethod
-    def held(cached: list[DynamicLayer]) -> list[Tensor]:
-        return [tensor for each in cached for tensor in (each.keys, each.values)]
-
-    def has_plain_layers(self, count: int) -> bool:
-        """Whether the first `count` layers are those of transformers, free of hooks."""
-        base: Any = self.base
-        if self.watch is not None and len(self.layers) == count and self.watch.is_plain():
-            return True
-        self.watch = None
-        self.layers = list(base.layers)[:count]
-        self.indices: list[int] = []  # of these layers in the cache
-        places: list[tuple[nn.Module, str]] = [(base, "layers")]
-        for index, layer in enumerate(self.layers):
-            found, expected = _kinds(layer, _FAMILIES[type(base)])
-            if found != expected:
-                return False
-            places += [(base.layers, str(index)), *_parts(layer)]
-            self.indices.append(layer.self_attn.layer_idx)
-        watch = _Watch(places)
-        if not watch.is_plain() or not self.layers or len(set(self.indices)) < count:
-            return False
-        self.watch = watch
-        return True
+    def plain_layers(self) -> _Layers | None:
+        """The layers, if they are those of transformers and free of hooks."""
+        count = min(len(self.base.layers), self.base.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]
+        layers = self.layers
+        if layers is None or len(layers.modules) != count or not layers.watch.is_plain():
+            layers = self.layers = _Layers.make(self.base, count)
+        return layers
 
     def step(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache
+        self,
+        layers: _Layers,
+        input_ids: Any,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: DynamicCache,
     ) -> Tensor:
         """The last hidden state [batch, 1, hidden] of one new position, whose keys and values go into the cache."""
         base: Any = self.base
-        cached = self.cached(cache)
+        hidden = base.embed_tokens(input_ids)
+        cached = layers.cached(cache)
         room = self.rooms.get(cached[0])
-        if room is None or not room.holds(self.held(cached)):
+        if room is None or not room.holds(_held(cached)):
             self.rooms.pop(cached[0], None)  # its memory is not needed while the new one is filled
             room = self.rooms[cached[0]] = _Room(cached)
         if position_ids is None:
@@ -536,44 +595,10 @@ class _DecodeStep:
                 mask = None
         cos, sin = base.rotary_emb(hidden, position_ids)  # [batch or 1, 1, head_dim]
         room.advance()
-        fused = self.fused
-        if fused is None or not fused.is_current():
-            self.fused = None  # frees what it held
-            fused = self.fused = _FusedLayers.make(self.layers, _FAMILIES[type(base)])
+        fused = layers.fused_if_possible()
         if fused is not None and fused.takes(hidden, cos, room):
             hidden = fused.run(hidden, cos, sin, mask, room)
         else:
-            hidden = self.run_layers(hidden, cos, sin, mask, room)
+            hidden = _run_layers(layers.modules, hidden, cos, sin, mask, room)
         room.hand_over(cached)
         return base.norm(hidden)
-
-    def run_layers(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, room: _Room) -> Tensor:
-        """The layers one by one, in torch, with whatever linear layers they have."""
-        batch, dim = hidden.shape[0], cos.shape[-1]
-        # x cos + rotate_half(x) sin, where rotate_half swaps the halves and negates the first: put the sign into sin
-        sin = torch.cat((-sin[..., : dim // 2], sin[..., dim // 2 :]), dim=-1)
-        if mask is not None:
-            mask = mask[:, None, None, :]
-        for layer, keys, values in zip(self.layers, room.views[::2], room.views[1::2], strict=True):
-            attention = layer.self_attn
-            x = _normalize(hidden, layer.input_layernorm)
-            query = attention.q_proj(x).reshape(batch, -1, dim)
-            key = attention.k_proj(x).reshape(batch, -1, dim)
-            value = attention.v_proj(x).reshape(batch, -1, dim)
-            if hasattr(attention, "q_norm"):
-                query = _normalize(query, attention.q_norm)
-                key = _normalize(key, attention.k_norm)
-            heads, kv_heads = query.shape[1], key.shape[1]
-            both = torch.cat((query, key), dim=1)
-            swapped = both.view(batch, -1, 2, dim // 2).flip(2).view(batch, -1, dim)
-            query, key = torch.addcmul(both * cos, swapped, sin).split((heads, kv_heads), dim=1)
-            keys.select(2, -1).copy_(key)
-            values.select(2, -1).copy_(value)
-            # one position: query heads that share a key-value head are as good as positions of that head
-            query = query.view(batch, kv_heads, heads // kv_heads, dim)
-            attended = nn.functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=attention.scaling
-            )
-            hidden = hidden + attention.o_proj(attended.reshape(batch, 1, heads * dim))
-            hidden = hidden + layer.mlp(_normalize(hidden, layer.post_attention_layernorm))
-        return hidden
