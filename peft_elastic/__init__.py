@@ -13,7 +13,14 @@
 # limitations under the License.
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
-from .deploy import SparseLinear
+from .deploy import (
+    SparseLinear,
+    SwapReport,
+    densify_linears,
+    optimize_generation,
+    restore_generation,
+    sparsify_linears,
+)
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .search import SearchResult, search_subnet
 from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
@@ -33,9 +40,14 @@ __all__ = [
     "SparseLinear",
     "Subnet",
     "SubnetSamplingCallback",
+    "SwapReport",
     "UniformSampler",
     "WandaConfig",
     "__version__",
+    "densify_linears",
+    "optimize_generation",
     "prune",
+    "restore_generation",
     "search_subnet",
+    "sparsify_linears",
 ]

@@ -32,7 +32,7 @@ import torch
 
 __all__ = ["compress", "decompress", "verify"]
 
-_VALUE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+VALUE_DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def compress(weight: torch.Tensor, dtype: str = "bf16") -> dict[str, torch.Tensor]:
@@ -51,7 +51,7 @@ def compress(weight: torch.Tensor, dtype: str = "bf16") -> dict[str, torch.Tenso
     Raises:
         ValueError: on any other `dtype`, or a weight that is none of that, or not finite once rounded to `dtype`.
     """
-    _check_dtype("dtype", dtype)
+    check_dtype("dtype", dtype)
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise ValueError(
             f"`weight` is {weight.dtype} {tuple(weight.shape)}; it has to be floating point (out, in), neither of them 0."
@@ -122,7 +122,7 @@ def verify(
     Raises:
         ValueError: naming the tensor (or the number) that is wrong, what it is and what it has to be.
     """
-    _check_dtype(f"{name}: dtype", dtype)
+    check_dtype(f"{name}: dtype", dtype)
     for key, number, least in (("out_features", out_features, 1), ("in_features", in_features, 1), ("nnz", nnz, 0)):
         if type(number) is not int or not least <= number < 2**62:
             raise ValueError(f"{name}: {key} is {number!r}; it has to be a whole number from {least} up.")
@@ -131,7 +131,7 @@ def verify(
 
     bytes_per_row = -(-in_features // 8)
     bitmask = _take(name, tensors, "weight_bitmask", torch.uint8, (out_features, bytes_per_row))
-    values = _take(name, tensors, "weight_values", _VALUE_DTYPES[dtype], (nnz,))
+    values = _take(name, tensors, "weight_values", VALUE_DTYPES[dtype], (nnz,))
     if dtype == "int8":
         scales = _take(name, tensors, "weight_scales", torch.float32, (out_features,))
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
@@ -162,6 +162,7 @@ def _take(name: str, tensors: dict[str, Any], key: str, dtype: torch.dtype, shap
     return tensor
 
 
-def _check_dtype(argument: str, dtype: Any) -> None:
-    if not isinstance(dtype, str) or dtype not in _VALUE_DTYPES:
-        raise ValueError(f"`{argument}` is {dtype!r}; allowed are {sorted(_VALUE_DTYPES)}.")
+def check_dtype(argument: str, dtype: Any) -> None:
+    """ValueError unless `dtype` names a type of values."""
+    if not isinstance(dtype, str) or dtype not in VALUE_DTYPES:
+        raise ValueError(f"`{argument}` is {dtype!r}; allowed are {sorted(VALUE_DTYPES)}.")

@@ -51,6 +51,11 @@ def is_available() -> bool:
     return _C is not None
 
 
+def level() -> str | None:
+    """The instruction set that the kernels run on."""
+    return _native.selected_level()
+
+
 def _extension():
     if _C is None:
         raise ValueError(

@@ -89,6 +89,12 @@ class SparseLinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)
 
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """The weight in its form on disk, by the names there (`peft_elastic.deploy.format`)."""
+        bitmask, values = ops.unpack(self.packed)
+        tensors = {"weight_bitmask": bitmask, "weight_values": values}
+        return tensors if self.scales is None else {**tensors, "weight_scales": self.scales}
+
     @property
     def sparsity(self) -> float:
         return 1 - self.nnz / (self.out_features * self.in_features)
@@ -96,6 +102,14 @@ class SparseLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         return self.packed.numel() + (0 if self.scales is None else 4 * self.out_features)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a SparseLinear has no dense `weight`. `.to_linear()` gives the dense layer; code that needs it for its "
+                "computation wants the layer left out (`sparsify_linears(..., skip=[...])`)."
+            )
+        return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         arguments = (x, self.packed, self.scales, self.bias, self.out_features)
@@ -129,9 +143,7 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight_bitmask"], destination[prefix + "weight_values"] = ops.unpack(self.packed)
-        if self.scales is not None:
-            destination[prefix + "weight_scales"] = self.scales
+        destination.update({prefix + key: tensor for key, tensor in self.stored_tensors().items()})
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: Any, strict: bool, missing: list, unexpected: list, errors: list

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 import re
 import warnings
@@ -36,6 +37,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ...deploy.format import check_dtype
+from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -50,6 +53,9 @@ from .layer import (
     set_rank,
     zero_inactive,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -557,6 +563,45 @@ class ElasticLoraModel(LoraModel):
         if self._tagged:
             model.model_tags.remove("lora")
             self._tagged = False
+        return model
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        *,
+        sparse_kernel: str | bool = "auto",
+        sparse_dtype: str = "bf16",
+    ) -> nn.Module:
+        """Merge the active subnet into the base model and unload the adapter; then swap in sparse layers where they pay.
+
+        Merging a dense LoRA update fills the zeros of the layers that it changes, and only layers that are still sparse
+        are swapped.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as in peft.
+            sparse_kernel (`str` or `bool`): "auto" calls `peft_elastic.sparsify_linears` if the model is on the CPU and the
+                C++ extension is there, which swaps the layers that are measured to be faster; True swaps every layer with
+                30% zeros or more and raises where it cannot; False leaves the model dense.
+            sparse_dtype (`str`): "bf16" or "int8", of the values of the sparse layers. Weights are rounded to it.
+
+        Returns:
+            `nn.Module`: the base model, with the same modules but for the `SparseLinear` layers.
+
+        Raises:
+            ValueError: on a wrong argument, before anything is merged.
+        """
+        if sparse_kernel not in ("auto", True, False):
+            raise ValueError(f"`sparse_kernel` is {sparse_kernel!r}; allowed are 'auto', True and False.")
+        check_dtype("sparse_dtype", sparse_dtype)
+        obstacle = find_obstacle(self.model)
+        if sparse_kernel is True and obstacle:
+            raise ValueError(f"`sparse_kernel=True` cannot work on this model: {obstacle}.")
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if sparse_kernel and not obstacle:
+            when = "always" if sparse_kernel is True else "faster"
+            logger.info("%s", sparsify_linears(model, sparse_dtype, when=when, progressbar=progressbar))
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -1,0 +1,342 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A model with sparse layers as an ordinary transformers checkpoint.
+
+`save_pretrained` writes the tensors of `format.py` and a `quantization_config`; transformers hands a checkpoint with that
+config to the quantizer below, which is registered when the package is imported. A checkpoint is untrusted: everything
+that it says is verified before a kernel sees a byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import ops
+from .format import VALUE_DTYPES, decompress, verify
+from .sparse_linear import SparseLinear
+
+
+METHOD = "peft_elastic"  # transformers prints it where the package was not imported
+_VERSION = 1
+_LINEAR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"weight_bitmask": torch.uint8, "weight_values": None, "weight_scales": torch.float32}
+# of safetensors, for the types that a stored layer has
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
+_ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+_MAX_HEADER_BYTES = 100 * 2**20  # as in safetensors
+
+
+class SparseCheckpointConfig(QuantizationConfigMixin):
+    """What `config.json` says of the sparse layers.
+
+    Args:
+        layers (`dict`): by the path of the layer: `out_features`, `in_features`, `nnz` (int), `dtype` ("bf16" or "int8"),
+            `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name).
+        version (`int`): of this description.
+    """
+
+    def __init__(
+        self, layers: dict[str, dict[str, Any]] | None = None, version: int = _VERSION, **kwargs: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.version = version
+        self.layers = {} if layers is None else layers
+
+    def check(self) -> None:
+        """ValueError if anything is not of its type or out of its range."""
+        if self.version != _VERSION:
+            raise ValueError(
+                f"quantization_config: version is {self.version!r}; this release reads version {_VERSION}. Use a newer one."
+            )
+        if not isinstance(self.layers, dict):
+            raise ValueError(f"quantization_config: layers must be an object, got {type(self.layers).__name__}.")
+        for name, entry in self.layers.items():
+            keys = {"out_features", "in_features", "nnz", "dtype", "linear_dtype", "crc32"}
+            if not isinstance(entry, dict) or set(entry) != keys:
+                raise ValueError(f"quantization_config: layer {name!r} must have {sorted(keys)}, got {entry!r:.200}.")
+            if not isinstance(entry["dtype"], str) or entry["dtype"] not in VALUE_DTYPES:
+                raise ValueError(
+                    f"{name}: dtype is {entry['dtype']!r:.50}; allowed are {sorted(VALUE_DTYPES)} (quantization_config)."
+                )
+            if not isinstance(entry["linear_dtype"], str) or entry["linear_dtype"] not in _LINEAR_DTYPES:
+                raise ValueError(
+                    f"{name}: linear_dtype is {entry['linear_dtype']!r:.50}; allowed are {sorted(_LINEAR_DTYPES)} "
+                    "(quantization_config)."
+                )
+            sums, wanted = entry["crc32"], _stored_names(entry["dtype"])
+            if (
+                not isinstance(sums, dict)
+                or set(sums) != set(wanted)
+                or any(type(v) is not int for v in sums.values())
+            ):
+                raise ValueError(f"{name}: crc32 must have a number for each of {wanted}, got {sums!r:.200}.")
+
+
+class _StoredLinear(nn.Module):
+    """Takes the tensors of a sparse layer while a checkpoint is loaded. They are of any shape until they are verified."""
+
+    def __init__(self, entry: dict[str, Any], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.entry = entry
+        for name in _stored_names(entry["dtype"]):
+            dtype = _STORED[name] or VALUE_DTYPES[entry["dtype"]]
+            # not on the meta device: nothing of it is left to be filled in if the checkpoint lacks the tensor
+            setattr(self, name, nn.Parameter(torch.empty(0, dtype=dtype, device="meta"), requires_grad=False))
+        self.bias = bias
+
+    def verified(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors on the CPU. ValueError that names the one that is missing, damaged or of another layer."""
+        tensors = {key: getattr(self, key).detach().cpu() for key in _stored_names(self.entry["dtype"])}
+        shape = {key: self.entry[key] for key in ("out_features", "in_features", "nnz", "dtype")}
+        verify(name, tensors, **shape)
+        for key, tensor in tensors.items():
+            if _crc32(tensor) != self.entry["crc32"][key]:
+                raise ValueError(
+                    f"{name}.{key} is damaged: its bytes do not have the checksum that was saved with them."
+                )
+        if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
+            raise ValueError(f"{name}.bias is missing.")
+        return tensors
+
+    def clear(self) -> None:
+        """Let go of the tensors, whose packed form has been made."""
+        for key in _stored_names(self.entry["dtype"]):
+            setattr(self, key, None)
+
+
+class SparseQuantizer(HfQuantizer):
+    """Loads and saves models with `SparseLinear` layers through transformers' own `from_pretrained` and `save_pretrained`."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: SparseCheckpointConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._stays_dense = ""  # why, if it does
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
+        if "disk" in devices:
+            raise ValueError('`device_map`: sparse layers cannot be offloaded to "disk"; allowed are "cpu" and GPUs.')
+        if not ops.is_available():
+            self._stays_dense = (
+                "the C++ extension with the sparse kernels is not there (`peft-elastic info` says how to get it)"
+            )
+        elif devices != {"cpu"}:
+            self._stays_dense = f"the sparse kernels run on the CPU alone, and device_map asks for {sorted(devices)}"
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # Says to transformers that the shape of the tensor need not be that of the parameter: `verified` looks at it.
+        return param_name.rpartition(".")[2] in _STORED
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> None:
+        self.quantization_config.check()
+        for file in checkpoint_files or ():
+            if str(file).endswith(".safetensors"):
+                check_safetensors(file)
+        modules = dict(model.named_modules())
+        for name, entry in self.quantization_config.layers.items():
+            path = _find_path(model, modules, name)
+            if path is None:
+                continue
+            linear = modules[path]
+            if not isinstance(linear, (nn.Linear, Conv1D)):
+                raise ValueError(f"quantization_config: layer {name!r} is a {type(linear).__name__}, no linear layer.")
+            found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+            if tuple(found) != (entry["out_features"], entry["in_features"]):
+                raise ValueError(
+                    f"quantization_config: layer {name!r} is {entry['out_features']} x {entry['in_features']}, in the model "
+                    f"it is {found[0]} x {found[1]}."
+                )
+            model.set_submodule(path, _StoredLinear(entry, linear.bias))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        stored = [(name, module) for name, module in model.named_modules() if isinstance(module, _StoredLinear)]
+
+        def load(item: tuple[str, _StoredLinear]) -> nn.Module:
+            name, module = item
+            tensors, entry = module.verified(name), module.entry
+            dtype, scales = _LINEAR_DTYPES[entry["linear_dtype"]], tensors.get("weight_scales")
+            bitmask, values = tensors["weight_bitmask"], tensors["weight_values"]
+            device = module.weight_values.device
+            module.clear()
+            if self._stays_dense:
+                weight = decompress(bitmask, values, scales, entry["in_features"], dtype)
+                return _dense(weight.to(device), module.bias)
+            try:
+                packed = ops.pack(bitmask, values, entry["in_features"])
+            except ValueError as error:
+                raise ValueError(f"{name}.weight_values: {error}") from None
+            return SparseLinear(packed, scales, module.bias, dtype)
+
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            for (name, _), layer in zip(stored, pool.map(load, stored), strict=True):
+                model.set_submodule(name, layer.eval())
+        if self._stays_dense:
+            warnings.warn(f"The sparse layers of this checkpoint are loaded as dense ones: {self._stays_dense}.")
+            self.remove_quantization_config(model)
+            model.config._is_quantized = False
+        return model
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        # transformers calls this before it writes config.json, so that it describes the layers as they are now.
+        self.quantization_config.layers = {
+            name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
+        }
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters beside the layers, whose own weights have no gradient
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SparseLinear):
+                model.set_submodule(name, module.to_linear().to(dtype))
+        return model
+
+
+def mark_sparse(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained` write the sparse layers that `model` has when it is called."""
+    if getattr(model, "hf_quantizer", None) is None:
+        config = SparseCheckpointConfig()
+        model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
+        model.config.quantization_config = config
+        model.is_quantized, model.quantization_method = True, METHOD
+
+
+def check_safetensors(file: str | os.PathLike[str]) -> None:
+    """Verify the header of a safetensors file against the length of the file, without reading the tensors.
+
+    Raises:
+        ValueError: naming the tensor whose offsets, type, shape and length do not agree, or the file if it is damaged as a
+            whole.
+    """
+    name = os.path.basename(os.fspath(file))
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+        if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{name} is damaged: {size} bytes, and its header claims {length}.")
+        try:
+            header = json.loads(stream.read(length).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is damaged: its header is not JSON ({error}).") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{name} is damaged: its header is not a JSON object.")
+    spans = []
+    for tensor, entry in header.items():
+        if tensor == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [begin, end, *shape]
+            if any(type(number) is not int or number < 0 for number in numbers):
+                raise ValueError("negative or no whole numbers")
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{tensor} in {name} is described wrongly: {entry!r:.200} ({error}).") from None
+        if begin > end or length + 8 + end > size:
+            raise ValueError(
+                f"{tensor} in {name} lies at bytes {begin} to {end}, but the file has {size - 8 - length} bytes of tensors: it "
+                "is truncated or damaged."
+            )
+        if isinstance(dtype, str) and dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
+            raise ValueError(f"{tensor} in {name} has {end - begin} bytes, which is not {dtype} {shape}.")
+        spans.append((begin, end, tensor))
+    spans.sort()
+    for (_, end, _), (begin, _, tensor) in zip(spans, spans[1:]):
+        if begin < end:
+            raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
+
+
+def _stored_names(dtype: str) -> list[str]:
+    return [name for name in _STORED if name != "weight_scales" or dtype == "int8"]
+
+
+def _describe(layer: SparseLinear) -> dict[str, Any]:
+    return {
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "nnz": layer.nnz,
+        "dtype": layer.value_dtype,
+        "linear_dtype": str(layer.linear_dtype).removeprefix("torch."),
+        "crc32": {key: _crc32(tensor) for key, tensor in layer.stored_tensors().items()},
+    }
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return (
+        zlib.crc32(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+        if tensor.numel()
+        else 0
+    )
+
+
+def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
+    """Where the layer is in `model`, which may be the base of the model that was saved, or have it inside."""
+    prefix = f"{model.base_model_prefix}."
+    for path in (name, name.removeprefix(prefix), prefix + name):
+        if path in modules:
+            return path
+    if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+        raise ValueError(f"quantization_config: the model has no layer {name!r}.")
+    return None  # a head that this class does not have; transformers says so of its tensors
+
+
+def _dense(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    linear.weight = nn.Parameter(weight)
+    linear.bias = bias
+    return linear
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(SparseQuantizer)
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(SparseCheckpointConfig)

@@ -1,0 +1,288 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The swap: linear layers of a model against sparse ones, where these are faster on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from . import checkpoint, ops, timing
+from .format import check_dtype
+from .sparse_linear import SparseLinear
+
+
+# Faster by less than that is within the noise of the measurement.
+_CLEARLY_FASTER = 1.05
+
+
+@dataclass(frozen=True)
+class SwapDecision:
+    """What became of one linear layer.
+
+    Args:
+        name (`str`): its path in the model.
+        out_features, in_features (`int`): its shape.
+        sparsity (`float`): its share of zeros; NaN where it was not counted.
+        swapped (`bool`): whether it is a `SparseLinear` now.
+        reason (`str`): why, or why not.
+        dense_seconds, sparse_seconds (`float`, *optional*): of one row of activations, where they were measured.
+        dense_bytes, bytes (`int`): of its weight, before and now.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    sparsity: float
+    swapped: bool
+    reason: str
+    dense_seconds: float | None
+    sparse_seconds: float | None
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `sparsify_linears` did; printing it gives a table.
+
+    Args:
+        decisions (`tuple[SwapDecision, ...]`): one for each linear layer, in the order of the model.
+        dtype (`str`): of the values of the sparse layers.
+        level (`str` or None): instruction set that the kernels run on.
+        threads (`int`): that the measurements hold for.
+    """
+
+    decisions: tuple[SwapDecision, ...]
+    dtype: str
+    level: str | None
+    threads: int
+
+    @property
+    def swapped(self) -> tuple[str, ...]:
+        """The paths of the layers that were swapped."""
+        return tuple(decision.name for decision in self.decisions if decision.swapped)
+
+    def __str__(self) -> str:
+        # The same layer of all blocks makes one line.
+        groups: dict[tuple[Any, ...], list[SwapDecision]] = {}
+        for decision in self.decisions:
+            kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", decision.name)
+            shape = f"{decision.out_features}x{decision.in_features}"
+            groups.setdefault((kind, shape, decision.swapped, decision.reason), []).append(decision)
+        table = [("layer", "out x in", "layers", "zeros", "dense us", "sparse us", "MB", "now", "swapped")]
+        for (kind, shape, swapped, reason), group in groups.items():
+            table.append((kind, shape, str(len(group)), *_figures(group), f"{'yes' if swapped else 'no'}: {reason}"))
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column in (0, 1, 8) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        ]
+        before, now = (sum(getattr(d, name) for d in self.decisions) / 1e6 for name in ("dense_bytes", "bytes"))
+        head = (
+            f"{len(self.swapped)} of {len(self.decisions)} linear layers are sparse ({self.dtype}); their weights take "
+            f"{now:,.1f} MB instead of {before:,.1f} MB. Kernel level {self.level}, {self.threads} thread(s)."
+        )
+        return "\n".join([head, *lines])
+
+
+def _figures(group: list[SwapDecision]) -> tuple[str, str, str, str, str]:
+    weights = sum(d.out_features * d.in_features for d in group)
+    zeros = sum(d.sparsity * d.out_features * d.in_features for d in group) / weights
+    timed = group[0].dense_seconds is not None
+
+    def mean(name: str) -> str:
+        return f"{1e6 * sum(getattr(d, name) for d in group) / len(group):,.0f}" if timed else "-"
+
+    return (
+        f"{zeros:.1%}" if zeros == zeros else "-",
+        mean("dense_seconds"),
+        mean("sparse_seconds"),
+        f"{sum(d.dense_bytes for d in group) / 1e6:,.1f}",
+        f"{sum(d.bytes for d in group) / 1e6:,.1f}",
+    )
+
+
+def sparsify_linears(
+    model: nn.Module,
+    dtype: str = "bf16",
+    *,
+    when: str = "faster",
+    min_sparsity: float = 0.3,
+    skip: Collection[str] = (),
+    lm_head: bool = False,
+    progressbar: bool = False,
+) -> SwapReport:
+    """Swap the linear layers of `model` against `SparseLinear` where that is faster on this machine, in place.
+
+    A layer is timed with one row of activations, as in the generation of one sequence, against the dense layer of its
+    own dtype, both with weights that come from memory; each shape and sparsity once a machine (`timing.measure`).
+    Weights are rounded to `dtype`. transformers models save and load the result: `model.save_pretrained(dir)`, then
+    `import peft_elastic; AutoModelForCausalLM.from_pretrained(dir)`.
+
+    Left dense: weights that several modules share (such as an lm_head that is tied to the embedding), the output
+    embedding unless `lm_head`, and what the model keeps in float32.
+
+    Args:
+        model (`nn.Module`): any model on the CPU, without adapters (merge or unload them first). Layers that are
+            `nn.Linear` or transformers' `Conv1D` themselves are looked at, subclasses are not.
+        dtype (`str`): of the values: "bf16", or "int8" (symmetric, one scale for each output).
+        when (`str`): "faster" swaps where the sparse layer is measured to be faster; "always" swaps without measuring.
+        min_sparsity (`float`): layers with a smaller share of zeros stay dense. Below about a third there is little to
+            gain that rounding to bfloat16 alone would not give.
+        skip (`Collection[str]`): layers to leave alone: paths, or the ends of paths, such as "down_proj".
+        lm_head (`bool`): whether to look at the output embedding too; tied to the input embedding it stays dense.
+        progressbar (`bool`): show one.
+
+    Returns:
+        `SwapReport`: what was swapped, and why or why not; `print(report)`.
+
+    Raises:
+        ValueError: on a wrong argument, an entry of `skip` that matches nothing, a model with adapters, one that another
+            method has quantized, or without the C++ extension. Nothing is changed then.
+    """
+    check_dtype("dtype", dtype)
+    if when not in ("faster", "always"):
+        raise ValueError(f"`when` is {when!r}; allowed are 'faster' and 'always'.")
+    if isinstance(min_sparsity, bool) or not 0 <= min_sparsity <= 1:
+        raise ValueError(f"`min_sparsity` is {min_sparsity!r}; allowed is 0 to 1.")
+    if isinstance(skip, str):
+        raise ValueError(f"`skip` is the string {skip!r}; it has to be a list of strings.")
+    obstacle = find_obstacle(model)
+    if obstacle:
+        raise ValueError(f"`sparsify_linears` cannot work on this model: {obstacle}.")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "`model` has adapters: merge them (`merge_and_unload()`) or take them out (`unload()`) first."
+        )
+    linears = list(_find_linears(model))
+    for entry in skip:
+        if not any(_matches(name, entry) for name, _ in linears):
+            raise ValueError(f"`skip`: {entry!r} is the path, or the end of the path, of no linear layer.")
+
+    not_asked = _not_asked(model, linears, skip, lm_head)
+    decisions = []
+    for name, linear in tqdm(linears, desc="Sparse layers", disable=not progressbar):
+        decision = _decide(name, linear, dtype, when, min_sparsity, not_asked.get(name))
+        if decision.swapped:
+            sparse = SparseLinear.from_linear(linear, dtype)
+            model.set_submodule(name, sparse)
+            decision = SwapDecision(**{**vars(decision), "bytes": sparse.nbytes})
+        decisions.append(decision)
+    if isinstance(model, PreTrainedModel) and any(decision.swapped for decision in decisions):
+        checkpoint.mark_sparse(model)
+    return SwapReport(tuple(decisions), dtype, ops.level(), torch.get_num_threads())
+
+
+def find_obstacle(model: nn.Module) -> str:
+    """Why no layer of `model` can be swapped, whatever its weights; empty if nothing stands against it."""
+    if not ops.is_available():
+        return "the C++ extension is not there (`peft-elastic info` says how to get it)"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, checkpoint.SparseQuantizer):
+        method = quantizer.quantization_config.quant_method
+        return (
+            f"it is quantized by {getattr(method, 'value', method)}, and sparse layers are saved beside no other method "
+            "(load it in floating point, or use `model.dequantize()`)"
+        )
+    if not any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        return "it is not on the CPU"
+    return ""
+
+
+def densify_linears(model: nn.Module) -> nn.Module:
+    """Undo `sparsify_linears`, in place: every `SparseLinear` becomes the dense layer with the same (rounded) weights.
+
+    Returns:
+        `nn.Module`: `model` itself.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            model.set_submodule(name, module.to_linear())
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, checkpoint.SparseQuantizer):
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _find_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if name and type(module) in (nn.Linear, Conv1D):
+            yield name, module
+
+
+def _matches(name: str, entry: str) -> bool:
+    return name == entry or name.endswith("." + entry)
+
+
+def _not_asked(
+    model: nn.Module, linears: list[tuple[str, Any]], skip: Collection[str], lm_head: bool
+) -> dict[str, str]:
+    """The layers that stay dense whatever a measurement says, with the reason."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    reasons = {}
+    for name, linear in linears:
+        shared = [owner for owner in owners[id(linear.weight)] if owner != f"{name}.weight"]
+        if shared:
+            reasons[name] = f"its weight is also {shared[0]}"
+        elif linear is output and not lm_head:
+            reasons[name] = "the output embedding, left out without `lm_head=True`"
+        elif any(_matches(name, entry) for entry in skip):
+            reasons[name] = "in `skip`"
+        elif kept.intersection(name.split(".")):
+            reasons[name] = "the model keeps it in float32"
+        elif linear.weight.device.type != "cpu":
+            reasons[name] = f"on {linear.weight.device}, not on the CPU"
+        elif 0 in linear.weight.shape:
+            reasons[name] = "without weights"
+        elif not torch.isfinite(linear.weight).all():
+            reasons[name] = "with infinite or NaN weights"
+    return reasons
+
+
+def _decide(name: str, linear: Any, dtype: str, when: str, min_sparsity: float, not_asked: str | None) -> SwapDecision:
+    weight = linear.weight
+    in_features, out_features = weight.shape if isinstance(linear, Conv1D) else weight.shape[::-1]
+    size = weight.numel() * weight.element_size()
+    sparsity, dense, sparse = float("nan"), None, None
+    swapped, reason = False, not_asked
+    if reason is None:
+        sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        if sparsity < min_sparsity:
+            reason = f"fewer than {min_sparsity:.0%} zeros"
+        elif when == "always":
+            swapped, reason = True, "asked for"
+        else:
+            dense, sparse = timing.measure(out_features, in_features, sparsity, dtype, weight.dtype)
+            swapped = dense > _CLEARLY_FASTER * sparse
+            reason = f"{dense / sparse:.2f} times as fast as dense"
+    return SwapDecision(name, out_features, in_features, sparsity, swapped, reason, dense, sparse, size, size)
