@@ -114,11 +114,14 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps(command) + "\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
-            line = self.process.stdout.readline()  # type: ignore[union-attr]
         except BrokenPipeError:
-            line = ""
+            pass  # it has ended, which `answer` reports
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with status {self.process.wait()}; asked for {command}.")
+            raise RuntimeError(f"{self.process.args} ended with status {self.process.wait()}.")
         return json.loads(line)
 
     def close(self) -> None:
