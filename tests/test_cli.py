@@ -31,6 +31,7 @@ from peft_elastic import SearchResult, Subnet
 from peft_elastic.cli import _data, _evaluation, main
 from peft_elastic.cli.quickstart import _smoke_examples, _smoke_model
 from peft_elastic.cli.train import last_checkpoint
+from peft_elastic.deploy import timing
 
 
 GROUPS = ["q_proj,k_proj,v_proj", "up_proj,gate_proj", "down_proj"]
@@ -221,6 +222,44 @@ def test_search_and_merge(folder, pruned, adapter, logits, tmp_path, capsys):
         assert (other - expected).abs().max() > 1e-4
 
 
+def test_merge_with_sparse_layers(adapter, tmp_path, capsys, monkeypatch):
+    faster = timing.Timing(2.0, 1.0)
+    monkeypatch.setattr(timing, "measure", lambda *args: faster)
+    assert run("merge", "--adapter", adapter, "--out", tmp_path / "sparse", "--sparse", "int8") == 0
+    out = capsys.readouterr().out
+    assert "yes: 2.00 times as fast" in out and "import peft_elastic; AutoModelForCausalLM" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    # the adapter has filled the zeros of all layers but these
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["o_proj"] == "SparseLinear" and kinds["q_proj"] == "Linear"
+    faster = timing.Timing(1.0, 2.0)
+    assert run("merge", "--adapter", adapter, "--out", tmp_path / "dense", "--sparse", "bf16") == 0
+    assert "import peft_elastic" not in capsys.readouterr().out
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+def test_bench_of_layers(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "peft_elastic.cli.bench.measure", lambda *args: asked.append(args) or timing.Timing(3e-3, 2e-3)
+    )
+    assert run("bench", "--shapes", "64x32", "--sparsity", "0.6", "--values", "int8", "--dtype", "bfloat16") == 0
+    assert asked == [(64, 32, 0.6, "int8", torch.bfloat16)]
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line == ["64x32", "60%", "3.000", "ms", "2.000", "ms", "1.50x"]
+
+
+def test_bench_of_a_model(folder, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "measure", lambda *args: timing.Timing(2.0, 1.0))
+    before = sorted(folder.rglob("*"))
+    assert run("bench", "--model", folder / "model", "--sparsity", "0.5", "--tokens", "4", "--threads", "1") == 0
+    out = capsys.readouterr().out
+    assert "14 of 15 linear layers are sparse" in out and sorted(folder.rglob("*")) == before
+    for line in out.splitlines()[-2:]:
+        name, dense, sparse = line.split()
+        assert name in ("generate", "optimize_generation") and float(dense) > 0 and float(sparse) > 0
+
+
 def test_search_by_accuracy(folder, adapter, tmp_path):
     data = ["--dataset", folder / "validation.jsonl", "--samples", "8"]
     metric = ["--metric", "accuracy", "--cost", "parameters"]
@@ -285,6 +324,11 @@ SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--ou
         (["merge", "--adapter", "{adapter}"], "nothing to do"),
         (["merge", "--adapter", "{adapter}", "--out", "{new}", "--subnet", "missing.json"], "missing.json"),
         (["merge", "--adapter", "{adapter}", "--out", "{new}", "--subnet", "{train}"], "not a subnet file"),
+        (["merge", "--adapter", "{adapter}", "--export-lora", "{new}", "--sparse", "bf16"], "`--sparse` goes with"),
+        (["bench", "--shapes", "4096"], "a shape is OUTxIN"),
+        (["bench", "--sparsity", "1.5"], "`--sparsity` is 1.5"),
+        (["bench", "--model", "{model}", "--sparsity", "0.5", "0.7"], "takes one number"),
+        (["bench", "--model", "./missing"], "no such folder"),
         (["quickstart", "--out", "{model}"], "exists already"),
         (["quickstart", "--smoke", "--dataset", "{train}", "--out", "{new}"], "--smoke"),
         (["quickstart", "--smoke", "--sparsity", "1", "--out", "{new}"], "sparsity"),
@@ -312,7 +356,7 @@ def test_bad_input_is_one_line_and_writes_nothing(command, message, folder, adap
     assert sorted([*tmp_path.rglob("*"), *folder.rglob("*")]) == before
 
 
-@pytest.mark.parametrize("command", ["quickstart", "prune", "train", "search", "merge"])
+@pytest.mark.parametrize("command", ["quickstart", "prune", "train", "search", "merge", "bench"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(command, "--help")

@@ -21,13 +21,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_elastic import SearchResult, Subnet, assets
+from peft_elastic import SearchResult, SparseLinear, Subnet, assets
 from peft_elastic.cli import _data, _report, main
 from peft_elastic.cli._journal import Journal
 from peft_elastic.cli.quickstart import movie_examples
 
 
-STAGES = ["data", "dense", "prune", "train", "search", "tuned", "merge", "reload"]
+STAGES = ["data", "dense", "prune", "train", "search", "tuned", "merge", "reload", "deploy", "serve"]
 ROWS = [
     "dense",
     "pruned",
@@ -35,6 +35,7 @@ ROWS = [
     "tuned, heuristic subnet",
     "tuned, searched subnet",
     "merged, reloaded",
+    "deployed (sparse bf16)",
 ]
 
 
@@ -60,12 +61,23 @@ def test_results(finished):
     assert all(0 <= row["accuracy"] <= 1 and row["accuracy_standard_error"] > 0 for row in rows.values())
     assert [rows[name]["zeros"] for name in ROWS[:5]] == pytest.approx([0, 0.5, 0.5, 0.5, 0.5], abs=1e-3)
     assert rows["merged, reloaded"]["zeros"] < 0.1
+    assert rows["deployed (sparse bf16)"]["zeros"] == pytest.approx(0.5, abs=1e-3)
     adapters = [rows[name]["adapter_parameters"] for name in ROWS]
-    assert adapters[0] == adapters[1] == adapters[5] == 0 < adapters[3] < adapters[2]
+    assert adapters[0] == adapters[1] == adapters[5] == adapters[6] == 0 < adapters[3] < adapters[2]
     base = rows["dense"]["parameters"]
     assert all(row["parameters"] == base + row["adapter_parameters"] for row in rows.values())
     weights = (finished / "merged" / "model.safetensors").stat().st_size
-    assert rows["merged, reloaded"]["bytes"] == rows["pruned"]["bytes"] == weights
+    assert (
+        rows["merged, reloaded"]["bytes"]
+        == rows["pruned"]["bytes"]
+        == weights
+        > rows["deployed (sparse bf16)"]["bytes"]
+    )
+    serving = {name: row["serving"] for name, row in rows.items() if row["serving"]}
+    assert list(serving) == ["dense", "deployed (sparse bf16)"]
+    for each in found["deployment"]["serving"].values():
+        assert each["tokens_per_second"] > 0 and each["load_seconds"] > 0 and each["peak_bytes"] > 2**20
+    assert serving["deployed (sparse bf16)"]["optimized"] and not serving["dense"]["optimized"]
 
     assert list(found["run_info"]["seconds_per_stage"]) == STAGES
     assert found["checks"]["reloaded_without_peft_elastic"] and found["checks"]["same_tokens_generated"]
@@ -87,6 +99,9 @@ def test_what_is_left_behind(finished):
         pruned = AutoModelForCausalLM.from_pretrained(finished / "pruned")
         exported = PeftModel.from_pretrained(pruned, finished / "lora").eval()
         torch.testing.assert_close(exported(ids).logits, expected, atol=1e-5, rtol=0)
+        deployed = AutoModelForCausalLM.from_pretrained(finished / "deployed").eval()
+        assert sum(isinstance(module, SparseLinear) for module in deployed.modules()) == 14
+        torch.testing.assert_close(deployed(ids).logits, expected, atol=0.1, rtol=0)
     assert (finished / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
 
@@ -123,7 +138,11 @@ def test_an_interrupted_run_continues_to_the_same_results(finished, tmp_path):
     (out / "stages.json").write_text(json.dumps(journal))
 
     assert smoke(out) == 0
-    assert results(out)["table"] == results(finished)["table"]
+    tables = [results(folder)["table"] for folder in (out, finished)]
+    for row in [*tables[0], *tables[1]]:
+        if row["serving"]:
+            row["serving"] = "times differ"
+    assert tables[0] == tables[1]
 
 
 def test_other_settings_are_not_mixed_in(finished, capsys):
@@ -182,6 +201,7 @@ def row(name, correct):
         "adapter_parameters": 0,
         "zeros": 0.5,
         "bytes": 2e6,
+        "serving": None,
     }
 
 
@@ -207,6 +227,27 @@ def test_table():
     lines = _report.table([row("dense", [1, 1, 0, 1]), row("a longer name", [1, 0, 0, 1])]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert "75.0 ± 25.0" in lines[2] and "0.550 ± 0.050" in lines[2] and "1,234,567" in lines[2]
+
+
+def test_serving_columns():
+    slow = {"tokens_per_second": 20.04, "load_seconds": 1.26, "peak_bytes": 1.5e9, "optimized": False}
+    served = {**row("dense", [1, 0]), "serving": slow}
+    lines = _report.table([served, {**row("other", [1, 0]), "serving": {**slow, "peak_bytes": None}}]).splitlines()
+    assert lines[2].split()[-3:] == ["20.0", "1.3", "1,500"] and lines[3].split()[-3:] == ["20.0", "1.3", "-"]
+    legend = _report.serving_legend(
+        {"dense": slow, "dense, optimize_generation": {**slow, "optimized": True}}, (32, 64)
+    )
+    assert "64 new tokens after a prompt of 32" in legend and "reaches 20.0 tokens/s" in legend
+    assert "optimize_generation" not in _report.serving_legend({"dense": slow}, (32, 64))
+
+
+def test_without_the_extension_nothing_is_deployed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("peft_elastic._native._C", None)
+    assert smoke(tmp_path / "out", "--steps", "2", "--evals", "3") == 0
+    out = capsys.readouterr().out
+    assert "left out: the C++ extension is not there" in out and not (tmp_path / "out" / "deployed").exists()
+    found = results(tmp_path / "out")
+    assert [entry["name"] for entry in found["table"]] == ROWS[:-1] and found["table"][0]["serving"]
 
 
 def test_movie_examples():

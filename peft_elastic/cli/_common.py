@@ -39,7 +39,7 @@ from peft_elastic.pruning import measure_sparsity
 from ._data import first_line
 
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, more_help: str = "") -> None:
@@ -48,7 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
     )
     parser.add_argument(
         "--dtype",
-        choices=_DTYPES,
+        choices=DTYPES,
         default="auto",
         help="precision to load it in (default: auto, that of the checkpoint; on CPUs float32 is usually several times as "
         "fast as the others)",

@@ -29,9 +29,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     Args:
         rows: each with `name`; `measured`, what `measure` returned; `parameters`, all of them; `adapter_parameters`, those
-            of the active subnet; `zeros`, the share of zeros in the pruned layers; and `bytes` on disk.
+            of the active subnet; `zeros`, the share of zeros in the pruned layers; `bytes` on disk; and, where it was
+            measured, `serving` with `tokens_per_second`, `load_seconds` and `peak_bytes`.
     """
-    lines = [("", "accuracy %", "label loss", "perplexity", "parameters", "in adapter", "zeros %", "MB on disk")]
+    lines = [
+        ("", "accuracy %", "label loss", "perplexity", "parameters", "in adapter", "zeros %", "MB on disk")
+        + ("tokens/s", "load s", "peak MB")
+    ]
     for row in map(summary, rows):
         lines.append(
             (
@@ -43,11 +47,39 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['adapter_parameters']:,d}" if row["adapter_parameters"] else "-",
                 f"{100 * row['zeros']:.1f}",
                 f"{row['bytes'] / 1e6:,.1f}",
+                *_serving(row["serving"]),
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     formatted = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     return "\n".join([formatted[0], "-" * len(formatted[0]), *formatted[1:]])
+
+
+def _serving(serving: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if serving is None:
+        return "-", "-", "-"
+    peak = serving["peak_bytes"]
+    return (
+        f"{serving['tokens_per_second']:.1f}",
+        f"{serving['load_seconds']:.1f}",
+        f"{peak / 1e6:,.0f}" if peak else "-",
+    )
+
+
+def serving_legend(serving: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> str:
+    """What the columns of serving mean, and how much of the speed is not the sparse layers'."""
+    lines = [
+        f"tokens/s: {tokens[1]} new tokens after a prompt of {tokens[0]}, one sequence, on the CPU; load s, peak MB: of a fresh",
+        "process; medians of turns. The deployed model runs with `optimize_generation`, the dense one as transformers runs it;",
+    ]
+    for name, found in serving.items():
+        if name.startswith("dense,") and found["optimized"]:
+            lines.append(
+                f"with `optimize_generation` the dense one reaches {found['tokens_per_second']:.1f} tokens/s."
+            )
+    if len(lines) == 2:
+        lines[1] = lines[1].rsplit(" The deployed", 1)[0]
+    return "\n".join(lines)
 
 
 def legend(examples: Mapping[str, int]) -> str:
@@ -57,8 +89,8 @@ def legend(examples: Mapping[str, int]) -> str:
             f"accuracy, label loss: on {examples['test']} held-out examples, used for this table alone; ± is one standard error",
             "perplexity: of the text of 100 of their prompts at most; training was on labels alone",
             "parameters: of the base and of the active subnet; in adapter: of the active subnet",
-            "zeros: in the linear layers of the blocks. On disk a zero takes as much room as any other value, and a merged LoRA",
-            "update fills the layers it changes.",
+            "zeros: in the linear layers of the blocks. A merged LoRA update fills the layers it changes, so the merged model is",
+            "pruned once more to be deployed. On disk a zero takes a bit in the deployed model, elsewhere as much as any value.",
         ]
     )
 
@@ -75,7 +107,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
         "label_loss": loss,
         "label_loss_standard_error": loss_error,
         "perplexity": measured["perplexity"],
-        **{name: row[name] for name in ("parameters", "adapter_parameters", "zeros", "bytes")},
+        **{name: row[name] for name in ("parameters", "adapter_parameters", "zeros", "bytes", "serving")},
     }
 
 

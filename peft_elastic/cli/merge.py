@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_elastic import Subnet
+from peft_elastic import Subnet, sparsify_linears
 
 from . import _common
 
@@ -30,10 +30,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="merge a subnet into the model, or export it as plain LoRA",
         description="Merge the active subnet of an adapter into its base model, and save that as an ordinary checkpoint that\n"
         "transformers loads without this package; or export the subnet as a plain LoRA adapter, which peft\n"
-        "and other programs load without this package.",
+        "and other programs load without this package. With --sparse, layers that are still sparse are stored\n"
+        "compressed and run on the sparse CPU kernel; that checkpoint loads where peft_elastic is imported.",
         epilog="examples:\n"
         "  peft-elastic merge --adapter adapter --out merged\n"
         "  peft-elastic merge --adapter adapter --subnet search/subnet.json --out merged --export-lora lora\n"
+        "  peft-elastic merge --adapter adapter --out deployed --sparse bf16\n"
         "  peft-elastic merge --adapter adapter --subnet heuristic --export-lora lora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,12 +47,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--subnet",
         help="max, min, heuristic, or a file such as search/subnet.json (default: the adapter's active one)",
     )
+    parser.add_argument(
+        "--sparse",
+        choices=("bf16", "int8"),
+        help="swap in sparse layers with values of this type where they are faster on this machine (default: none)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out is None and args.export_lora is None:
         raise ValueError("nothing to do: give `--out`, `--export-lora` or both.")
+    if args.sparse and args.out is None:
+        raise ValueError("`--sparse` goes with `--out`: a plain LoRA adapter has no sparse layers.")
     for option, folder in (("--out", args.out), ("--export-lora", args.export_lora)):
         if folder is not None:
             _common.check_new_folder(folder, option)
@@ -72,15 +81,21 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         targets = [module for choice in model.search_space for module in choice.modules]
         before = _common.zero_share(model, targets)
-        merged = model.merge_and_unload(progressbar=True, safe_merge=True)
+        merged = model.merge_and_unload(progressbar=True, safe_merge=True, sparse_kernel=False)
         after = _common.zero_share(merged, targets)
         if after < before - 0.01:
             print(
                 f"Zeros in the merged layers: {before:.1%} before, {after:.1%} after. A LoRA update has no zeros, so a merged "
                 "model is dense; keep base and adapter apart to keep the sparsity."
             )
+        loads_with = "AutoModelForCausalLM.from_pretrained(...)"
+        if args.sparse:
+            report = sparsify_linears(merged, args.sparse)
+            print(report)
+            if report.swapped:
+                loads_with = f"import peft_elastic; {loads_with}"
         with _common.new_folder(args.out) as folder:
             _common.save_model(merged, tokenizer, folder)
-        written.append((args.out, "merged model: AutoModelForCausalLM.from_pretrained(...)"))
+        written.append((args.out, f"merged model: {loads_with}"))
     _common.say_written(written)
     return 0

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic quickstart`: the whole path on a small model, from pruning to a reloaded, merged model, and a table."""
+"""`peft-elastic quickstart`: the whole path on a small model, from pruning to a deployed sparse model, and a table."""
 
 from __future__ import annotations
 
@@ -35,11 +35,20 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_elastic import ElasticLoraConfig, WandaConfig, assets, prune, search_subnet
+from peft_elastic import (
+    ElasticLoraConfig,
+    WandaConfig,
+    _native,
+    assets,
+    densify_linears,
+    prune,
+    search_subnet,
+    sparsify_linears,
+)
 from peft_elastic.pruning import measure_sparsity
 from peft_elastic.utils import atomic_path, atomic_write_text
 
-from . import _common, _data, _evaluation, _reload, _report, info
+from . import _common, _data, _evaluation, _reload, _report, _serving, info
 from ._journal import Journal
 from .prune import calibration_batches
 from .train import fit
@@ -48,6 +57,8 @@ from .train import fit
 # The groups of the Shears paper, for models whose modules have these names.
 _GROUPS = [["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]
 _COST = "adapter parameters"
+_DEPLOYED = "deployed (sparse bf16)"
+_DENSE_OPTIMIZED = "dense, optimize_generation"
 # Options of the command line that do not change the results.
 _NOT_SETTINGS = ("device", "fresh", "out", "run", "traceback", "sparsity", "steps", "evals")
 _COMPARISONS = [
@@ -57,6 +68,8 @@ _COMPARISONS = [
     ("tuned, searched subnet", "tuned, max subnet"),
     ("tuned, searched subnet", "tuned, heuristic subnet"),
     ("merged, reloaded", "tuned, searched subnet"),
+    (_DEPLOYED, "merged, reloaded"),
+    (_DEPLOYED, "dense"),
 ]
 
 
@@ -73,9 +86,12 @@ class _Plan:
     evals: int = 24
     validation: int = 100  # examples
     test: int = 300
+    serving: tuple[int, int, int, int] = (32, 32, 2, 2)  # tokens of the prompt, new tokens, repeats, rounds
 
 
-_SMOKE = _Plan(calibration=(8, 32), ranks=(8, 6, 4), batch_size=8, steps=6, evals=6, validation=16, test=24)
+_SMOKE = _Plan(
+    calibration=(8, 32), ranks=(8, 6, 4), batch_size=8, steps=6, evals=6, validation=16, test=24, serving=(4, 4, 1, 1)
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -83,7 +99,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "quickstart",
         help="the whole path on a small model, in minutes",
         description="Prune a small language model, train an elastic super-adapter on it, search that for a subnet, merge the\n"
-        "subnet into the model, load the result in another process, and compare everything on held-out data.\n"
+        "subnet into the model, deploy that on the sparse CPU kernel, load the results in other processes, and compare\n"
+        "everything on held-out data.\n"
         "Without options: SmolLM2-135M-Instruct and the sentiment of movie reviews, both from the Python package\n"
         "index; 10 minutes at most on two cores, 4 GB of memory, 1.3 GB in --out. Interrupted, the same command continues.",
         epilog="examples:\n"
@@ -142,6 +159,7 @@ class _Quickstart:
     def __init__(self, args: argparse.Namespace, plan: _Plan) -> None:
         self.args, self.plan, self.out = args, plan, args.out
         self.pruned, self.adapter, self.merged = self.out / "pruned", self.out / "adapter", self.out / "merged"
+        self.deployed = self.out / "deployed"
         self.expected = self.out / "merged_outputs.npz"
         self.stages = [
             ("data", "Model and data", self.get_data),
@@ -152,6 +170,12 @@ class _Quickstart:
             ("tuned", "Measure the tuned model", self.measure_tuned),
             ("merge", "Merge the searched subnet", self.merge),
             ("reload", "Load the merged model in a fresh process, with transformers alone", self.reload),
+            (
+                "deploy",
+                "Prune the merged model again, and swap in the sparse layers that are faster here",
+                self.deploy,
+            ),
+            ("serve", "Serve the dense and the deployed model, each in a fresh process", self.serve),
         ]
         options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
         settings = {**options, **json.loads(json.dumps(dataclasses.asdict(plan)))}
@@ -160,18 +184,24 @@ class _Quickstart:
     def run(self) -> None:
         results = {name: self.journal.run(name, title, work) for name, title, work in self.stages}
         rows = [row for result in results.values() for row in result.get("rows", [])]
-        differences = _report.compare(rows, _COMPARISONS)
+        for row in rows:
+            row["serving"] = results["serve"]["serving"].get(row["name"])
+        names = {row["name"] for row in rows}
+        differences = _report.compare(rows, [pair for pair in _COMPARISONS if names.issuperset(pair)])
         files = [
             (self.out / "results.json", "the table and everything behind it"),
             (self.out / "pareto.png", "the search: progress and Pareto front"),
+            (self.deployed, "deployed model: import peft_elastic; AutoModelForCausalLM.from_pretrained(...)"),
             (self.merged, "merged model: AutoModelForCausalLM.from_pretrained(...)"),
             (self.adapter, "super-adapter with the searched subnet active"),
             (self.out / "lora", "the searched subnet as plain LoRA"),
             (self.pruned, "pruned model"),
         ]
+        files = [(path, what) for path, what in files if path.exists()]
         self._write_results(results, rows, differences)
         print(f"\n{_report.table(rows)}\n")
         print(_report.legend(results["data"]["examples"]))
+        print(_report.serving_legend(results["serve"]["serving"], self.plan.serving))
         if self.args.smoke:
             print("This was a smoke run: the model is random, and the numbers mean nothing.")
         print(f"\n{_report.describe(differences)}")
@@ -209,9 +239,7 @@ class _Quickstart:
 
     def prune(self) -> dict[str, Any]:
         model = self._load(self.journal.done["data"]["model"])
-        texts = [example.text for example in self._examples("train")]
-        calibration = calibration_batches(self.tokenizer, texts, *self.plan.calibration, seed=self.args.seed)
-        report = prune(model, WandaConfig(sparsity=self.plan.sparsity), calibration)
+        report = prune(model, WandaConfig(sparsity=self.plan.sparsity), self._calibration())
         _save(model, self.tokenizer, self.pruned)
         report.save(self.pruned / "pruning_report.json")
         return {"rows": [self._row("pruned", model, _weights_size(self.pruned))]}
@@ -297,7 +325,7 @@ class _Quickstart:
         model.export_lora(self.out / "lora")
         prompts = [example.prompt for example in self._examples("test")[:8]]
         apart = _reload.outputs(model, self.tokenizer, prompts)
-        merged = model.merge_and_unload(safe_merge=True)
+        merged = model.merge_and_unload(safe_merge=True, sparse_kernel=False)  # for transformers alone
         together = _reload.outputs(merged, self.tokenizer, prompts)
         with atomic_path(self.expected) as file:
             np.savez(file, prompts=prompts, **together)
@@ -323,6 +351,51 @@ class _Quickstart:
         row = self._row("merged, reloaded", self._load(self.merged), _weights_size(self.merged), found.pop("measured"))
         return {"rows": [row], **found}
 
+    def deploy(self) -> dict[str, Any]:
+        if not _native.is_built():
+            print("      left out: the C++ extension is not there (`peft-elastic info`)")
+            return {"report": None}
+        # A merged LoRA update has filled the zeros of the layers that it changes.
+        model = self._load(self.merged)
+        prune(model, WandaConfig(sparsity=self.plan.sparsity), self._calibration())
+        report = sparsify_linears(model.cpu(), when="always" if self.args.smoke else "faster")
+        print("      " + str(report).replace("\n", "\n      "))
+        _save(model, self.tokenizer, self.deployed)
+        return {"report": str(report), "swapped": len(report.swapped)}
+
+    def serve(self) -> dict[str, Any]:
+        """Loads, generates and measures in turns, so that a machine that slows down slows down all of them."""
+        dense = self.journal.done["data"]["model"]
+        runs: dict[str, tuple[Any, str]] = {"dense": (dense, "plain"), _DENSE_OPTIMIZED: (dense, "optimized")}
+        deployed = self.journal.done["deploy"]["report"] is not None
+        if deployed:
+            runs[_DEPLOYED] = (self.deployed, "optimized")
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+        prompt, new, repeats, rounds = self.plan.serving
+        for round_ in range(rounds):
+            for name, (folder, mode) in runs.items():
+                measured = name == _DEPLOYED and round_ == 0
+                answers[name].append(
+                    self._serve(folder, mode, {"prompt": prompt, "new": new, "repeats": repeats}, measured)
+                )
+        serving = {name: _median_serving(found) for name, found in answers.items()}
+        for name, found in serving.items():
+            print(f"      {name}: {found['tokens_per_second']:.1f} tokens/s, loaded in {found['load_seconds']:.1f} s")
+        rows = []
+        if deployed:
+            model = self._load_dense(self.deployed)
+            rows = [self._row(_DEPLOYED, model, _weights_size(self.deployed), answers[_DEPLOYED][0]["measured"])]
+        return {"rows": rows, "serving": serving}
+
+    def _serve(self, folder: Any, mode: str, settings: dict[str, int], measure: bool) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as temporary:
+            options, answer = Path(temporary) / "settings.json", Path(temporary) / "answer.json"
+            options.write_text(json.dumps(settings))
+            data = self.out / "data.json" if measure else "-"
+            arguments = [folder, mode, options, data, answer]
+            subprocess.run([sys.executable, "-m", _serving.__name__, *map(str, arguments)], check=True)
+            return json.loads(answer.read_text(encoding="utf-8"))
+
     # -- what they share -------------------------------------------------------------------------------------------
 
     @cached_property
@@ -332,8 +405,16 @@ class _Quickstart:
     def _examples(self, split: str) -> list[_data.Example]:
         return _data.read_splits(self.out / "data.json")[split]
 
+    def _calibration(self) -> Any:
+        texts = [example.text for example in self._examples("train")]
+        return calibration_batches(self.tokenizer, texts, *self.plan.calibration, seed=self.args.seed)
+
     def _load(self, name: str | Path) -> Any:
         return _common.load_causal_lm(str(name), self.args.dtype, self.args.device).eval()
+
+    def _load_dense(self, name: str | Path) -> Any:
+        """The deployed model with its sparse layers as dense ones, to count in them."""
+        return densify_linears(_common.load_causal_lm(str(name), self.args.dtype, "cpu").eval())
 
     def _load_tuned(self) -> PeftModel:
         return _common.load_adapter(self._load(self.pruned), str(self.adapter))
@@ -385,10 +466,22 @@ class _Quickstart:
                 "reloaded_without_peft_elastic": results["reload"]["without_peft_elastic"],
                 "same_tokens_generated": results["reload"]["same_tokens"],
             },
+            "deployment": {"report": results["deploy"]["report"], "serving": results["serve"]["serving"]},
             "table": [_report.summary(row) for row in rows],
             "differences": differences,
         }
         atomic_write_text(self.out / "results.json", json.dumps(data, indent=2))
+
+
+def _median_serving(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rounds: medians of the times, the largest memory."""
+    peaks = [answer["peak_bytes"] for answer in answers if answer["peak_bytes"]]
+    return {
+        "tokens_per_second": float(np.median([answer["tokens_per_second"] for answer in answers])),
+        "load_seconds": float(np.median([answer["load_seconds"] for answer in answers])),
+        "peak_bytes": max(peaks, default=None),
+        "optimized": answers[0]["optimized"],
+    }
 
 
 def movie_examples() -> list[_data.Example]:

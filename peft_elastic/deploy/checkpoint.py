@@ -62,7 +62,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
     """What `config.json` says of the sparse layers.
 
     Args:
-        layers (`dict`): by the path of the layer: `out_features`, `in_features`, `nnz` (int), `dtype` ("bf16" or "int8"),
+        layers (`dict`): by the path of the layer: `out_features`, `in_features`, `nnz` (int), `value_dtype` ("bf16" or "int8"),
             `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name).
         version (`int`): of this description.
     """
@@ -83,19 +83,19 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
         if not isinstance(self.layers, dict):
             raise ValueError(f"quantization_config: layers must be an object, got {type(self.layers).__name__}.")
         for name, entry in self.layers.items():
-            keys = {"out_features", "in_features", "nnz", "dtype", "linear_dtype", "crc32"}
+            keys = {"out_features", "in_features", "nnz", "value_dtype", "linear_dtype", "crc32"}
             if not isinstance(entry, dict) or set(entry) != keys:
                 raise ValueError(f"quantization_config: layer {name!r} must have {sorted(keys)}, got {entry!r:.200}.")
-            if not isinstance(entry["dtype"], str) or entry["dtype"] not in VALUE_DTYPES:
+            if not isinstance(entry["value_dtype"], str) or entry["value_dtype"] not in VALUE_DTYPES:
                 raise ValueError(
-                    f"{name}: dtype is {entry['dtype']!r:.50}; allowed are {sorted(VALUE_DTYPES)} (quantization_config)."
+                    f"{name}: value_dtype is {entry['value_dtype']!r:.50}; allowed are {sorted(VALUE_DTYPES)} (quantization_config)."
                 )
             if not isinstance(entry["linear_dtype"], str) or entry["linear_dtype"] not in _LINEAR_DTYPES:
                 raise ValueError(
                     f"{name}: linear_dtype is {entry['linear_dtype']!r:.50}; allowed are {sorted(_LINEAR_DTYPES)} "
                     "(quantization_config)."
                 )
-            sums, wanted = entry["crc32"], _stored_names(entry["dtype"])
+            sums, wanted = entry["crc32"], _stored_names(entry["value_dtype"])
             if (
                 not isinstance(sums, dict)
                 or set(sums) != set(wanted)
@@ -110,17 +110,21 @@ class _StoredLinear(nn.Module):
     def __init__(self, entry: dict[str, Any], bias: nn.Parameter | None) -> None:
         super().__init__()
         self.entry = entry
-        for name in _stored_names(entry["dtype"]):
-            dtype = _STORED[name] or VALUE_DTYPES[entry["dtype"]]
+        self.weight_values: nn.Parameter
+        for name in _stored_names(entry["value_dtype"]):
+            dtype = _STORED[name] or VALUE_DTYPES[entry["value_dtype"]]
             # not on the meta device: nothing of it is left to be filled in if the checkpoint lacks the tensor
             setattr(self, name, nn.Parameter(torch.empty(0, dtype=dtype, device="meta"), requires_grad=False))
         self.bias = bias
+        # transformers initializes what a checkpoint lacks, and reads `weight` of some layers to do so
+        self.weight = torch.empty(0)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def verified(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors on the CPU. ValueError that names the one that is missing, damaged or of another layer."""
-        tensors = {key: getattr(self, key).detach().cpu() for key in _stored_names(self.entry["dtype"])}
-        shape = {key: self.entry[key] for key in ("out_features", "in_features", "nnz", "dtype")}
-        verify(name, tensors, **shape)
+        tensors = {key: getattr(self, key).detach().cpu() for key in _stored_names(self.entry["value_dtype"])}
+        shape = {key: self.entry[key] for key in ("out_features", "in_features", "nnz")}
+        verify(name, tensors, **shape, dtype=self.entry["value_dtype"])
         for key, tensor in tensors.items():
             if _crc32(tensor) != self.entry["crc32"][key]:
                 raise ValueError(
@@ -132,7 +136,7 @@ class _StoredLinear(nn.Module):
 
     def clear(self) -> None:
         """Let go of the tensors, whose packed form has been made."""
-        for key in _stored_names(self.entry["dtype"]):
+        for key in _stored_names(self.entry["value_dtype"]):
             setattr(self, key, None)
 
 
@@ -303,18 +307,14 @@ def _describe(layer: SparseLinear) -> dict[str, Any]:
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "nnz": layer.nnz,
-        "dtype": layer.value_dtype,
+        "value_dtype": layer.value_dtype,
         "linear_dtype": str(layer.linear_dtype).removeprefix("torch."),
         "crc32": {key: _crc32(tensor) for key, tensor in layer.stored_tensors().items()},
     }
 
 
 def _crc32(tensor: torch.Tensor) -> int:
-    return (
-        zlib.crc32(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
-        if tensor.numel()
-        else 0
-    )
+    return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
 
 
 def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
@@ -332,7 +332,8 @@ def _dense(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     linear.weight = nn.Parameter(weight)
-    linear.bias = bias
+    if bias is not None:
+        linear.bias = bias
     return linear
 
 
