@@ -93,12 +93,13 @@ def make_model(name: str, layers: int) -> nn.Module:
     """The dense model in bfloat16, not pruned."""
     if name == "smollm2":
         return AutoModelForCausalLM.from_pretrained(assets.smollm2_135m(), dtype=torch.bfloat16)
-    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
-    if name == "toy":
+    if name == "llama":
+        shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+    else:
         shape = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 256}
     config = LlamaConfig(
         **shape,
-        num_key_value_heads=shape["num_attention_heads"],
+        num_key_value_heads=32 if name == "llama" else 2,
         num_hidden_layers=layers,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
@@ -220,12 +221,15 @@ def groups_that_fit(all_of_them: list[Configuration], folder: Path) -> list[list
 
 def measure_model(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each configuration, with and without the step, and number of threads."""
-    command = [sys.executable, __file__, "--prepare", name, str(folder), "--layers", str(args.layers)]
-    command += ["--sparsities", *map(str, args.sparsities)]
+    options = ["--layers", str(args.layers), "--sparsities", *map(str, args.sparsities)]
     if args.llama_python:
-        command += ["--llama-python", args.llama_python]
-    log(f"{name}: writing the models to {folder}.")
-    subprocess.run(command, check=True)
+        options += ["--llama-python", args.llama_python]
+    made = folder / "made_with.json"
+    if not made.exists() or json.loads(made.read_text()) != options:
+        log(f"{name}: writing the models to {folder}.")
+        made.unlink(missing_ok=True)
+        subprocess.run([sys.executable, __file__, "--prepare", name, str(folder), *options], check=True)
+        made.write_text(json.dumps(options))
 
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(3, 256, (args.prompt_tokens,), generator=generator).tolist()
@@ -415,8 +419,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
     rows = []
     for name in args.models:
-        with tempfile.TemporaryDirectory(dir=args.work) as folder:
-            rows += measure_model(name, args, Path(folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = (args.work or Path(scratch)) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            rows += measure_model(name, args, folder)
     kept = ("models", "layers", "sparsities", "threads", "rounds", "prompt_tokens", "new_tokens")
     results = {
         "machine": machine(),
