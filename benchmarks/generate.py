@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from _support import RESULTS, Worker, describe_machine, log, machine, summarize, table, usable_cores, write
+from _support import RESULTS, Worker, describe_machine, log, machine, summarize, table, usable_cores, write, write_into
 from _support.gguf_file import write_gguf
 from torch import nn
 from tqdm.auto import tqdm
@@ -402,6 +402,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of generate.json, .md, .png, default %(default)s"
     )
+    parser.add_argument("--document", type=Path, help="also put the tables into this file (docs/performance.md)")
     parser.add_argument("--smoke", action="store_true", help="a toy model, few tokens: the figures mean nothing")
     # how the script calls itself
     parser.add_argument("--prepare", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
@@ -433,7 +434,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     markdown = report(results)
     print(markdown)
     write(args.out, "generate", results, markdown, plot(results))
-    log(f"Written to {args.out}.")
+    if args.document is not None:
+        write_into(args.document, "generate", markdown)
     return results
 
 

@@ -96,6 +96,17 @@ def write(folder: Path, name: str, results: dict[str, Any], markdown: str, figur
     atomic_write_text(folder / f"{name}.json", json.dumps(results, indent=1))
     atomic_write_text(folder / f"{name}.md", markdown + "\n")
     figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+    log(f"Written to {folder}.")
+
+
+def write_into(document: Path, name: str, markdown: str) -> None:
+    """Replaces what stands between the comments `name: begin` and `name: end` of a document."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+    head, _, rest = document.read_text().partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise ValueError(f"{document} has no lines {begin!r} and {end!r}.")
+    atomic_write_text(document, f"{head}{begin}\n{markdown}\n\n{end}{tail}")
 
 
 class Worker:

@@ -57,12 +57,12 @@ from . import (
     Worker,
     dense_kernel_of,
     describe_machine,
-    log,
     machine,
     summarize,
     table,
     usable_cores,
     write,
+    write_into,
 )
 
 
@@ -448,8 +448,8 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['engine']}{sparsity}{' (' + row['level'] + ')' if row['level'] else ''}"
 
 
-def report(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+def report(results: dict[str, Any], short: bool = False) -> str:
+    """The results as Markdown; `short`: without the tables of all batches."""
     rows, settings = results["rows"], results["settings"]
     bandwidth = ", ".join(f"{value / 1e9:.1f} GB/s with {n}" for n, value in results["bandwidth"].items())
     parts = [
@@ -461,7 +461,7 @@ def report(results: dict[str, Any]) -> str:
     for shape in settings["shapes"]:
         parts += [f"### {shape}, batch 1", batch1_table(select(rows, shape=shape, batch=1), settings["threads"])]
         for threads in settings["threads"]:
-            if len(settings["batches"]) > 1:
+            if len(settings["batches"]) > 1 and not short:
                 at = select(rows, shape=shape, threads=threads)
                 title = f"### {shape}, all batches, {threads} thread{'s' * (threads > 1)}: milliseconds"
                 parts += [title, batches_table(at, settings["batches"])]
@@ -580,6 +580,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of kernels.json, .md and .png, default %(default)s"
     )
+    parser.add_argument("--document", type=Path, help="also put the tables into this file (docs/performance.md)")
     parser.add_argument("--smoke", action="store_true", help="tiny layers, few rounds: the figures mean nothing")
     args = parser.parse_args(argv)
     if args.smoke:
@@ -616,5 +617,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     markdown = report(results)
     print(markdown)
     write(args.out, "kernels", results, markdown, plot(results))
-    log(f"Written to {args.out}.")
+    if args.document is not None:
+        write_into(args.document, "kernels", report(results, short=True))
     return results
