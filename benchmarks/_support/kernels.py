@@ -523,41 +523,45 @@ def batches_table(rows: list[dict[str, Any]], batches: list[int]) -> str:
 
 
 def plot(results: dict[str, Any]) -> Any:
-    """For each shape: above, batch 1; below, all batches; one thread, fp32 activations, our best level."""
+    """For each shape: above, batch 1; below, all batches; fewest threads, fp32 activations, our best level; no CSR (slow)."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     settings = results["settings"]
-    rows = select(results["rows"], threads=settings["threads"][0])
-    best = settings["levels"][0]
-    rows = [row for row in rows if row["engine"] != "sparse" or (row["level"], row["activations"]) == (best, "fp32")]
-    instructions = dense_kernel_of(best)
-    rows = [row for row in rows if row["engine"] not in (READ, "own dense bf16") or row["level"] == instructions]
-    shapes = settings["shapes"]
-    figure = Figure(figsize=(5 * len(shapes), 9))
+    threads, level, shapes = min(settings["threads"]), settings["levels"][0], settings["shapes"]
+    rows = []
+    for row in select(results["rows"], threads=threads):
+        shown = {
+            "sparse": (level, "fp32"),
+            "own dense bf16": (dense_kernel_of(level), "fp32"),
+            READ: (),
+            "torch CSR": (),
+        }
+        if shown.get(row["engine"], (row["level"], row["activations"])) == (row["level"], row["activations"]):
+            rows.append(row)
+    names = list(dict.fromkeys(label(row) for row in rows))
+    colors = {name: colormaps["tab20"](index) for index, name in enumerate(names)}
+    figure = Figure(figsize=(6 * len(shapes), 9))
     axes = figure.subplots(2, len(shapes), squeeze=False)
-    names = list(dict.fromkeys(label(row) for row in rows if row["engine"] != READ))
-    colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    for column, shape in enumerate(shapes):
-        top, bottom = axes[0][column], axes[1][column]
-        single = sorted(select(rows, shape=shape, batch=1), key=lambda row: -row["seconds"]["median"])
-        for row in single:
-            if row["engine"] != READ:
-                seconds = row["seconds"]
-                spread = [[seconds["median"] - seconds["p10"]], [seconds["p90"] - seconds["median"]]]
-                bar_at = [value * 1e3 for value in (seconds["median"], *spread[0], *spread[1])]
-                top.barh(label(row), bar_at[0], xerr=[[bar_at[1]], [bar_at[2]]], color=colors[label(row)])
-        top.set_title(f"{shape}, batch 1")
-        top.set_xlabel("ms (median, 10th to 90th percentile)")
+    for top, bottom, shape in zip(*axes, shapes, strict=True):
+        for row in sorted(select(rows, shape=shape, batch=1), key=lambda row: -row["seconds"]["median"]):
+            p10, median, p90 = (row["seconds"][key] * 1e3 for key in ("p10", "median", "p90"))
+            top.barh(label(row), median, xerr=[[median - p10], [p90 - median]], color=colors[label(row)])
+        top.set(title=f"{shape}, batch 1", xlabel="ms (median, 10th to 90th percentile)")
         for name in names:
             line = [row for row in select(rows, shape=shape) if label(row) == name]
-            if len(line) > 1:
-                points = [1e3 * row["seconds"]["median"] for row in line]
-                bottom.plot([row["batch"] for row in line], points, "o-", label=name, color=colors[name])
-        bottom.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms")
-    if axes[1][0].lines:
-        axes[1][0].legend(fontsize="small")
-    figure.suptitle(f"{results['machine']['cpu']}, one thread, cold weights; sparse: {best}")
+            points = [1e3 * row["seconds"]["median"] for row in line]
+            bottom.plot([row["batch"] for row in line], points, "o-", label=name, color=colors[name])
+        bottom.set(title=f"{shape}, all batches", xscale="log", yscale="log", xlabel="batch", ylabel="ms")
+        bottom.set_xticks(settings["batches"], map(str, settings["batches"]))
+        bottom.set_xticks([], minor=True)
+    figure.suptitle(
+        f"{results['machine']['cpu']}, {threads} thread{'s' * (threads > 1)}, cold weights; sparse: {level}"
+    )
     figure.tight_layout()
+    figure.legend(
+        *axes[1][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 * len(shapes)
+    )
     return figure
 
 
