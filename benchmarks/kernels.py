@@ -1,0 +1,25 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How fast one sparse linear layer is on this CPU, and how fast the alternatives are: see _support/kernels.py.
+
+python benchmarks/kernels.py --out benchmarks/results
+python benchmarks/kernels.py --help
+"""
+
+# transformers asks for a package of this name, and finds this file whenever a script of this folder runs: importing it
+# must do nothing.
+if __name__ == "__main__":
+    from _support.kernels import main
+
+    main()
