@@ -76,7 +76,9 @@ setup(
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             # -O3 whatever Python was built with. gcc 12 takes the undefined operands in its own AVX512 header for mistakes.
-            extra_compile_args=[] if os.name == "nt" else ["-O3", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
+            extra_compile_args=[]
+            if os.name == "nt"
+            else ["-O3", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option"],
             cxx_std=17,
             optional=not REQUIRED,
         )

@@ -32,6 +32,27 @@ PE_INLINE std::uint64_t load64(const std::uint8_t* p) {
 
 PE_INLINE int count_bits(std::uint64_t bits) { return static_cast<int>(_mm_popcnt_u64(bits)); }
 
+// Hides from the compiler what a register holds.
+#if defined(PEFT_ELASTIC_SOFTWARE_MODEL)
+#define PE_OPAQUE(vector) static_cast<void>(vector)
+#else
+#define PE_OPAQUE(vector) asm("" : "+v"(vector))
+#endif
+
+// Expands 64 bytes of values. Measured on AMD Zen 5, each by several times: the expansion must not read the memory itself,
+// and it waits for the old content of its target even where that is zeroed by the mask, so that the target is zeroed first.
+template <ValueType type>
+PE_INLINE __m512i expand_row(std::uint64_t bits, const std::uint8_t* values) {
+  __m512i packed = _mm512_loadu_si512(values), target = _mm512_setzero_si512();
+  PE_OPAQUE(packed);
+  PE_OPAQUE(target);
+  if constexpr (type == ValueType::kBf16) {
+    return _mm512_mask_expand_epi16(target, static_cast<__mmask32>(bits), packed);
+  } else {
+    return _mm512_mask_expand_epi8(target, static_cast<__mmask64>(bits), packed);
+  }
+}
+
 // Calls body(row, index of the row within the block) for each row of 64 bytes, in order. Two rows of bf16 share one word of
 // the bitmap, so that the address of the second depends on one count and the next pair on one more.
 template <ValueType type, typename Body>
@@ -43,14 +64,14 @@ PE_INLINE void for_each_row(const Weight& w, std::int64_t block, Body body) {
     for (std::int64_t row = 0; row < rows; row += 2, bitmap += 8) {
       const std::uint64_t bits = load64(bitmap);
       const std::uint8_t* second = values + 2 * count_bits(bits & 0xffffffffu);
-      body(_mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), row);
-      body(_mm512_maskz_expand_epi16(static_cast<__mmask32>(bits >> 32), _mm512_loadu_si512(second)), row + 1);
+      body(expand_row<type>(bits, values), row);
+      body(expand_row<type>(bits >> 32, second), row + 1);
       values += 2 * count_bits(bits);
     }
   } else {
     for (std::int64_t row = 0; row < rows; ++row, bitmap += 8) {
       const std::uint64_t bits = load64(bitmap);
-      body(_mm512_maskz_expand_epi8(static_cast<__mmask64>(bits), _mm512_loadu_si512(values)), row);
+      body(expand_row<type>(bits, values), row);
       values += count_bits(bits);
     }
   }

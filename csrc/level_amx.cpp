@@ -72,12 +72,12 @@ class TileReader {
         std::uint32_t bits;
         std::memcpy(&bits, bitmap_, sizeof(bits));
         bitmap_ += sizeof(bits);
-        _mm512_store_si512(target, _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), _mm512_loadu_si512(values_)));
+        _mm512_store_si512(target, expand_row<type>(bits, values_));
         values_ += 2 * count_bits(bits);
       } else {
         const std::uint64_t bits = load64(bitmap_);
         bitmap_ += sizeof(bits);
-        _mm512_store_si512(target, _mm512_maskz_expand_epi8(static_cast<__mmask64>(bits), _mm512_loadu_si512(values_)));
+        _mm512_store_si512(target, expand_row<type>(bits, values_));
         values_ += count_bits(bits);
       }
     }

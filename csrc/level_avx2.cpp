@@ -16,6 +16,7 @@
 // packed values into place: bf16 into the upper half of a float, int8 into the top byte of a 32-bit integer.
 
 #include <cstddef>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -144,13 +145,23 @@ void multiply_one_int8(const Weight& w, const float* x, std::int64_t first, std:
   }
 }
 
-// Several rows: part of a block is expanded to floats in the L1 cache, once for all rows. The sums, one
-// for each weight of a row of a tile, stay in memory between two panels and in registers within one.
+// Several rows: part of a block is expanded in the L1 cache, once for all rows. The sums stay in memory between two of these
+// panels and in registers within one. While a panel is multiplied the processor reads no weights ahead by itself, so its
+// expansion asks for those of the next.
+constexpr int kPanelBytes = 4 * 1024;
+
+PE_INLINE void prefetch(const std::uint8_t* p, std::uintptr_t distance) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + distance), _MM_HINT_T0);
+}
+
+// Of floats, with one sum for each weight of a row of a tile.
 template <ValueType type>
 struct Panel {
   static constexpr int kRowFloats = type == ValueType::kBf16 ? 32 : 64;  // weights in a row of a tile
-  static constexpr int kRows = 16 * 1024 / (kRowFloats * 4);  // of a panel of 16 KiB
+  static constexpr int kRows = kPanelBytes / (kRowFloats * 4);
   static constexpr int kGroup = static_cast<int>(group_inputs(type));
+  static constexpr std::uintptr_t kBitmapBytes = kRows * kRowFloats / 8;
+  static constexpr std::uintptr_t kValueBytes = kRows * kRowFloats * value_bytes(type) / 2;  // at 50%
 };
 
 // kCount rows of activations, kWidth registers of sums for each: 8 to 12 sums in all where there are rows enough, as the
@@ -204,6 +215,8 @@ void multiply_many(const Weight& w, const float* x, std::int64_t x_stride, int r
       float* target = panel;
       for (int i = 0; i < count * bitmap_row_bytes; i += 8, bitmap += 8) {
         std::size_t next = 0;
+        prefetch(values, P::kValueBytes);
+        prefetch(bitmap, P::kBitmapBytes);
 #pragma GCC unroll 8
         for (int byte = 0; byte < 8; ++byte, target += 8) {
           _mm256_store_ps(target, expand8<type>(bitmap[byte], values, next));
@@ -260,10 +273,119 @@ void int8_float(const Weight& w, const void* x, std::int64_t x_stride, std::int6
   }
 }
 
+// For each byte of a bitmap the control of VPSHUFB: 8 bytes, the n-th value into the byte of the n-th set bit.
+struct ByteShuffles {
+  std::uint8_t of[257][8];  // 16 bytes are read
+};
+
+constexpr ByteShuffles make_byte_shuffles() {
+  ByteShuffles table{};
+  for (int bits = 0; bits < 256; ++bits) {
+    int next = 0;
+    for (int bit = 0; bit < 8; ++bit) table.of[bits][bit] = static_cast<std::uint8_t>((bits >> bit) & 1 ? next++ : 0x80);
+  }
+  return table;
+}
+
+alignas(64) constexpr ByteShuffles kByteShuffles = make_byte_shuffles();
+
+// One row of a tile, 16 outputs x 4 inputs, as bytes. Returns where the values of the next begin.
+PE_INLINE const std::uint8_t* expand_row_int8(const std::uint8_t* bitmap, const std::uint8_t* values, std::uint8_t* target) {
+  std::size_t next = 0;
+#pragma GCC unroll 8
+  for (int byte = 0; byte < 8; ++byte) {
+    const std::size_t bits = bitmap[byte];
+    const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + next));
+    const __m128i control = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kByteShuffles.of[bits]));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(target + 8 * byte), _mm_shuffle_epi8(packed, control));
+    next += static_cast<std::size_t>(_mm_popcnt_u64(bits));
+  }
+  return values + next;
+}
+
+// Adds to `sum` (8 outputs) the products of 4 inputs each. VPMADDUBSW wants one side without a sign, which moves to the other;
+// two products are at most 2 x 127 x 127, so its 16 bits do not saturate.
+PE_INLINE __m256i add_products(__m256i sum, __m256i weight, __m256i weight_size, __m256i input) {
+  const __m256i pairs = _mm256_maddubs_epi16(weight_size, _mm256_sign_epi8(input, weight));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// kCount rows of activations: 2 sums each, which with the weights and their sizes fill the 16 registers when kCount is 4.
+template <int kCount>
+PE_INLINE void multiply_panel_int8(const std::uint8_t* panel, int panel_rows, const std::int8_t* x, std::int64_t x_stride,
+                                   std::int32_t* partial) {
+  auto* const stored = reinterpret_cast<__m256i*>(partial);
+  __m256i sums[kCount][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < kCount; ++m) {
+    sums[m][0] = _mm256_load_si256(stored + 2 * m);
+    sums[m][1] = _mm256_load_si256(stored + 2 * m + 1);
+  }
+  for (int row = 0; row < panel_rows; ++row, panel += 64, x += 4) {
+    const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel));
+    const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32));
+    const __m256i low_size = _mm256_abs_epi8(low), high_size = _mm256_abs_epi8(high);
+#pragma GCC unroll 4
+    for (int m = 0; m < kCount; ++m) {
+      std::int32_t quad;
+      std::memcpy(&quad, x + m * x_stride, sizeof(quad));
+      const __m256i input = _mm256_set1_epi32(quad);
+      sums[m][0] = add_products(sums[m][0], low, low_size, input);
+      sums[m][1] = add_products(sums[m][1], high, high_size, input);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kCount; ++m) {
+    _mm256_store_si256(stored + 2 * m, sums[m][0]);
+    _mm256_store_si256(stored + 2 * m + 1, sums[m][1]);
+  }
+}
+
+void int8_int8(const Weight& w, const void* x, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
+               std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
+  constexpr int kRows = kPanelBytes / 64;
+  auto* const panel = static_cast<std::uint8_t*>(scratch);                    // [kRows][64]
+  auto* const partial = reinterpret_cast<std::int32_t*>(panel + kPanelBytes);  // [rows][16]
+  const int count = static_cast<int>(rows), groups = (count + 3) / 4;
+  for (std::int64_t block = first; block < last; ++block) {
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(ValueType::kInt8);
+    const std::uint8_t* values = w.values + w.offsets[block];
+    std::memset(partial, 0, static_cast<std::size_t>(count) * 64);
+    const std::int64_t block_rows = w.tiles * kTileRows;
+    for (std::int64_t start = 0; start < block_rows; start += kRows) {
+      const int panel_rows = static_cast<int>(block_rows - start < kRows ? block_rows - start : kRows);
+      for (int row = 0; row < panel_rows; ++row, bitmap += 8) {
+        prefetch(values, kPanelBytes / 2);
+        prefetch(bitmap, kPanelBytes / 8);
+        values = expand_row_int8(bitmap, values, panel + 64 * row);
+      }
+      const std::int8_t* inputs = static_cast<const std::int8_t*>(x) + start * 4;
+      std::int32_t* partials = partial;
+      for (int group = 0; group < groups; ++group) {
+        const int size = count * (group + 1) / groups - count * group / groups;  // groups of about the same size
+        switch (size) {
+          case 1: multiply_panel_int8<1>(panel, panel_rows, inputs, x_stride, partials); break;
+          case 2: multiply_panel_int8<2>(panel, panel_rows, inputs, x_stride, partials); break;
+          case 3: multiply_panel_int8<3>(panel, panel_rows, inputs, x_stride, partials); break;
+          default: multiply_panel_int8<4>(panel, panel_rows, inputs, x_stride, partials); break;
+        }
+        inputs += size * x_stride;
+        partials += size * 16;
+      }
+    }
+    for (int m = 0; m < count; ++m) {
+      const auto* total = reinterpret_cast<const __m256i*>(partial + 16 * m);
+      float* out = sums + m * sums_stride + block * kBlock;
+      _mm256_store_ps(out, _mm256_cvtepi32_ps(_mm256_load_si256(total)));
+      _mm256_store_ps(out + 8, _mm256_cvtepi32_ps(_mm256_load_si256(total + 1)));
+    }
+  }
+}
+
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kKernels = {&bf16_float, nullptr, &int8_float, nullptr};
+  static constexpr Kernels kKernels = {&bf16_float, nullptr, &int8_float, &int8_int8};
   return &kKernels;
 }
 

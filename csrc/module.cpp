@@ -15,12 +15,18 @@
 // The Python module peft_elastic._C.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu_features.h"
+#include "decode.h"
 #include "dispatch.h"
 #include "linear.h"
 #include "pack.h"
@@ -171,6 +177,63 @@ void use_openmp(Address parallel, Address thread_num, Address num_threads) {
   peft_elastic::use_openmp(functions);
 }
 
+// (packed, bytes, scales, bias, type of the bias)
+using LinearAddresses = std::tuple<Address, std::size_t, Address, Address, int>;
+// (weight, epsilon)
+using NormAddresses = std::pair<Address, float>;
+
+peft_elastic::DecodeLinear decode_linear(const LinearAddresses& addresses) {
+  const auto& [packed, size, scales, bias, bias_type] = addresses;
+  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  if ((weight.type == peft_elastic::ValueType::kInt8) != (scales != 0)) {
+    throw std::invalid_argument("scales go with an int8 weight, and only with one");
+  }
+  return {weight, at<const float>(scales), at<const void>(bias), float_type(bias_type)};
+}
+
+// Linear layers: q, k, v, o, gate, up, down; norms: input, MLP, queries, keys.
+void add_layer(peft_elastic::DecodeModel& model, const std::array<LinearAddresses, 7>& linears,
+               const std::array<NormAddresses, 4>& norms, float scaling) {
+  peft_elastic::DecodeLayer layer;
+  peft_elastic::DecodeLinear* const to_linears[] = {&layer.q,    &layer.k,  &layer.v,   &layer.o,
+                                                    &layer.gate, &layer.up, &layer.down};
+  peft_elastic::DecodeNorm* const to_norms[] = {&layer.input_norm, &layer.mlp_norm, &layer.q_norm, &layer.k_norm};
+  for (std::size_t i = 0; i < linears.size(); ++i) *to_linears[i] = decode_linear(linears[i]);
+  for (std::size_t i = 0; i < norms.size(); ++i) *to_norms[i] = {at<const void>(norms[i].first), norms[i].second};
+  layer.scaling = scaling;
+  peft_elastic::check_layer(model, layer);
+  model.layers.push_back(layer);
+}
+
+// keys_and_values: an array with the addresses of the keys and the values of each layer, in turn.
+void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int64_t length, std::int64_t capacity,
+            Address hidden, Address cos, Address sin, bool rotary_per_row, Address mask, Address keys_and_values,
+            Address output, int threads) {
+  py::gil_scoped_release release;
+  if (batch < 1 || length < 0 || capacity <= length) throw std::invalid_argument("no room in the cache");
+  const std::size_t count = model.layers.size();
+  std::vector<void*> keys(count), values(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    keys[i] = at<void*>(keys_and_values)[2 * i];
+    values[i] = at<void*>(keys_and_values)[2 * i + 1];
+  }
+  peft_elastic::DecodeCall call{};
+  call.batch = batch;
+  call.length = length;
+  call.capacity = capacity;
+  call.hidden = at<const void>(hidden);
+  call.cos = at<const void>(cos);
+  call.sin = at<const void>(sin);
+  call.rotary_per_row = rotary_per_row;
+  call.mask = at<const std::uint8_t>(mask);
+  call.keys = keys.data();
+  call.values = values.data();
+  call.output = at<void>(output);
+  call.threads = threads;
+  call.avx2 = peft_elastic::selected_level() != "portable";  // every other level asks for AVX2 and FMA
+  peft_elastic::decode(model, call, peft_elastic::selected_kernels());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -194,4 +257,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_contents", &check_contents);
   m.def("linear", &linear);
   m.def("dense_rows", &dense_rows);
+
+  py::class_<peft_elastic::DecodeModel>(m, "DecodeModel")
+      .def(py::init([](int type, std::int64_t hidden_size, std::int64_t head_dim) {
+        return peft_elastic::DecodeModel{float_type(type), hidden_size, head_dim, {}};
+      }))
+      .def("add_layer", &add_layer);
+  m.def("decode", &decode);
 }

@@ -319,9 +319,23 @@ def test_sliding_window_takes_the_models_own_code(steps):
     assert not steps
 
 
-@pytest.mark.parametrize("path", ["layers.1", "layers.1.self_attn", "layers.2.input_layernorm"])
+def test_window_with_a_cache_that_knows_no_window(steps):
+    for name, settings in {
+        "mistral": {},
+        "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    }.items():
+        model = make(name, sliding_window=5, **settings)
+        expected = run(model, prompt(), past_key_values=DynamicCache())
+        optimize_generation(model)
+        assert_same(run(model, prompt(), past_key_values=DynamicCache()), expected)
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    "path", ["layers.1", "layers.1.self_attn", "layers.2.input_layernorm", "layers.0.self_attn.q_norm"]
+)
 def test_hooks_are_called(path, steps):
-    model = optimize_generation(make())
+    model = optimize_generation(make("qwen3"))
     called = []
     handle = model.model.get_submodule(path).register_forward_hook(lambda *_: called.append(1))
     run(model, prompt())
@@ -334,6 +348,96 @@ def test_hooks_are_called(path, steps):
     called.clear()
     run(model, prompt())
     assert len(called) == 12 and len(steps) == 22
+
+
+def test_global_hooks_are_called(steps):
+    model = optimize_generation(make())
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    run(model, prompt())
+    handle.remove()
+    assert not steps
+    assert called.count(model.model.layers[1].self_attn) == 12
+
+
+def test_parts_that_are_replaced_between_steps(steps):
+    model = optimize_generation(make("qwen3"))
+    tokens = prompt(1, 12)
+
+    class Twice(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return 2 * self.inner(*args, **kwargs)
+
+    def walk():
+        cache = DynamicCache(config=model.config)
+        layers = model.model.layers
+        norm, attention, layer = layers[0].input_layernorm, layers[1].self_attn, layers[2]
+        with torch.no_grad():
+            model(tokens[:, :5], past_key_values=cache)
+            yield model(tokens[:, 5:6], past_key_values=cache).logits
+            layers[0].input_layernorm = Twice(norm)
+            yield model(tokens[:, 6:7], past_key_values=cache).logits
+            layers[0].input_layernorm = norm
+            attention.k_norm = Twice(attention.k_norm)
+            yield model(tokens[:, 7:8], past_key_values=cache).logits
+            attention.k_norm = attention.k_norm.inner
+            layer.input_layernorm.forward = lambda x: 3 * x
+            yield model(tokens[:, 8:9], past_key_values=cache).logits
+            del layer.input_layernorm.forward
+            yield model(tokens[:, 9:10], past_key_values=cache).logits
+            norm.weight = nn.Parameter(norm.weight * 1.5)
+            yield model(tokens[:, 10:11], past_key_values=cache).logits
+            norm.weight.data = norm.weight.data / 1.5
+            yield model(tokens[:, 11:12], past_key_values=cache).logits
+
+    got = list(walk())
+    assert len(steps) == 4
+    restore_generation(model)
+    for ours, theirs in zip(got, walk(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_dropout_of_an_attention_in_training_mode(steps):
+    model = optimize_generation(make(attention_dropout=0.5))
+    run(model, prompt())
+    assert len(steps) == 11
+    model.model.layers[1].self_attn.train()
+    run(model, prompt())
+    assert len(steps) == 11
+
+
+def test_cache_of_another_type_than_the_model(steps):
+    model = optimize_generation(make())
+    tokens = prompt(1, 8)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        for cached in cache.layers:
+            cached.keys, cached.values = cached.keys.bfloat16(), cached.values.bfloat16()
+        model(tokens[:, 6:7], past_key_values=cache)  # torch.cat makes it float32 again
+        assert not steps
+        model(tokens[:, 7:8], past_key_values=cache)
+    assert len(steps) == 1
+
+
+def test_compiled_model(steps):
+    model = make()
+    cache = DynamicCache(config=model.config)
+    tokens = prompt(1, 8)
+    with torch.no_grad():
+        model(tokens[:, :7], past_key_values=cache)
+        expected = model(tokens[:, 7:], past_key_values=copy.deepcopy(cache)).logits
+        optimize_generation(model)
+        compiled = torch.compile(model, backend="eager")
+        got = compiled(tokens[:, 7:], past_key_values=copy.deepcopy(cache)).logits
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+        assert not steps
+        assert_same(run(model, prompt()), run(restore_generation(copy.deepcopy(model)), prompt()))
+    assert len(steps) == 11
 
 
 def test_refusals():

@@ -114,11 +114,13 @@ def test_same_bits_with_any_number_of_threads(kind):
 
 
 @pytest.mark.parametrize("level", USABLE)
-def test_int8_activations(level):
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 17, 32, 40])
+@pytest.mark.parametrize("in_features", [200, 1536])
+def test_int8_activations(level, rows, in_features):
     _native.select_level(level)
-    weight, scales, reference = make(50, 200, 0.5, "int8")
-    x = torch.randn(6, 200)
-    x[3] = 0
+    weight, scales, reference = make(50, in_features, 0.5, "int8")
+    x = torch.randn(rows, in_features)
+    x[rows // 2] = 0
     step = x.abs().amax(1, keepdim=True) / 127
     rounded = torch.round(x / torch.where(step > 0, step, 1.0)) * step
     y = ops.sparse_linear(x, ops.pack_dense(weight), scales, None, 50, "int8")
@@ -126,6 +128,19 @@ def test_int8_activations(level):
     x[0, 0] = float("inf")
     y = ops.sparse_linear(x, ops.pack_dense(weight), scales, None, 50, "int8")
     assert y[0].isnan().all() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("level", USABLE)
+def test_int8_products_do_not_saturate(level):
+    """The largest products of either sign, side by side: instructions of 16 bits would cut them off."""
+    _native.select_level(level)
+    signs = torch.randint(0, 2, (32, 300)) * 2 - 1
+    signs[:4] = torch.tensor([1, -1, 1, -1])[:, None]
+    packed = ops.pack_dense((127 * signs).to(torch.int8))
+    x = (torch.randint(0, 2, (5, 300)) * 2 - 1).float()
+    x[:2] = torch.tensor([1.0, -1.0])[:, None]
+    y = ops.sparse_linear(x, packed, torch.full((32,), 1 / 127), None, 32, "int8")
+    torch.testing.assert_close(y, x @ signs.T.float(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", USABLE)

@@ -22,16 +22,26 @@ or sparse, with or without an adapter, are called as they are.
 from __future__ import annotations
 
 import weakref
+from array import array
+from collections.abc import Iterable
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+
+from .. import _native
+from . import ops
+from .sparse_linear import SparseLinear
 
 
 __all__ = ["optimize_generation", "restore_generation"]
@@ -43,6 +53,7 @@ class _Family(NamedTuple):
     layer: type[nn.Module]
     attention: type[nn.Module]
     norm: type[nn.Module]
+    mlp: type[nn.Module]
 
 
 def _families() -> dict[type[nn.Module], _Family]:
@@ -52,7 +63,7 @@ def _families() -> dict[type[nn.Module], _Family]:
         "Qwen2": modeling_qwen2,
         "Qwen3": modeling_qwen3,
     }
-    parts = ("DecoderLayer", "Attention", "RMSNorm")
+    parts = ("DecoderLayer", "Attention", "RMSNorm", "MLP")
     return {
         getattr(module, f"{name}Model"): _Family(*(getattr(module, name + part) for part in parts))
         for name, module in modules.items()
@@ -60,6 +71,10 @@ def _families() -> dict[type[nn.Module], _Family]:
 
 
 _FAMILIES = _families()
+_FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
+_SILU = (nn.SiLU, SiLUActivation)
+_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 def optimize_generation(model: nn.Module) -> nn.Module:
@@ -102,13 +117,12 @@ def optimize_generation(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"`model` has attn_implementation={attention!r}; allowed is 'sdpa' (`model.set_attn_implementation('sdpa')`)."
         )
-    family = _FAMILIES[type(base)]
     for index, layer in enumerate(base.layers):
-        found = [type(part) for part in _parts(layer)] if type(layer) is family.layer else [type(layer)]
-        if found != _expected(family):
+        found, expected = _kinds(layer, _FAMILIES[type(base)])
+        if found != expected:
             raise ValueError(
                 f"`model`: layer {index} is made of {[kind.__name__ for kind in found]}; allowed are "
-                f"{[kind.__name__ for kind in _expected(family)]} of transformers."
+                f"{[kind.__name__ for kind in expected]} of transformers."
             )
     base.forward = _DecodeStep(base)
     return model
@@ -140,24 +154,50 @@ def _find(model: nn.Module) -> nn.Module:
     )
 
 
-def _parts(layer: nn.Module) -> tuple[Any, ...]:
-    """The modules of a layer whose own forward the step does not call."""
-    return layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+def _parts(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the modules are, inside a layer, whose own forward the step does not call: their owner and their name."""
+    attention: Any = layer.self_attn
+    head_norms = [(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    return [(layer, "self_attn"), (layer, "input_layernorm"), (layer, "post_attention_layernorm"), *head_norms]
 
 
-def _expected(family: _Family) -> list[type[nn.Module]]:
-    return [family.layer, family.attention, family.norm, family.norm]
+def _kinds(layer: nn.Module, family: _Family) -> tuple[list[type], list[type]]:
+    """The classes that a layer and its parts are of, and those that they should be of."""
+    if type(layer) is not family.layer or type(layer.self_attn) is not family.attention:
+        return [type(layer), type(getattr(layer, "self_attn", None))], [family.layer, family.attention]
+    norms = [type(getattr(owner, name)) for owner, name in _parts(layer)[1:]]
+    return [family.layer, family.attention, *norms], [family.layer, family.attention, *[family.norm] * len(norms)]
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` would do nothing but run the forward of its class `kind`."""
-    if type(module) is not kind or "forward" in module.__dict__ or module._forward_pre_hooks:
-        return False
-    # transformers leaves its own hooks in place once hidden states were asked for; they do nothing unless asked again
-    return not module._forward_hooks or all(
-        getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
-        for hook in module._forward_hooks.values()
-    )
+class _Watch:
+    """Notices modules that were replaced, given another class or another forward, or hooked. Takes microseconds."""
+
+    def __init__(self, places: Iterable[tuple[nn.Module, str]]) -> None:
+        places = list(places)
+        self.owners = [owner._modules for owner, _ in places]
+        self.names = [name for _, name in places]
+        self.modules: list[Any] = [owner._modules[name] for owner, name in places]
+        self.kinds = [type(module) for module in self.modules]
+        self.attributes = [module.__dict__ for module in self.modules]
+        self.hooks_before = [module._forward_pre_hooks for module in self.modules]
+        self.hooks_after = [module._forward_hooks for module in self.modules]
+
+    def is_plain(self) -> bool:
+        """Whether the modules are those of the beginning, and a call of each does nothing but run its class's forward."""
+        if (
+            not all(map(is_, map(dict.get, self.owners, self.names), self.modules))
+            or list(map(type, self.modules)) != self.kinds
+            or any(map(contains, self.attributes, repeat("forward")))
+            or any(self.hooks_before)
+        ):
+            return False
+        # transformers leaves its own hooks in place once hidden states were asked for; they do nothing unless asked again
+        return all(
+            getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+            for hooks in self.hooks_after
+            if hooks
+            for hook in hooks.values()
+        )
 
 
 def _normalize(hidden: Tensor, norm: Any) -> Tensor:
@@ -167,14 +207,259 @@ def _normalize(hidden: Tensor, norm: Any) -> Tensor:
     return norm.weight * torch.mul(hidden, scale, out=torch.empty_like(hidden))
 
 
+class _Room:
+    """The keys and values of a cache in buffers with room to grow, where the cache itself copies all for each token.
+
+    The layers of the cache hold views of the buffers. What others do to such a layer (reordering, cropping, updates of its
+    own) replaces the view, which is how the room notices that it holds no longer.
+    """
+
+    def __init__(self, cached: list[DynamicLayer]) -> None:
+        self.length = cached[0].keys.shape[2]
+        self.capacity = self.length + max(64, self.length // 4)
+        self.buffers: list[Tensor] = []  # keys and values of each layer in turn, [batch, kv_heads, capacity, head_dim]
+        for each in cached:  # one after the other, so that no more than one layer is held twice
+            self.buffers += [self._with_room(each.keys), self._with_room(each.values)]
+            each.keys, each.values = (buffer.narrow(2, 0, self.length) for buffer in self.buffers[-2:])
+        self.views = [view for each in cached for view in (each.keys, each.values)]
+        self.addresses = array("Q", [buffer.data_ptr() for buffer in self.buffers])
+
+    def _with_room(self, old: Tensor) -> Tensor:
+        new = old.new_empty((*old.shape[:2], self.capacity, old.shape[3]))
+        new.narrow(2, 0, self.length).copy_(old)
+        return new
+
+    def holds(self, held: list[Tensor]) -> bool:
+        """Whether `held`, what the cache holds now, is what the room gave to it, and one more position finds room."""
+        return (
+            self.length < self.capacity
+            and len(self.views) == len(held)
+            and all(map(is_, self.views, held))
+            # made in inference mode, it cannot be written to outside
+            and (torch.is_inference_mode_enabled() or not self.buffers[0].is_inference())
+        )
+
+    def advance(self) -> None:
+        """Makes the views one position longer."""
+        self.length += 1
+        self.views = [buffer.narrow(2, 0, self.length) for buffer in self.buffers]
+
+    def hand_over(self, cached: list[DynamicLayer]) -> None:
+        """Gives the views to the cache."""
+        for each, keys, values in zip(cached, self.views[::2], self.views[1::2], strict=True):
+            each.keys, each.values = keys, values
+
+
+class _FusedLayers:
+    """The layers for the C++ step (csrc/decode.h): addresses, and a watch on everything behind them."""
+
+    def __init__(self, layers: list[Any], dtype: torch.dtype) -> None:
+        first = layers[0].self_attn
+        self.count, self.dtype, self.head_dim = len(layers), dtype, first.head_dim
+        self.hidden_size, self.kv_heads = first.q_proj.in_features, first.k_proj.out_features // first.head_dim
+        extension: Any = _native._C  # it is there, as SparseLinear layers are
+        self.model = extension.DecodeModel(_FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
+        self.entries: list[tuple[dict[str, Any], str, Any]] = []  # what was found where
+        places: list[tuple[nn.Module, str]] = []
+        for layer in layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            places += [(layer, "mlp"), (mlp, "act_fn")]
+            places += [(attention, name) for name in _ATTENTION_LINEARS] + [(mlp, name) for name in _MLP_LINEARS]
+            norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+            linears = [getattr(attention, name) for name in _ATTENTION_LINEARS]
+            linears += [getattr(mlp, name) for name in _MLP_LINEARS]
+            for norm in norms:
+                if norm is not None:
+                    self._enter(norm._parameters, "weight")
+                    self._enter(norm.__dict__, "variance_epsilon")
+            for linear in linears:
+                self._enter(linear.__dict__, "packed")
+                self._enter(linear.__dict__, "scales")
+                self._enter(linear._parameters, "bias")
+                self._enter(linear.__dict__, "bias")  # where modules keep one that is None, or no parameter
+            self._enter(attention.__dict__, "scaling")
+            self.model.add_layer(
+                [self._addresses(linear) for linear in linears],
+                [(0, 0.0) if norm is None else (norm.weight.data_ptr(), norm.variance_epsilon) for norm in norms],
+                attention.scaling,
+            )
+        self.watch = _Watch(places)
+        self.owners, self.names, self.found = ([entry[i] for entry in self.entries] for i in range(3))
+        self.tensors = [found for found in self.found if isinstance(found, Tensor)]
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        # Casts put other memory behind the same parameter. As long as this one is held it cannot have the same address.
+        self.memory = [tensor.detach() for tensor in self.tensors]
+
+    @staticmethod
+    def _addresses(linear: SparseLinear) -> tuple[int, int, int, int, int]:
+        scales, bias = linear.scales, linear.bias
+        return (
+            linear.packed.data_ptr(),
+            linear.packed.numel(),
+            0 if scales is None else scales.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _FLOAT_TYPES[bias.dtype],
+        )
+
+    def _enter(self, owner: dict[str, Any], name: str) -> None:
+        self.entries.append((owner, name, owner.get(name)))
+
+    @classmethod
+    def make(cls, layers: list[Any], family: _Family) -> _FusedLayers | None:
+        """None if the C++ step does not compute what these layers do."""
+        dtype = layers[0].input_layernorm.weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            return None
+        heads = set()
+        for layer in layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            if type(mlp) is not family.mlp or type(mlp.act_fn) not in _SILU:
+                return None
+            linears = [getattr(attention, name) for name in _ATTENTION_LINEARS]
+            linears += [getattr(mlp, name) for name in _MLP_LINEARS]
+            if any(type(linear) is not SparseLinear for linear in linears):
+                return None
+            width = linears[0].in_features
+            norms = [(layer.input_layernorm, width), (layer.post_attention_layernorm, width)]
+            norms += [
+                (getattr(attention, name), attention.head_dim)
+                for name in ("q_norm", "k_norm")
+                if hasattr(attention, name)
+            ]
+            if any(
+                norm.weight.dtype != dtype or norm.weight.shape != (size,) or not norm.weight.is_contiguous()
+                for norm, size in norms
+            ):
+                return None
+            if any(linear.bias is not None and not linear.bias.is_contiguous() for linear in linears):
+                return None
+            heads.add((attention.head_dim, width, linears[1].out_features))
+        if len(heads) > 1:
+            return None
+        fused = cls(layers, dtype)
+        return fused if fused.watch.is_plain() else None
+
+    def is_current(self) -> bool:
+        """Whether the modules and all tensors are still those that the addresses were taken from."""
+        return (
+            self.watch.is_plain()
+            and all(map(is_, map(dict.get, self.owners, self.names), self.found))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
+
+    def takes(self, hidden: Tensor, cos: Tensor, room: _Room) -> bool:
+        """Whether the tensors are as the C++ code expects."""
+        batch = hidden.shape[0]
+        return (
+            hidden.dtype == cos.dtype == self.dtype
+            and len(room.buffers) == 2 * self.count
+            and cos.shape in ((1, 1, self.head_dim), (batch, 1, self.head_dim))
+            and hidden.shape == (batch, 1, self.hidden_size)
+            and batch < ops.DENSE_ROWS
+            and room.buffers[0].dtype == self.dtype
+            and room.buffers[0].shape == (batch, self.kv_heads, room.capacity, self.head_dim)
+        )
+
+    def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, room: _Room) -> Tensor:
+        """What the layers make of `hidden` [batch, 1, hidden_size]; fills the last position of the room."""
+        hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+        mask = None if mask is None else mask.contiguous()
+        output = torch.empty_like(hidden)
+        _native._C.decode(  # type: ignore[union-attr]
+            self.model,
+            hidden.shape[0],
+            room.length - 1,
+            room.capacity,
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[0] > 1,
+            0 if mask is None else mask.data_ptr(),
+            room.addresses.buffer_info()[0],
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output
+
+
+def _run_layers(
+    layers: list[Any], hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, room: _Room
+) -> Tensor:
+    """The layers one by one, in torch, with whatever linear layers they have."""
+    batch, dim = hidden.shape[0], cos.shape[-1]
+    # x cos + rotate_half(x) sin, where rotate_half swaps the halves and negates the first: put the sign into sin
+    sin = torch.cat((-sin[..., : dim // 2], sin[..., dim // 2 :]), dim=-1)
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    for layer, keys, values in zip(layers, room.views[::2], room.views[1::2], strict=True):
+        attention = layer.self_attn
+        x = _normalize(hidden, layer.input_layernorm)
+        query = attention.q_proj(x).reshape(batch, -1, dim)
+        key = attention.k_proj(x).reshape(batch, -1, dim)
+        value = attention.v_proj(x).reshape(batch, -1, dim)
+        if hasattr(attention, "q_norm"):
+            query = _normalize(query, attention.q_norm)
+            key = _normalize(key, attention.k_norm)
+        heads, kv_heads = query.shape[1], key.shape[1]
+        both = torch.cat((query, key), dim=1)
+        swapped = both.view(batch, -1, 2, dim // 2).flip(2).view(batch, -1, dim)
+        query, key = torch.addcmul(both * cos, swapped, sin).split((heads, kv_heads), dim=1)
+        keys.select(2, -1).copy_(key)
+        values.select(2, -1).copy_(value)
+        # one position: query heads that share a key-value head are as good as positions of that head
+        query = query.view(batch, kv_heads, heads // kv_heads, dim)
+        attended = nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=attention.scaling
+        )
+        hidden = hidden + attention.o_proj(attended.reshape(batch, 1, heads * dim))
+        hidden = hidden + layer.mlp(_normalize(hidden, layer.post_attention_layernorm))
+    return hidden
+
+
+class _Layers:
+    """The layers of a decoder, found to be those that the step knows."""
+
+    def __init__(self, modules: list[Any], watch: _Watch, family: _Family) -> None:
+        self.modules, self.watch, self.family = modules, watch, family
+        self.indices = [layer.self_attn.layer_idx for layer in modules]  # in the cache
+        self.fused: _FusedLayers | None = None
+
+    @classmethod
+    def make(cls, base: Any, count: int) -> _Layers | None:
+        """None if one of the first `count` layers is another, or has a hook."""
+        family, modules = _FAMILIES[type(base)], list(base.layers)[:count]
+        places: list[tuple[nn.Module, str]] = [(base, "layers")]
+        for index, layer in enumerate(modules):
+            found, expected = _kinds(layer, family)
+            if found != expected:
+                return None
+            places += [(base.layers, str(index)), *_parts(layer)]
+        layers = cls(modules, _Watch(places), family)
+        return layers if layers.watch.is_plain() and 0 < count == len(set(layers.indices)) else None
+
+    def cached(self, cache: DynamicCache) -> list[DynamicLayer]:
+        return [cache.layers[index] for index in self.indices]  # type: ignore[misc]
+
+    def fused_if_possible(self) -> _FusedLayers | None:
+        fused = self.fused
+        if fused is None or not fused.is_current():
+            self.fused = None  # frees what it held
+            fused = self.fused = _FusedLayers.make(self.modules, self.family)
+        return fused
+
+
+def _held(cached: list[DynamicLayer]) -> list[Tensor]:
+    return [tensor for each in cached for tensor in (each.keys, each.values)]
+
+
 class _DecodeStep:
     """Stands in for the forward of a decoder: takes the steps it knows itself, and leaves the others to the decoder."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
-        # by cache layer: the buffers with room to grow, and the view of them that the cache layer held last
-        self.buffers: weakref.WeakKeyDictionary[DynamicLayer, tuple[Tensor, Tensor, Tensor, Tensor]]
-        self.buffers = weakref.WeakKeyDictionary()
+        self.layers: _Layers | None = None
+        self.rooms: weakref.WeakKeyDictionary[DynamicLayer, _Room] = weakref.WeakKeyDictionary()  # by the first layer
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
         return {"base": self.base}
@@ -192,9 +477,9 @@ class _DecodeStep:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if self.takes(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs):
-            hidden = self.base.embed_tokens(input_ids)  # type: ignore[operator]
-            hidden = self.step(hidden, attention_mask, position_ids, past_key_values)
+        layers = self.takes(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
+        if layers is not None:
+            hidden = self.step(layers, input_ids, attention_mask, position_ids, past_key_values)
             return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         return type(self.base).forward(
             self.base,
@@ -216,118 +501,104 @@ class _DecodeStep:
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
-    ) -> bool:
-        """Whether a call is a step of generation that `step` computes as the decoder would."""
+    ) -> _Layers | None:
+        """The layers, if a call is a step of generation that `step` computes as the decoder would."""
         base: Any = self.base
         config = base.config
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or base.training or inputs_embeds is not None:
-            return False
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch.is_grad_enabled()
+            or base.training
+            or inputs_embeds is not None
+        ):
+            return None
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
-            return False
+            return None
         if torch.is_autocast_enabled("cpu") or config._attn_implementation != "sdpa" or use_cache is False:
-            return False
+            return None
         if config.output_hidden_states or config.output_attentions or config.return_dict is False:
-            return False
+            return None
         for name, value in kwargs.items():
             if name == "return_dict":
                 if value is False:
-                    return False
+                    return None
             # cache_position, which older versions pass, says what the length of the cache says
             elif value is not None and value is not False and name != "cache_position":
-                return False
-        layers = base.layers[: config.num_hidden_layers]
-        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) < len(layers) or not len(layers):
-            return False
-        batch = input_ids.shape[0]
-        first = cache.layers[0]
-        if type(first) is not DynamicLayer or not first.is_initialized or first.keys is None:
-            return False
-        length = first.keys.shape[-2] if first.keys.dim() == 4 else 0
-        for cached in cache.layers:
-            if type(cached) is not DynamicLayer or cached.keys is None or cached.keys.dim() != 4:
-                return False
-            if cached.keys.shape[0] != batch or cached.keys.shape[2] != length or length == 0:
-                return False
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != 1):
-            return False
-        if attention_mask is not None and (
-            not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length + 1)
+                return None
+        # a cache made without the configuration holds all positions even where the model looks back through a window
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+            type(base) is modeling_mistral.MistralModel and config.sliding_window is not None
         ):
-            return False
-        expected = _expected(_FAMILIES[type(base)])
-        return all(
-            _is_plain(part, kind) for layer in layers for part, kind in zip(_parts(layer), expected, strict=True)
-        )
+            return None
+        if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+            return None
+        layers = self.plain_layers()
+        if layers is None:
+            return None
+        # dropout is the one thing in a layer that a training mode of its own would change
+        if config.attention_dropout and any(layer.self_attn.training for layer in layers.modules):
+            return None
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != 1):
+            return None
+        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= max(layers.indices):
+            return None
+        cached = layers.cached(cache)
+        if any(type(each) is not DynamicLayer or not each.is_initialized for each in cached):
+            return None
+        held = _held(cached)
+        batch, shape = input_ids.shape[0], held[0].shape
+        if len(shape) != 4 or shape[0] != batch or shape[2] == 0:
+            return None
+        if attention_mask is not None and (
+            not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, shape[2] + 1)
+        ):
+            return None
+        room = self.rooms.get(cached[0])
+        dtype = layers.modules[0].input_layernorm.weight.dtype
+        if held[0].dtype != dtype:
+            return None
+        if room is not None and room.holds(held):
+            return layers
+        return layers if all(each.shape == shape and each.dtype == dtype for each in held) else None
+
+    def plain_layers(self) -> _Layers | None:
+        """The layers, if they are those of transformers and free of hooks."""
+        count = min(len(self.base.layers), self.base.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]
+        layers = self.layers
+        if layers is None or len(layers.modules) != count or not layers.watch.is_plain():
+            layers = self.layers = _Layers.make(self.base, count)
+        return layers
 
     def step(
-        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache
+        self,
+        layers: _Layers,
+        input_ids: Any,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: DynamicCache,
     ) -> Tensor:
         """The last hidden state [batch, 1, hidden] of one new position, whose keys and values go into the cache."""
         base: Any = self.base
-        batch = hidden.shape[0]
+        hidden = base.embed_tokens(input_ids)
+        cached = layers.cached(cache)
+        room = self.rooms.get(cached[0])
+        if room is None or not room.holds(_held(cached)):
+            self.rooms.pop(cached[0], None)  # its memory is not needed while the new one is filled
+            room = self.rooms[cached[0]] = _Room(cached)
         if position_ids is None:
-            position_ids = torch.tensor([[cache.get_seq_length()]])
+            position_ids = torch.tensor([[room.length]])
         mask = None
         if attention_mask is not None:
-            mask = attention_mask.bool()[:, None, None, :]
+            mask = attention_mask.bool()
             if mask.all():
                 mask = None
         cos, sin = base.rotary_emb(hidden, position_ids)  # [batch or 1, 1, head_dim]
-        dim = cos.shape[-1]
-        # x cos + rotate_half(x) sin, where rotate_half swaps the halves and negates the first: put the sign into sin
-        sin = torch.cat((-sin[..., : dim // 2], sin[..., dim // 2 :]), dim=-1)
-
-        for layer in base.layers[: base.config.num_hidden_layers]:
-            attention = layer.self_attn
-            x = _normalize(hidden, layer.input_layernorm)
-            query = attention.q_proj(x).reshape(batch, -1, dim)
-            key = attention.k_proj(x).reshape(batch, -1, dim)
-            value = attention.v_proj(x).reshape(batch, -1, dim)
-            if hasattr(attention, "q_norm"):
-                query = _normalize(query, attention.q_norm)
-                key = _normalize(key, attention.k_norm)
-            heads, kv_heads = query.shape[1], key.shape[1]
-            both = torch.cat((query, key), dim=1)
-            swapped = both.view(batch, -1, 2, dim // 2).flip(2).view(batch, -1, dim)
-            query, key = torch.addcmul(both * cos, swapped, sin).split((heads, kv_heads), dim=1)
-            keys, values = self.append(cache.layers[attention.layer_idx], key, value)  # type: ignore[arg-type]
-            # one position: query heads that share a key-value head are as good as positions of that head
-            query = query.view(batch, kv_heads, heads // kv_heads, dim)
-            attended = nn.functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=attention.scaling
-            )
-            hidden = hidden + attention.o_proj(attended.reshape(batch, 1, heads * dim))
-            hidden = hidden + layer.mlp(_normalize(hidden, layer.post_attention_layernorm))
-        return base.norm(hidden)
-
-    def append(self, cached: DynamicLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a cache layer with those of the new position, [batch, kv_heads, head_dim], behind.
-
-        They are views of buffers with room for more, where the cache's own update copies everything for each token.
-        What others do to the cache layer (reordering, cropping, updates of its own) replaces the view, and with it the
-        buffers here.
-        """
-        length = cached.keys.shape[2]
-        entry = self.buffers.get(cached)
-        if (
-            entry is None
-            or entry[2] is not cached.keys
-            or entry[3] is not cached.values
-            or length == entry[0].shape[2]
-            # made in inference mode, it cannot be written to outside
-            or (entry[0].is_inference() and not torch.is_inference_mode_enabled())
-        ):
-            keys, values = (self.with_room(old, length + max(64, length // 4)) for old in (cached.keys, cached.values))
+        room.advance()
+        fused = layers.fused_if_possible()
+        if fused is not None and fused.takes(hidden, cos, room):
+            hidden = fused.run(hidden, cos, sin, mask, room)
         else:
-            keys, values = entry[:2]
-        keys.select(2, length).copy_(key)
-        values.select(2, length).copy_(value)
-        cached.keys, cached.values = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
-        self.buffers[cached] = (keys, values, cached.keys, cached.values)
-        return cached.keys, cached.values
-
-    @staticmethod
-    def with_room(old: Tensor, length: int) -> Tensor:
-        new = old.new_empty((*old.shape[:2], length, old.shape[3]))
-        new.narrow(2, 0, old.shape[2]).copy_(old)
-        return new
+            hidden = _run_layers(layers.modules, hidden, cos, sin, mask, room)
+        room.hand_over(cached)
+        return base.norm(hidden)

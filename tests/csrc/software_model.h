@@ -36,12 +36,13 @@ inline void require(bool condition, const char* what) {
 }
 
 template <typename T>
-inline simde__m512i expand(std::uint64_t mask, simde__m512i source) {
+inline simde__m512i expand(simde__m512i target, std::uint64_t mask, simde__m512i source) {
   T from[64 / sizeof(T)], to[64 / sizeof(T)];
   std::memcpy(from, &source, 64);
-  for (std::size_t i = 0, next = 0; i < 64 / sizeof(T); ++i) to[i] = (mask >> i) & 1 ? from[next++] : T{0};
-  std::memcpy(&source, to, 64);
-  return source;
+  std::memcpy(to, &target, 64);
+  for (std::size_t i = 0, next = 0; i < 64 / sizeof(T); ++i) to[i] = (mask >> i) & 1 ? from[next++] : to[i];
+  std::memcpy(&target, to, 64);
+  return target;
 }
 
 inline float widen(std::uint16_t bits) {
@@ -149,12 +150,12 @@ inline Tiles& tiles() {
 
 }  // namespace software_model
 
-#undef _mm512_maskz_expand_epi16
-#undef _mm512_maskz_expand_epi8
+#undef _mm512_mask_expand_epi16
+#undef _mm512_mask_expand_epi8
 #undef _mm512_dpbf16_ps
 #undef _mm512_dpbusd_epi32
-#define _mm512_maskz_expand_epi16(mask, source) software_model::expand<std::uint16_t>(mask, source)
-#define _mm512_maskz_expand_epi8(mask, source) software_model::expand<std::uint8_t>(mask, source)
+#define _mm512_mask_expand_epi16(target, mask, source) software_model::expand<std::uint16_t>(target, mask, source)
+#define _mm512_mask_expand_epi8(target, mask, source) software_model::expand<std::uint8_t>(target, mask, source)
 #define _mm512_dpbf16_ps(sum, a, b) software_model::dot_bf16(sum, a, b)
 #define _mm512_dpbusd_epi32(sum, a, b) software_model::dot_int8(sum, a, b)
 #define _mm_popcnt_u64(bits) __builtin_popcountll(bits)
