@@ -193,7 +193,7 @@ def start(configuration: Configuration, folder: Path, args: argparse.Namespace) 
     if configuration.dtype:
         worker = Worker([sys.executable, __file__, "--serve", path, configuration.dtype])
     else:
-        worker = Worker([args.llama_python, str(Path(__file__).parent / "_peers" / "llama_cpp_generate.py"), path])
+        worker = Worker.peer(args.llama_python, "llama_cpp_generate.py", path)
     return worker, worker.answer()
 
 

@@ -112,14 +112,14 @@ def write_into(document: Path, name: str, markdown: str) -> None:
 class Worker:
     """A process that takes a command a line on its standard input and answers each with a line, both JSON."""
 
-    def __init__(self, command: list[str], environment: dict[str, str] | None = None):
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | (environment or {}),
-        )
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    @classmethod
+    def peer(cls, python: str, script: str, *arguments: str) -> Worker:
+        """A script of _peers, run by the interpreter of another environment."""
+        path = Path(__file__).parents[1] / "_peers" / script
+        return cls([python, "-I", str(path), *arguments])  # -I: PYTHONPATH is meant for this environment
 
     def ask(self, **command: Any) -> dict[str, Any]:
         try:

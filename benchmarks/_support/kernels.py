@@ -596,8 +596,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     worker = deepsparse = None
     if args.deepsparse_python:
-        script = Path(__file__).parents[1] / "_peers" / "deepsparse_layer.py"
-        worker = Worker([args.deepsparse_python, str(script)])
+        worker = Worker.peer(args.deepsparse_python, "deepsparse_layer.py")
         tiny = {"shape": [16, 16], "sparsity": 0.5, "batch": 1, "threads": 1, "copies": 1}
         deepsparse = worker.ask(load="first", **tiny)["version"]
     rows = []
