@@ -104,7 +104,7 @@ def optimize_generation(model: nn.Module) -> nn.Module:
         ValueError: if there is no such decoder in `model`, if its attention is not "sdpa", if its layers are not those
             of transformers, or if something else has replaced its `forward`.
     """
-    base = _find(model)
+    base: Any = _find(model)
     if isinstance(base.__dict__.get("forward"), _DecodeStep):
         return model
     if "forward" in base.__dict__:
@@ -344,7 +344,7 @@ class _FusedLayers:
         """Whether the modules and all tensors are still those that the addresses were taken from."""
         return (
             self.watch.is_plain()
-            and all(map(is_, map(dict.get, self.owners, self.names), self.found))
+            and all(map(is_, map(dict.get, self.owners, self.names), self.found))  # type: ignore[arg-type]
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
@@ -439,7 +439,7 @@ class _Layers:
         return layers if layers.watch.is_plain() and 0 < count == len(set(layers.indices)) else None
 
     def cached(self, cache: DynamicCache) -> list[DynamicLayer]:
-        return [cache.layers[index] for index in self.indices]  # type: ignore[misc]
+        return [cache.layers[index] for index in self.indices]
 
     def fused_if_possible(self) -> _FusedLayers | None:
         fused = self.fused
@@ -564,10 +564,11 @@ class _DecodeStep:
 
     def plain_layers(self) -> _Layers | None:
         """The layers, if they are those of transformers and free of hooks."""
-        count = min(len(self.base.layers), self.base.config.num_hidden_layers)  # type: ignore[arg-type, union-attr]
+        base: Any = self.base
+        count = min(len(base.layers), base.config.num_hidden_layers)
         layers = self.layers
         if layers is None or len(layers.modules) != count or not layers.watch.is_plain():
-            layers = self.layers = _Layers.make(self.base, count)
+            layers = self.layers = _Layers.make(base, count)
         return layers
 
     def step(
