@@ -25,7 +25,8 @@ struct Bf16Bf16 {
   using Input = std::uint16_t;
   using Sum = __m512;
   using Row = __m512i;
-  static PE_INLINE Sum zero() { return _mm512_setzero_ps(); }
+  static std::int32_t offset_of(const Input*, std::int64_t) { return 0; }
+  static PE_INLINE Sum start(std::int32_t) { return _mm512_setzero_ps(); }
   static PE_INLINE Row prepare(__m512i row) { return row; }
   static PE_INLINE Sum add(Sum sum, const Row& row, const Input* x) {
     std::int32_t pair;
@@ -33,8 +34,7 @@ struct Bf16Bf16 {
     return _mm512_dpbf16_ps(sum, (__m512bh)row, (__m512bh)_mm512_set1_epi32(pair));
   }
   static PE_INLINE Sum join(Sum a, Sum b) { return _mm512_add_ps(a, b); }
-  static PE_INLINE __m512 finish(Sum sum, Sum) { return sum; }
-  static PE_INLINE Sum correct(Sum correction, const Row&) { return correction; }
+  static PE_INLINE __m512 finish(Sum sum) { return sum; }
 };
 
 }  // namespace

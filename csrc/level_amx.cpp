@@ -58,35 +58,15 @@ constexpr TileConfigs make_configs() {
 
 constexpr TileConfigs kConfigs = make_configs();
 
-// Expands the weights of a block tile by tile.
 template <ValueType type>
-class TileReader {
- public:
-  TileReader(const Weight& w, std::int64_t block)
-      : bitmap_(w.bitmaps + block * w.tiles * tile_bitmap_bytes(type)),
-        values_(w.values + w.offsets[block] * value_bytes(type)) {}
-
-  PE_INLINE void expand(std::uint8_t* target) {
-    for (int row = 0; row < kTileRows; ++row, target += 64) {
-      if constexpr (type == ValueType::kBf16) {
-        std::uint32_t bits;
-        std::memcpy(&bits, bitmap_, sizeof(bits));
-        bitmap_ += sizeof(bits);
-        _mm512_store_si512(target, expand_row<type>(bits, values_));
-        values_ += 2 * count_bits(bits);
-      } else {
-        const std::uint64_t bits = load64(bitmap_);
-        bitmap_ += sizeof(bits);
-        _mm512_store_si512(target, expand_row<type>(bits, values_));
-        values_ += count_bits(bits);
-      }
-    }
+PE_INLINE void expand_tile(RowReader<type>& reader, std::uint8_t* target) {
+  for (int row = 0; row < kTileRows; row += 2, target += 128) {
+    __m512i first, second;
+    reader.next(first, second);
+    _mm512_store_si512(target, first);
+    _mm512_store_si512(target + 64, second);
   }
-
- private:
-  const std::uint8_t* bitmap_;
-  const std::uint8_t* values_;
-};
+}
 
 template <ValueType type>
 PE_INLINE void load_activations(const std::uint8_t* x, std::int64_t stride, bool tail) {
@@ -104,11 +84,11 @@ PE_INLINE void accumulate(const Weight& w, const std::uint8_t* x, std::int64_t s
     _tile_zero(2);
     _tile_zero(3);
   }
-  TileReader<type> left(w, block), right(w, pair ? block + 1 : block);
+  RowReader<type> left(w, block), right(w, pair ? block + 1 : block);
   for (std::int64_t tile = 0; tile < w.tiles; ++tile, x += 64) {
     std::uint8_t* const expanded = scratch + (tile & 1) * 2048;  // so that a tile is not overwritten while it is loaded
-    left.expand(expanded);
-    if (pair) right.expand(expanded + 1024);
+    expand_tile(left, expanded);
+    if (pair) expand_tile(right, expanded + 1024);
     PE_COMPILER_BARRIER();
     load_activations<type>(x, stride, tail);
     _tile_loadd(6, expanded, 64);
