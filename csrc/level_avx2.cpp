@@ -95,6 +95,14 @@ PE_INLINE void store_quads(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
   _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_permutevar8x32_ps(sums, order), _mm256_set1_ps(kInt8Unit)));
 }
 
+// How far ahead of their use the values are fetched, in bytes: on AMD Zen 5 this makes bf16 at 50% 1.1 times as fast. What has
+// fewer bytes (int8, more sparsity) is bound by the expansion, and gains nothing.
+constexpr std::uintptr_t kPrefetchDistance = 8192;
+
+PE_INLINE void prefetch(const std::uint8_t* p, std::uintptr_t distance) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + distance), _MM_HINT_T0);
+}
+
 // One row of activations: expand and multiply in registers. Sums by name, as gcc keeps no array of them in registers.
 void multiply_one_bf16(const Weight& w, const float* x, std::int64_t first, std::int64_t last, float* sums) {
   for (std::int64_t block = first; block < last; ++block) {
@@ -104,6 +112,7 @@ void multiply_one_bf16(const Weight& w, const float* x, std::int64_t first, std:
     const float* const end = x + w.tiles * 32;
     for (const float* inputs = x; inputs != end; inputs += 4, bitmap += 8) {  // two rows of a tile
       std::size_t next = 0;
+      prefetch(values, kPrefetchDistance);
       const __m256 even = broadcast_group<ValueType::kBf16>(inputs);
       a0 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[0], values, next), even, a0);
       a1 = _mm256_fmadd_ps(expand8<ValueType::kBf16>(bitmap[1], values, next), even, a1);
@@ -132,6 +141,7 @@ void multiply_two_bf16(const Weight& w, const float* x, std::int64_t x_stride, s
     const float* const end = x + w.tiles * 32;
     for (const float* inputs = x; inputs != end; inputs += 4, bitmap += 8) {  // two rows of a tile
       std::size_t next = 0;
+      prefetch(values, kPrefetchDistance);
 #pragma GCC unroll 2
       for (int row = 0; row < 2; ++row) {
         const __m256 a = broadcast_group<ValueType::kBf16>(inputs + 2 * row);
@@ -184,10 +194,6 @@ void multiply_one_int8(const Weight& w, const float* x, std::int64_t first, std:
 // panels and in registers within one. While a panel is multiplied the processor reads no weights ahead by itself, so its
 // expansion asks for those of the next.
 constexpr int kPanelBytes = 4 * 1024;
-
-PE_INLINE void prefetch(const std::uint8_t* p, std::uintptr_t distance) {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + distance), _MM_HINT_T0);
-}
 
 // Of floats, with one sum for each weight of a row of a tile.
 template <ValueType type>
