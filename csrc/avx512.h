@@ -73,20 +73,30 @@ PE_INLINE __m512i expand_row(const std::uint8_t* bitmap, const std::uint8_t* val
 
 // How far ahead of their use the values are fetched, in bytes: measured on AMD Zen 5, where 8 KiB is 1.5 times as fast as
 // the processor's own prefetching, and less than 4 KiB is slower than none. The bitmap is left to the processor.
-constexpr std::int64_t kPrefetchDistance = 8192;
+constexpr std::uintptr_t kPrefetchDistance = 8192;
 
-// Reads the weights of a block row by row.
-template <ValueType type>
+// Reads the weights of a block row by row. kStep: how many blocks further on the caller reads next.
+template <ValueType type, int kStep = 1>
 class RowReader {
  public:
   PE_INLINE RowReader(const Weight& w, std::int64_t block)
-      : bitmap_(w.bitmaps + block * w.tiles * tile_bitmap_bytes(type)),
-        values_(w.values + w.offsets[block] * value_bytes(type)) {}
+      : bitmap_(w.bitmaps + block * w.tiles * tile_bitmap_bytes(type)), values_(values_of(w, block)) {
+    if constexpr (kStep > 1) {
+      end_ = values_of(w, block + 1);
+      jump_ = block + kStep < w.blocks ? values_of(w, block + kStep) - end_ : 0;
+    }
+  }
 
   // Two rows at a time: the addresses of a pair wait for one addition alone.
   PE_INLINE void next(__m512i& first, __m512i& second) {
     constexpr int kRowBytes = tile_bitmap_bytes(type) / kTileRows;
-    _mm_prefetch(reinterpret_cast<const char*>(values_) + kPrefetchDistance, _MM_HINT_T0);
+    const auto ahead = reinterpret_cast<std::uintptr_t>(values_) + kPrefetchDistance;
+    if constexpr (kStep > 1) {
+      const bool beyond = ahead >= reinterpret_cast<std::uintptr_t>(end_);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + (beyond ? static_cast<std::uintptr_t>(jump_) : 0)), _MM_HINT_T0);
+    } else {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+    }
     std::int64_t in_first, in_both;
     if constexpr (type == ValueType::kBf16) {
       const std::uint64_t bits = load64(bitmap_);
@@ -103,48 +113,49 @@ class RowReader {
   }
 
  private:
+  static PE_INLINE const std::uint8_t* values_of(const Weight& w, std::int64_t block) {
+    return w.values + w.offsets[block] * static_cast<std::uint64_t>(value_bytes(type));
+  }
+
   const std::uint8_t* bitmap_;
   const std::uint8_t* values_;
+  const std::uint8_t* end_;  // of the block, behind which the caller jumps
+  std::ptrdiff_t jump_;
 };
 
 // An operation multiplies one row of a tile with the activations that belong to it and adds to the 16 sums of a block, which
 // begin with start(offset): an offset of the row of activations (see offset_of).
 
-struct FloatSum {
-  __m512 low, high;  // two, so that the multiplications of a row do not all wait for each other
-};
-
 struct Bf16Float {
   static constexpr ValueType kType = ValueType::kBf16;
   using Input = float;
-  using Sum = FloatSum;
+  using Sum = __m512;
   struct Row {
     __m512 even, odd;
   };
   static std::int32_t offset_of(const Input*, std::int64_t) { return 0; }
-  static PE_INLINE Sum start(std::int32_t) { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+  static PE_INLINE Sum start(std::int32_t) { return _mm512_setzero_ps(); }
   static PE_INLINE Row prepare(__m512i row) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(row, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(row, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   static PE_INLINE Sum add(Sum sum, const Row& row, const Input* x) {
-    sum.low = _mm512_fmadd_ps(row.even, _mm512_set1_ps(x[0]), sum.low);
-    sum.high = _mm512_fmadd_ps(row.odd, _mm512_set1_ps(x[1]), sum.high);
-    return sum;
+    sum = _mm512_fmadd_ps(row.even, _mm512_set1_ps(x[0]), sum);
+    return _mm512_fmadd_ps(row.odd, _mm512_set1_ps(x[1]), sum);
   }
-  static PE_INLINE Sum join(Sum a, Sum b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
-  static PE_INLINE __m512 finish(Sum sum) { return _mm512_add_ps(sum.low, sum.high); }
+  static PE_INLINE Sum join(Sum a, Sum b) { return _mm512_add_ps(a, b); }
+  static PE_INLINE __m512 finish(Sum sum) { return sum; }
 };
 
 struct Int8Float {
   static constexpr ValueType kType = ValueType::kInt8;
   using Input = float;
-  using Sum = FloatSum;
+  using Sum = __m512;
   struct Row {
     __m512 k0, k1, k2, k3;
   };
   static std::int32_t offset_of(const Input*, std::int64_t) { return 0; }
-  static PE_INLINE Sum start(std::int32_t) { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+  static PE_INLINE Sum start(std::int32_t) { return _mm512_setzero_ps(); }
   // Each byte becomes the top byte of a 32-bit integer, 2^24 times its value. A shuffle does that with less work for the
   // units that also expand and convert than a shift and a mask.
   static PE_INLINE __m512 widen(__m512i row, int byte) {
@@ -153,15 +164,14 @@ struct Int8Float {
   }
   static PE_INLINE Row prepare(__m512i row) { return {widen(row, 0), widen(row, 1), widen(row, 2), widen(row, 3)}; }
   static PE_INLINE Sum add(Sum sum, const Row& row, const Input* x) {
-    sum.low = _mm512_fmadd_ps(row.k0, _mm512_set1_ps(x[0]), sum.low);
-    sum.high = _mm512_fmadd_ps(row.k1, _mm512_set1_ps(x[1]), sum.high);
-    sum.low = _mm512_fmadd_ps(row.k2, _mm512_set1_ps(x[2]), sum.low);
-    sum.high = _mm512_fmadd_ps(row.k3, _mm512_set1_ps(x[3]), sum.high);
-    return sum;
+    sum = _mm512_fmadd_ps(row.k0, _mm512_set1_ps(x[0]), sum);
+    sum = _mm512_fmadd_ps(row.k1, _mm512_set1_ps(x[1]), sum);
+    sum = _mm512_fmadd_ps(row.k2, _mm512_set1_ps(x[2]), sum);
+    return _mm512_fmadd_ps(row.k3, _mm512_set1_ps(x[3]), sum);
   }
-  static PE_INLINE Sum join(Sum a, Sum b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
+  static PE_INLINE Sum join(Sum a, Sum b) { return _mm512_add_ps(a, b); }
   static PE_INLINE __m512 finish(Sum sum) {
-    return _mm512_mul_ps(_mm512_add_ps(sum.low, sum.high), _mm512_set1_ps(1.0f / 16777216.0f));  // 2^-24, without rounding
+    return _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / 16777216.0f));  // 2^-24, without rounding
   }
 };
 
@@ -190,96 +200,94 @@ struct Int8Int8 {
   static PE_INLINE __m512 finish(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
-// One row of activations. Four sums by name hide the latency of the multiplication.
-template <typename Op>
-void multiply_one(const Weight& w, const typename Op::Input* x, std::int64_t first, std::int64_t last, float* sums) {
-  constexpr std::int64_t kGroup = group_inputs(Op::kType);
-  const std::int64_t rows = w.tiles * kTileRows;
-  const std::int32_t offset = Op::offset_of(x, rows * kGroup);
-  for (std::int64_t block = first; block < last; ++block) {
-    RowReader<Op::kType> reader(w, block);
-    typename Op::Sum a = Op::start(offset), b = Op::start(0), c = b, d = b;
-    const typename Op::Input* inputs = x;
-    for (std::int64_t row = 0; row < rows; row += 4, inputs += 4 * kGroup) {
-      __m512i row_a, row_b, row_c, row_d;
-      reader.next(row_a, row_b);
-      reader.next(row_c, row_d);
-      a = Op::add(a, Op::prepare(row_a), inputs);
-      b = Op::add(b, Op::prepare(row_b), inputs + kGroup);
-      c = Op::add(c, Op::prepare(row_c), inputs + 2 * kGroup);
-      d = Op::add(d, Op::prepare(row_d), inputs + 3 * kGroup);
-    }
-    _mm512_store_ps(sums + block * kBlock, Op::finish(Op::join(Op::join(a, b), Op::join(c, d))));
-  }
-}
+constexpr int kGroupRows = 8;  // of activations, whose sums with two blocks fit the registers
 
-// kCount rows of activations share each expanded row of a tile. Few rows keep two sums each, one for every other row of a
-// tile, again for the latency.
-template <typename Op, int kCount>
-void multiply_group(const Weight& w, const typename Op::Input* x, std::int64_t x_stride, std::int64_t first,
-                    std::int64_t last, float* sums, std::int64_t sums_stride, const std::int32_t* offsets) {
+// kCount rows of activations with kBlocks blocks, 1 or 2: each expanded row meets all activations, and each activation that
+// is loaded meets both blocks, as two loads a cycle would not keep up with two multiplications. Few activations keep several
+// sums for each block, which take turns from row to row, as a multiplication waits for the one before in its sum. How many
+// does not depend on kBlocks, so that a block gets the same bits with and without a partner.
+template <typename Op, int kCount, int kBlocks>
+PE_INLINE void multiply_blocks(const Weight& w, const typename Op::Input* x, std::int64_t x_stride, std::int64_t block,
+                               const std::int32_t* offsets, float* out, std::int64_t out_stride) {
   constexpr std::int64_t kGroup = group_inputs(Op::kType);
-  constexpr bool kTwoSums = kCount <= 4;
-  for (std::int64_t block = first; block < last; ++block) {
-    typename Op::Sum total[kCount], other[kTwoSums ? kCount : 1];
+  constexpr int kSums = kCount == 1 ? 8 : kCount <= 3 ? 4 : kCount == 4 ? 2 : 1;
+  constexpr int kRows = kSums < 2 ? 2 : kSums;  // of the weight in a turn of the loop
+  typename Op::Sum sums[kSums][kBlocks][kCount];
 #pragma GCC unroll 8
-    for (int m = 0; m < kCount; ++m) {
-      total[m] = Op::start(offsets[m]);
-      if constexpr (kTwoSums) other[m] = Op::start(0);
+  for (int m = 0; m < kCount; ++m) {
+#pragma GCC unroll 2
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+      for (int s = 0; s < kSums; ++s) sums[s][b][m] = Op::start(s == 0 ? offsets[m] : 0);
     }
-    RowReader<Op::kType> reader(w, block);
-    const typename Op::Input* inputs = x;
-    for (std::int64_t row = 0; row < w.tiles * kTileRows; row += 2, inputs += 2 * kGroup) {
-      __m512i first_row, second_row;
-      reader.next(first_row, second_row);
-      const auto row_a = Op::prepare(first_row);
+  }
+  RowReader<Op::kType, kBlocks> left(w, block), right(w, block + kBlocks - 1);
+  for (std::int64_t row = 0; row < w.tiles * kTileRows; row += kRows) {
+    __m512i rows[kBlocks][kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r += 2) {
+      left.next(rows[0][r], rows[0][r + 1]);
+      if constexpr (kBlocks > 1) right.next(rows[1][r], rows[1][r + 1]);
+    }
 #pragma GCC unroll 8
-      for (int m = 0; m < kCount; ++m) total[m] = Op::add(total[m], row_a, inputs + m * x_stride);
-      const auto row_b = Op::prepare(second_row);
+    for (int r = 0; r < kRows; ++r, x += kGroup) {
+      typename Op::Row prepared[kBlocks];
+#pragma GCC unroll 2
+      for (int b = 0; b < kBlocks; ++b) prepared[b] = Op::prepare(rows[b][r]);
 #pragma GCC unroll 8
       for (int m = 0; m < kCount; ++m) {
-        auto& sum = kTwoSums ? other[m] : total[m];
-        sum = Op::add(sum, row_b, inputs + m * x_stride + kGroup);
+#pragma GCC unroll 2
+        for (int b = 0; b < kBlocks; ++b) {
+          auto& sum = sums[r % kSums][b][m];
+          sum = Op::add(sum, prepared[b], x + m * x_stride);
+        }
       }
     }
+  }
 #pragma GCC unroll 8
-    for (int m = 0; m < kCount; ++m) {
-      const auto sum = kTwoSums ? Op::join(total[m], other[m]) : total[m];
-      _mm512_store_ps(sums + m * sums_stride + block * kBlock, Op::finish(sum));
+  for (int m = 0; m < kCount; ++m) {
+#pragma GCC unroll 2
+    for (int b = 0; b < kBlocks; ++b) {
+      auto sum = sums[0][b][m];
+#pragma GCC unroll 8
+      for (int s = 1; s < kSums; ++s) sum = Op::join(sum, sums[s][b][m]);
+      _mm512_store_ps(out + m * out_stride + (block + b) * kBlock, Op::finish(sum));
     }
   }
 }
 
-// Any number of rows, in groups of at most 8 that fit the registers; each group expands the weight anew, which is cheap here.
+// The block and, if there is a pair, the one behind it. Up to 3 activations leave the loads time enough, and two streams from
+// memory are not faster than one.
+template <typename Op, int kCount>
+void multiply_group(const Weight& w, const typename Op::Input* x, std::int64_t x_stride, std::int64_t block, bool pair,
+                    const std::int32_t* offsets, float* out, std::int64_t out_stride) {
+  if constexpr (kCount > 3) {
+    if (pair) {
+      multiply_blocks<Op, kCount, 2>(w, x, x_stride, block, offsets, out, out_stride);
+      return;
+    }
+  }
+  multiply_blocks<Op, kCount, 1>(w, x, x_stride, block, offsets, out, out_stride);
+  if (pair) multiply_blocks<Op, kCount, 1>(w, x, x_stride, block + 1, offsets, out, out_stride);
+}
+
+// Any number of rows of activations, in groups that fit the registers; each expands the weight anew, which is cheap here.
 template <typename Op>
 void multiply_rows(const Weight& w, const void* x_void, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
-                   std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
+                   std::int64_t last, float* out, std::int64_t out_stride, void*) {
   const auto* x = static_cast<const typename Op::Input*>(x_void);
-  if (rows == 1) {
-    multiply_one<Op>(w, x, first, last, sums);
-    return;
-  }
-  auto* const offsets = static_cast<std::int32_t*>(scratch);
-  for (std::int64_t m = 0; m < rows; ++m) {
-    offsets[m] = Op::offset_of(x + m * x_stride, w.tiles * tile_inputs(Op::kType));
-  }
-  // Block by block, so that the groups after the first find the block in the cache.
-  const std::int64_t groups = (rows + 7) / 8;
-  for (std::int64_t block = first; block < last; ++block) {
-    for (std::int64_t group = 0; group < groups; ++group) {
-      const std::int64_t begin = rows * group / groups;
-      const auto* inputs = x + begin * x_stride;
-      float* out = sums + begin * sums_stride;
-      switch (rows * (group + 1) / groups - begin) {
-        case 1: multiply_group<Op, 1>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        case 2: multiply_group<Op, 2>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        case 3: multiply_group<Op, 3>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        case 4: multiply_group<Op, 4>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        case 5: multiply_group<Op, 5>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        case 6: multiply_group<Op, 6>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        case 7: multiply_group<Op, 7>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-        default: multiply_group<Op, 8>(w, inputs, x_stride, block, block + 1, out, sums_stride, offsets + begin); break;
-      }
+  std::int32_t offsets[kMaxRows];
+  for (std::int64_t m = 0; m < rows; ++m) offsets[m] = Op::offset_of(x + m * x_stride, w.tiles * tile_inputs(Op::kType));
+  const std::int64_t groups = (rows + kGroupRows - 1) / kGroupRows;
+  // Block by block, so that the groups after the first find the blocks in the cache.
+  for (std::int64_t block = first; block < last; block += 2) {
+    const bool pair = block + 1 < last;
+    for (std::int64_t group = 0; group < groups; ++group) {  // of about the same size
+      const std::int64_t begin = rows * group / groups, count = rows * (group + 1) / groups - begin;
+      constexpr decltype(&multiply_group<Op, 1>) kKernels[kGroupRows] = {
+          &multiply_group<Op, 1>, &multiply_group<Op, 2>, &multiply_group<Op, 3>, &multiply_group<Op, 4>,
+          &multiply_group<Op, 5>, &multiply_group<Op, 6>, &multiply_group<Op, 7>, &multiply_group<Op, 8>};
+      kKernels[count - 1](w, x + begin * x_stride, x_stride, block, pair, offsets + begin, out + begin * out_stride, out_stride);
     }
   }
 }
