@@ -216,7 +216,68 @@ void attend_part(void* data, int part) {
 }
 
 // Fewer multiplications take less time than handing them to another thread.
-constexpr std::int64_t kAttentionPerThread = 100'000;
+constexpr std::int64_t kMultiplicationsPerThread = 100'000;
+
+int parts_for(std::int64_t multiplications, std::int64_t units, int threads) {
+  const std::int64_t most = std::min<std::int64_t>(threads, units);
+  return static_cast<int>(std::max<std::int64_t>(1, std::min(most, multiplications / kMultiplicationsPerThread)));
+}
+
+// y = x W^T + b with a dense W, for few rows of x: as fast as W comes from memory.
+struct DenseProduct {
+  const float* x;  // [rows, in_features]
+  std::int64_t rows, out_features, in_features;
+  const void* weight;
+  const void* bias;
+  float* y;  // [rows, out_features]
+  FloatType type, bias_type;
+  bool avx2;
+  int parts;
+};
+
+template <typename T>
+PE_INLINE void multiply_dense(const DenseProduct& job, std::int64_t first, std::int64_t last) {
+  for (std::int64_t n = first; n < last; ++n) {
+    const T* weight = static_cast<const T*>(job.weight) + n * job.in_features;
+    float bias = 0;
+    if (job.bias) {
+      bias = job.bias_type == FloatType::kFloat32 ? static_cast<const float*>(job.bias)[n]
+                                                  : widen(static_cast<const std::uint16_t*>(job.bias)[n]);
+    }
+    for (std::int64_t m = 0; m < job.rows; ++m) {
+      job.y[m * job.out_features + n] = dot(job.x + m * job.in_features, weight, job.in_features) + bias;
+    }
+  }
+}
+
+void multiply_dense_any(const DenseProduct& job, std::int64_t first, std::int64_t last) {
+  if (job.type == FloatType::kFloat32) {
+    multiply_dense<float>(job, first, last);
+  } else {
+    multiply_dense<std::uint16_t>(job, first, last);
+  }
+}
+
+#if defined(__GNUC__) && defined(__x86_64__)
+__attribute__((target("avx2,fma"))) void multiply_dense_avx2(const DenseProduct& job, std::int64_t first,
+                                                             std::int64_t last) {
+  if (job.type == FloatType::kFloat32) {
+    multiply_dense<float>(job, first, last);
+  } else {
+    multiply_dense<std::uint16_t>(job, first, last);
+  }
+}
+#else
+void multiply_dense_avx2(const DenseProduct& job, std::int64_t first, std::int64_t last) {
+  multiply_dense_any(job, first, last);
+}
+#endif
+
+void multiply_dense_part(void* data, int part) {
+  const DenseProduct& job = *static_cast<const DenseProduct*>(data);
+  (job.avx2 ? multiply_dense_avx2 : multiply_dense_any)(job, job.out_features * part / job.parts,
+                                                        job.out_features * (part + 1) / job.parts);
+}
 
 template <typename T>
 void normalize(const float* x, const DecodeNorm& norm, std::int64_t count, T* target) {
@@ -269,16 +330,16 @@ class Step {
       : model_(model), call_(call), kernels_(kernels) {
     std::int64_t query = 0, key = 0, inner = 0;
     for (const DecodeLayer& layer : model.layers) {
-      query = std::max(query, layer.q.weight.out_features);
-      key = std::max(key, layer.k.weight.out_features);
-      inner = std::max(inner, layer.gate.weight.out_features);
+      query = std::max(query, layer.q.out_features);
+      key = std::max(key, layer.k.out_features);
+      inner = std::max(inner, layer.gate.out_features);
     }
     scores_stride_ = round_up(call.length + 1 + model.head_dim);
     const std::int64_t input = std::max({model.hidden_size, query, inner});
     const std::int64_t sizes[] = {call.batch * model.hidden_size, call.batch * model.hidden_size, call.batch * input,
-                                  call.batch * query, call.batch * key, call.batch * key, call.batch * inner,
+                                  call.batch * input, call.batch * query, call.batch * key, call.batch * key, call.batch * inner,
                                   call.batch * inner, call.batch * (query / model.head_dim) * scores_stride_};
-    float** const buffers[] = {&hidden_, &output_, &input_, &q_, &k_, &v_, &gate_, &up_, &scores_};
+    float** const buffers[] = {&hidden_, &output_, &input_, &wide_input_, &q_, &k_, &v_, &gate_, &up_, &scores_};
     std::int64_t total = 0;
     for (std::int64_t size : sizes) total += round_up(size);
     float* memory = t_workspace.reserve(total);
@@ -305,7 +366,7 @@ class Step {
       normalize_hidden(layer.mlp_norm);
       multiply(layer.gate, gate_);
       multiply(layer.up, up_);
-      activate(layer.gate.weight.out_features);
+      activate(layer.gate.out_features);
       multiply(layer.down, output_);
       for (std::int64_t i = 0; i < count; ++i) hidden_[i] += output_[i];
     }
@@ -317,12 +378,16 @@ class Step {
   T* input() { return reinterpret_cast<T*>(input_); }  // of the linear layers, [batch, in_features]
 
   void multiply(const DecodeLinear& linear, float* y) {
+    if (linear.dense) {
+      multiply_dense(linear, y);
+      return;
+    }
     LinearCall call{};
     call.weight = linear.weight;
     call.x = input_;
     call.x_type = model_.type;
     call.rows = call_.batch;
-    call.x_stride = linear.weight.in_features;
+    call.x_stride = linear.in_features;
     call.scales = linear.scales;
     call.bias = linear.bias;
     call.bias_type = linear.bias_type;
@@ -331,6 +396,27 @@ class Step {
     call.threads = call_.threads;
     call.int8_activations = false;
     peft_elastic::linear(call, kernels_);
+  }
+
+  void multiply_dense(const DecodeLinear& linear, float* y) {
+    const std::int64_t count = call_.batch * linear.in_features;
+    DenseProduct job{};
+    job.x = input_;
+    if (sizeof(T) != sizeof(float)) {
+      for (std::int64_t i = 0; i < count; ++i) wide_input_[i] = widen(input()[i]);
+      job.x = wide_input_;
+    }
+    job.rows = call_.batch;
+    job.out_features = linear.out_features;
+    job.in_features = linear.in_features;
+    job.weight = linear.dense;
+    job.bias = linear.bias;
+    job.bias_type = linear.bias_type;
+    job.y = y;
+    job.type = model_.type;
+    job.avx2 = call_.avx2;
+    job.parts = parts_for(count * linear.out_features, linear.out_features, call_.threads);
+    run_parallel(job.parts, &multiply_dense_part, &job);
   }
 
   void normalize_hidden(const DecodeNorm& norm) {
@@ -357,8 +443,8 @@ class Step {
   }
 
   void append(const DecodeLayer& layer, T* keys, T* values) {
-    const std::int64_t dim = model_.head_dim, kv_heads = layer.k.weight.out_features / dim;
-    finish_heads(q_, layer.q.weight.out_features / dim, layer.q_norm);
+    const std::int64_t dim = model_.head_dim, kv_heads = layer.k.out_features / dim;
+    finish_heads(q_, layer.q.out_features / dim, layer.q_norm);
     finish_heads(k_, kv_heads, layer.k_norm);
     for (std::int64_t unit = 0; unit < call_.batch * kv_heads; ++unit) {
       const std::int64_t at = (unit * call_.capacity + call_.length) * dim;
@@ -374,8 +460,8 @@ class Step {
     job.values = values;
     job.mask = call_.mask;
     job.batch = call_.batch;
-    job.heads = layer.q.weight.out_features / model_.head_dim;
-    job.kv_heads = layer.k.weight.out_features / model_.head_dim;
+    job.heads = layer.q.out_features / model_.head_dim;
+    job.kv_heads = layer.k.out_features / model_.head_dim;
     job.head_dim = model_.head_dim;
     job.count = call_.length + 1;
     job.capacity = call_.capacity;
@@ -386,8 +472,7 @@ class Step {
     job.type = model_.type;
     job.avx2 = call_.avx2;
     const std::int64_t units = job.batch * job.heads, work = units * job.count * job.head_dim * 2;
-    job.parts = static_cast<int>(
-        std::max<std::int64_t>(1, std::min({static_cast<std::int64_t>(call_.threads), units, work / kAttentionPerThread})));
+    job.parts = parts_for(work, units, call_.threads);
     run_parallel(job.parts, &attend_part, &job);
   }
 
@@ -402,14 +487,13 @@ class Step {
   const DecodeCall& call_;
   const Kernels& kernels_;
   std::int64_t scores_stride_;
-  float *hidden_, *output_, *input_, *q_, *k_, *v_, *gate_, *up_, *scores_;
+  float *hidden_, *output_, *input_, *wide_input_, *q_, *k_, *v_, *gate_, *up_, *scores_;
 };
 
 void expect(const char* name, const DecodeLinear& linear, std::int64_t out_features, std::int64_t in_features) {
-  const Weight& w = linear.weight;
-  if (w.out_features == out_features && w.in_features == in_features) return;
-  throw std::invalid_argument(std::string(name) + " is " + std::to_string(w.out_features) + " x " +
-                              std::to_string(w.in_features) + ", expected " + std::to_string(out_features) + " x " +
+  if (linear.out_features == out_features && linear.in_features == in_features) return;
+  throw std::invalid_argument(std::string(name) + " is " + std::to_string(linear.out_features) + " x " +
+                              std::to_string(linear.in_features) + ", expected " + std::to_string(out_features) + " x " +
                               std::to_string(in_features));
 }
 
@@ -417,8 +501,8 @@ void expect(const char* name, const DecodeLinear& linear, std::int64_t out_featu
 
 void check_layer(const DecodeModel& model, const DecodeLayer& layer) {
   const std::int64_t hidden = model.hidden_size, dim = model.head_dim;
-  const std::int64_t query = layer.q.weight.out_features, key = layer.k.weight.out_features;
-  const std::int64_t inner = layer.gate.weight.out_features;
+  const std::int64_t query = layer.q.out_features, key = layer.k.out_features;
+  const std::int64_t inner = layer.gate.out_features;
   if (model.type == FloatType::kFloat16) throw std::invalid_argument("a decoder in float16 is not provided for");
   if (dim < 2 || dim % 2 || key < 1 || key % dim || query % key) {
     throw std::invalid_argument("heads of " + std::to_string(dim) + " do not divide " + std::to_string(query) +

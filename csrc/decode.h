@@ -12,8 +12,8 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// One decoding step through a stack of Llama-like layers with packed weights: what lies around the linear layers, without
-// the many small operators that it takes elsewhere.
+// One decoding step through a stack of Llama-like layers with packed weights, or dense ones among them: what lies around the
+// linear layers, without the many small operators that it takes elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,9 @@
 namespace peft_elastic {
 
 struct DecodeLinear {
-  Weight weight;
+  std::int64_t out_features, in_features;
+  Weight weight;      // packed, unless there is a
+  const void* dense;  // [out_features, in_features] of the model's type
   const float* scales;
   const void* bias;
   FloatType bias_type;

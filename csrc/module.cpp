@@ -177,18 +177,31 @@ void use_openmp(Address parallel, Address thread_num, Address num_threads) {
   peft_elastic::use_openmp(functions);
 }
 
-// (packed, bytes, scales, bias, type of the bias)
-using LinearAddresses = std::tuple<Address, std::size_t, Address, Address, int>;
+// (out_features, in_features, packed or dense weight, bytes of the packed one or 0, scales, bias, type of the bias)
+using LinearAddresses = std::tuple<std::int64_t, std::int64_t, Address, std::size_t, Address, Address, int>;
 // (weight, epsilon)
 using NormAddresses = std::pair<Address, float>;
 
 peft_elastic::DecodeLinear decode_linear(const LinearAddresses& addresses) {
-  const auto& [packed, size, scales, bias, bias_type] = addresses;
-  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
-  if ((weight.type == peft_elastic::ValueType::kInt8) != (scales != 0)) {
+  const auto& [out_features, in_features, weight, size, scales, bias, bias_type] = addresses;
+  peft_elastic::DecodeLinear linear{};
+  linear.out_features = out_features;
+  linear.in_features = in_features;
+  linear.bias = at<const void>(bias);
+  linear.bias_type = float_type(bias_type);
+  if (size == 0) {
+    linear.dense = at<const void>(weight);
+    return linear;
+  }
+  linear.weight = peft_elastic::open_packed(at<const std::uint8_t>(weight), size);
+  linear.scales = at<const float>(scales);
+  if (linear.weight.out_features != out_features || linear.weight.in_features != in_features) {
+    throw std::invalid_argument("the packed weight is not of the size of its layer");
+  }
+  if ((linear.weight.type == peft_elastic::ValueType::kInt8) != (scales != 0)) {
     throw std::invalid_argument("scales go with an int8 weight, and only with one");
   }
-  return {weight, at<const float>(scales), at<const void>(bias), float_type(bias_type)};
+  return linear;
 }
 
 // Linear layers: q, k, v, o, gate, up, down; norms: input, MLP, queries, keys.

@@ -372,7 +372,7 @@ def _fewer(layer, model):
     [
         (_hook, False),
         (_hook_before, False),
-        (_dense, False),
+        (_dense, True),
         (_activation, False),
         (_own_forward, False),
         (_other_sparse, True),
@@ -465,12 +465,45 @@ def test_large_batches_take_the_dense_product(fused):
     assert_same(got, run(restore_generation(model), ids, max_new_tokens=3, min_new_tokens=3))
 
 
-def test_one_dense_layer_is_enough_for_the_step_in_torch(fused):
-    model = make_sparse()
-    model.model.layers[2].mlp.down_proj = model.model.layers[2].mlp.down_proj.to_linear()
-    expected = run(model, prompt())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_dense_layers_among_them(dtype, name, share, threads, fused):
+    """With rows beyond what the C++ step multiplies with dense layers, torch takes these steps."""
+    model = make_sparse(name, dtype=dtype, initializer_range=0.1, hidden_size=256, intermediate_size=1024)
+    generator = torch.Generator().manual_seed(5)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, SparseLinear) and torch.rand(1, generator=generator) < share:
+            owner, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, layer.to_linear())
+    exact = densify(model)
     optimize_generation(model)
-    assert_same(run(model, prompt()), expected)
+    for batch in (1, 3, 6):
+        ids = prompt(batch, 12)
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        fused.clear()
+        with torch.no_grad():
+            for first, last in [(0, 8), *[(i, i + 1) for i in range(8, 12)]]:
+                got, expected = (
+                    each(ids[:, first:last], past_key_values=cache).logits[:, -1].double()
+                    for each, cache in zip((model, exact), caches, strict=True)
+                )
+                assert (got - expected).norm() < (1e-5 if dtype == torch.float32 else 0.03) * expected.norm()
+        assert len(fused) == (4 if batch <= 4 or share == 0 else 0)
+
+
+def test_weights_that_do_not_fit_go_to_torch(fused):
+    model = optimize_generation(make_sparse())
+    layer = model.model.layers[1]
+    good = layer.mlp.down_proj
+    for bad in (nn.Linear(95, 64), nn.Linear(96, 64, dtype=torch.float64), nn.Linear(96, 64, device="meta")):
+        layer.mlp.down_proj = bad
+        with pytest.raises((RuntimeError, NotImplementedError)), torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            layer.mlp.down_proj = good
+            model(prompt(), past_key_values=cache)
+            layer.mlp.down_proj = bad
+            model(prompt(1, 1), past_key_values=cache)
     assert not fused
 
 
@@ -482,7 +515,9 @@ def test_shapes_that_do_not_fit_are_refused():
     fitting = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
 
     def add(shapes):
-        model.add_layer([(linears[s].data_ptr(), linears[s].numel(), 0, 0, 0) for s in shapes], [(0, 0.0)] * 4, 1.0)
+        model.add_layer(
+            [(s[1], s[0], linears[s].data_ptr(), linears[s].numel(), 0, 0, 0) for s in shapes], [(0, 0.0)] * 4, 1.0
+        )
 
     add(fitting)
     for position in range(7):

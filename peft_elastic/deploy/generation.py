@@ -71,6 +71,7 @@ def _families() -> dict[type[nn.Module], _Family]:
 
 
 _FAMILIES = _families()
+_DENSE_ROWS = 4  # with more rows torch multiplies dense layers faster than the C++ step does
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 _SILU = (nn.SiLU, SiLUActivation)
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -250,6 +251,31 @@ class _Room:
             each.keys, each.values = keys, values
 
 
+def _is_plain_tensor(tensor: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether C++ can read it by its address."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.shape == shape
+        and tensor.dtype in dtypes
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+    )
+
+
+def _fits_linear(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether the C++ step can compute a linear layer: a sparse one, or a dense one of the model's type."""
+    if type(linear) is SparseLinear:
+        dtypes = ops.FLOAT_DTYPES
+    elif type(linear) is nn.Linear and _is_plain_tensor(
+        linear.weight, (linear.out_features, linear.in_features), (dtype,)
+    ):
+        dtypes = (dtype,)
+    else:
+        return False
+    return linear.bias is None or _is_plain_tensor(linear.bias, (linear.out_features,), dtypes)
+
+
 class _FusedLayers:
     """The layers for the C++ step (csrc/decode.h): addresses, and a watch on everything behind them."""
 
@@ -257,7 +283,8 @@ class _FusedLayers:
         first = layers[0].self_attn
         self.count, self.dtype, self.head_dim = len(layers), dtype, first.head_dim
         self.hidden_size, self.kv_heads = first.q_proj.in_features, first.k_proj.out_features // first.head_dim
-        extension: Any = _native._C  # it is there, as SparseLinear layers are
+        self.most_rows = ops.DENSE_ROWS - 1
+        extension: Any = _native._C
         self.model = extension.DecodeModel(_FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
         self.entries: list[tuple[dict[str, Any], str, Any]] = []  # what was found where
         places: list[tuple[nn.Module, str]] = []
@@ -274,8 +301,12 @@ class _FusedLayers:
                     self._enter(norm._parameters, "weight")
                     self._enter(norm.__dict__, "variance_epsilon")
             for linear in linears:
-                self._enter(linear.__dict__, "packed")
-                self._enter(linear.__dict__, "scales")
+                if type(linear) is SparseLinear:
+                    self._enter(linear.__dict__, "packed")
+                    self._enter(linear.__dict__, "scales")
+                else:
+                    self._enter(linear._parameters, "weight")
+                    self.most_rows = _DENSE_ROWS
                 self._enter(linear._parameters, "bias")
                 self._enter(linear.__dict__, "bias")  # where modules keep one that is None, or no parameter
             self._enter(attention.__dict__, "scaling")
@@ -292,11 +323,14 @@ class _FusedLayers:
         self.memory = [tensor.detach() for tensor in self.tensors]
 
     @staticmethod
-    def _addresses(linear: SparseLinear) -> tuple[int, int, int, int, int]:
-        scales, bias = linear.scales, linear.bias
+    def _addresses(linear: Any) -> tuple[int, ...]:
+        packed, bias = (linear.packed, linear.bias) if type(linear) is SparseLinear else (None, linear.bias)
+        scales = None if packed is None else linear.scales
         return (
-            linear.packed.data_ptr(),
-            linear.packed.numel(),
+            linear.out_features,
+            linear.in_features,
+            linear.weight.data_ptr() if packed is None else packed.data_ptr(),
+            0 if packed is None else packed.numel(),
             0 if scales is None else scales.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else _FLOAT_TYPES[bias.dtype],
@@ -309,7 +343,7 @@ class _FusedLayers:
     def make(cls, layers: list[Any], family: _Family) -> _FusedLayers | None:
         """None if the C++ step does not compute what these layers do."""
         dtype = layers[0].input_layernorm.weight.dtype
-        if dtype not in (torch.float32, torch.bfloat16):
+        if _native._C is None or dtype not in (torch.float32, torch.bfloat16):
             return None
         heads = set()
         for layer in layers:
@@ -318,8 +352,6 @@ class _FusedLayers:
                 return None
             linears = [getattr(attention, name) for name in _ATTENTION_LINEARS]
             linears += [getattr(mlp, name) for name in _MLP_LINEARS]
-            if any(type(linear) is not SparseLinear for linear in linears):
-                return None
             width = linears[0].in_features
             norms = [(layer.input_layernorm, width), (layer.post_attention_layernorm, width)]
             norms += [
@@ -327,17 +359,17 @@ class _FusedLayers:
                 for name in ("q_norm", "k_norm")
                 if hasattr(attention, name)
             ]
-            if any(
-                norm.weight.dtype != dtype or norm.weight.shape != (size,) or not norm.weight.is_contiguous()
-                for norm, size in norms
+            if not all(_fits_linear(linear, dtype) for linear in linears) or not all(
+                _is_plain_tensor(norm.weight, (size,), (dtype,)) for norm, size in norms
             ):
-                return None
-            if any(linear.bias is not None and not linear.bias.is_contiguous() for linear in linears):
                 return None
             heads.add((attention.head_dim, width, linears[1].out_features))
         if len(heads) > 1:
             return None
-        fused = cls(layers, dtype)
+        try:
+            fused = cls(layers, dtype)
+        except ValueError:  # layers that do not fit together: torch says so in its own words
+            return None
         return fused if fused.watch.is_plain() else None
 
     def is_current(self) -> bool:
@@ -356,7 +388,7 @@ class _FusedLayers:
             and len(room.buffers) == 2 * self.count
             and cos.shape in ((1, 1, self.head_dim), (batch, 1, self.head_dim))
             and hidden.shape == (batch, 1, self.hidden_size)
-            and batch < ops.DENSE_ROWS
+            and batch <= self.most_rows
             and room.buffers[0].dtype == self.dtype
             and room.buffers[0].shape == (batch, self.kv_heads, room.capacity, self.head_dim)
         )

@@ -83,9 +83,10 @@ struct Linear {
   std::vector<double> weight;
   std::vector<float> scales, bias;
   Buffer packed;
+  Numbers stored{FloatType::kFloat32, 0};  // a dense weight, instead
   DecodeLinear view;
 
-  Linear(std::int64_t out_, std::int64_t in_, ValueType type, bool with_bias) : out(out_), in(in_) {
+  Linear(std::int64_t out_, std::int64_t in_, ValueType type, bool with_bias, FloatType model_type) : out(out_), in(in_) {
     const auto count = static_cast<std::size_t>(out * in);
     std::vector<std::uint16_t> bf16(count);
     std::vector<std::int8_t> int8(count);
@@ -110,8 +111,15 @@ struct Linear {
     if (with_bias) {
       for (std::int64_t i = 0; i < out; ++i) bias.push_back(uniform());
     }
-    view = {open_packed(packed.get(), bytes), scales.empty() ? nullptr : scales.data(),
+    view = {out, in, open_packed(packed.get(), bytes), nullptr, scales.empty() ? nullptr : scales.data(),
             bias.empty() ? nullptr : bias.data(), FloatType::kFloat32};
+    if (between(0, 3) == 0) {
+      stored = Numbers(model_type, out * in, size);
+      for (std::size_t i = 0; i < count; ++i) weight[i] = stored[static_cast<std::int64_t>(i)];
+      view.weight = {};
+      view.scales = nullptr;
+      view.dense = stored.data();
+    }
   }
 
   std::vector<double> operator()(const std::vector<double>& x) const {
@@ -153,10 +161,10 @@ double round_trip() {
   std::vector<void*> keys, values;
   const std::int64_t cells = batch * kv_heads * capacity * dim;
   for (std::int64_t i = 0; i < count; ++i) {
-    layers.emplace_back(new Layer{{heads * dim, hidden, value_type, bias}, {kv_heads * dim, hidden, value_type, bias},
-                                  {kv_heads * dim, hidden, value_type, bias}, {hidden, heads * dim, value_type, bias},
-                                  {inner, hidden, value_type, bias}, {inner, hidden, value_type, bias},
-                                  {hidden, inner, value_type, bias}, {type, hidden}, {type, hidden}, {type, dim},
+    layers.emplace_back(new Layer{{heads * dim, hidden, value_type, bias, type}, {kv_heads * dim, hidden, value_type, bias, type},
+                                  {kv_heads * dim, hidden, value_type, bias, type}, {hidden, heads * dim, value_type, bias, type},
+                                  {inner, hidden, value_type, bias, type}, {inner, hidden, value_type, bias, type},
+                                  {hidden, inner, value_type, bias, type}, {type, hidden}, {type, hidden}, {type, dim},
                                   {type, dim}, {type, cells}, {type, cells}});
     Layer& l = *layers.back();
     model.layers.push_back({l.q.view, l.k.view, l.v.view, l.o.view, l.gate.view, l.up.view, l.down.view,
