@@ -71,4 +71,20 @@ struct DecodeCall {
 // the cache are of the model's type. Throws std::bad_alloc.
 void decode(const DecodeModel& model, const DecodeCall& call, const Kernels& kernels);
 
+// y = x W^T + b with a dense W, for few rows of x: as fast as W comes from memory. Everything is contiguous and of one type,
+// float32 or bfloat16; sums are float32.
+struct DenseCall {
+  const void* x;  // [rows, in_features]
+  std::int64_t rows, out_features, in_features;
+  const void* weight;  // [out_features, in_features]
+  const void* bias;    // [out_features] or null
+  void* y;             // [rows, out_features]
+  FloatType type;
+  int threads;
+  bool avx2;
+};
+
+// Throws std::bad_alloc.
+void dense_linear(const DenseCall& call);
+
 }  // namespace peft_elastic

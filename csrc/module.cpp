@@ -218,6 +218,8 @@ void add_layer(peft_elastic::DecodeModel& model, const std::array<LinearAddresse
   model.layers.push_back(layer);
 }
 
+bool has_avx2() { return peft_elastic::selected_level() != "portable"; }  // every other level asks for AVX2 and FMA
+
 // keys_and_values: an array with the addresses of the keys and the values of each layer, in turn.
 void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int64_t length, std::int64_t capacity,
             Address hidden, Address cos, Address sin, bool rotary_per_row, Address mask, Address keys_and_values,
@@ -243,8 +245,26 @@ void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int
   call.values = values.data();
   call.output = at<void>(output);
   call.threads = threads;
-  call.avx2 = peft_elastic::selected_level() != "portable";  // every other level asks for AVX2 and FMA
+  call.avx2 = has_avx2();
   peft_elastic::decode(model, call, peft_elastic::selected_kernels());
+}
+
+void dense_linear(Address x, std::int64_t rows, std::int64_t out_features, std::int64_t in_features, Address weight,
+                  Address bias, Address y, int type, int threads) {
+  py::gil_scoped_release release;
+  peft_elastic::DenseCall call{};
+  call.x = at<const void>(x);
+  call.rows = rows;
+  call.out_features = out_features;
+  call.in_features = in_features;
+  call.weight = at<const void>(weight);
+  call.bias = at<const void>(bias);
+  call.y = at<void>(y);
+  call.type = float_type(type);
+  call.threads = threads;
+  call.avx2 = has_avx2();
+  if (call.type == peft_elastic::FloatType::kFloat16) throw std::invalid_argument("a dense layer in float16 is not provided for");
+  peft_elastic::dense_linear(call);
 }
 
 }  // namespace
@@ -277,4 +297,5 @@ PYBIND11_MODULE(_C, m) {
       }))
       .def("add_layer", &add_layer);
   m.def("decode", &decode);
+  m.def("dense_linear", &dense_linear);
 }

@@ -492,6 +492,50 @@ def test_dense_layers_among_them(dtype, name, share, threads, fused):
         assert len(fused) == (4 if batch <= 4 or share == 0 else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (7, 33), (600, 576), (1000, 45)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_output_embedding(dtype, out_features, in_features, with_bias, threads):
+    head = nn.Linear(in_features, out_features, bias=with_bias, dtype=dtype)
+    step = generation._DenseStep(head)
+    exact = copy.deepcopy(head).double()
+    for shape in [(1, 1), (4,), (2, 2), (5, 1), (1, 300), (0, 1), ()]:
+        x = torch.randn(*shape, in_features, dtype=dtype)
+        with torch.no_grad():
+            got, expected = step(x), exact(x.double())
+        assert got.dtype == dtype
+        assert got.shape == expected.shape
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2 if dtype == torch.bfloat16 else 1e-3)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+        gradient = torch.randn_like(got)
+        assert torch.autograd.grad(step(x), head.weight, gradient)[0].shape == head.weight.shape
+    with torch.no_grad():
+        strided = torch.randn(2, 2 * in_features, dtype=dtype)[:, ::2]
+        torch.testing.assert_close(step(strided), step(strided.contiguous()), rtol=0, atol=0)
+        head.weight = nn.Parameter(torch.randn(in_features, out_features, dtype=dtype).t())
+        torch.testing.assert_close(step(strided), nn.Linear.forward(head, strided))
+        with pytest.raises(RuntimeError):
+            step(torch.randn(1, in_features + 1, dtype=dtype))
+
+
+def test_output_embedding_is_optimized_and_restored(fused):
+    model = make_sparse()
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    seen = []
+    expected = run(model, prompt())
+    plain = dict(model.lm_head.__dict__)
+    optimize_generation(model)
+    assert isinstance(model.lm_head.forward, generation._DenseStep)
+    twin = copy.deepcopy(model)
+    assert twin.lm_head.forward.linear is twin.lm_head
+    seen.clear()
+    assert_same(run(model, prompt()), expected)
+    assert set(seen) == {1}  # a hook on it is called as before
+    optimize_generation(restore_generation(model))
+    restore_generation(model)
+    assert model.lm_head.__dict__.keys() == plain.keys()
+
+
 def test_weights_that_do_not_fit_go_to_torch(fused):
     model = optimize_generation(make_sparse())
     layer = model.model.layers[1]

@@ -81,7 +81,8 @@ _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 def optimize_generation(model: nn.Module) -> nn.Module:
     """Make `model.generate` faster on the CPU, in place; `restore_generation` undoes it.
 
-    Only single-token steps of generation take the faster path: one new position per sequence, evaluation mode, no
+    Only single-token steps of generation take the faster path, and with it a dense output embedding, which torch multiplies
+    with few rows at half the speed of memory: one new position per sequence, evaluation mode, no
     gradients, CPU, attention "sdpa", and the `DynamicCache` that `generate` uses by default. Greedy search, sampling,
     beam search, batches and padding all come down to such steps. Everything else (the prompt, training, other caches,
     sliding-window attention, hidden states or attentions asked for, hooks inside the decoder layers, torch.compile,
@@ -126,6 +127,9 @@ def optimize_generation(model: nn.Module) -> nn.Module:
                 f"{[kind.__name__ for kind in expected]} of transformers."
             )
     base.forward = _DecodeStep(base)
+    head = _output_embedding(model)
+    if type(head) is nn.Linear and "forward" not in head.__dict__:
+        head.forward = _DenseStep(head)  # type: ignore[method-assign]
     return model
 
 
@@ -142,7 +146,15 @@ def restore_generation(model: nn.Module) -> nn.Module:
     if not isinstance(base.__dict__.get("forward"), _DecodeStep):
         raise ValueError(f"`model` ({type(model).__name__}) is not optimized: call `optimize_generation` first.")
     del base.forward
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _DenseStep):
+            del module.forward
     return model
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 def _find(model: nn.Module) -> nn.Module:
@@ -485,6 +497,57 @@ def _held(cached: list[DynamicLayer]) -> list[Tensor]:
     return [tensor for each in cached for tensor in (each.keys, each.values)]
 
 
+class _DenseStep:
+    """Stands in for the forward of the output embedding, a dense layer: multiplies few rows as fast as memory is."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+
+    def __call__(self, input: Tensor) -> Tensor:
+        linear = self.linear
+        rows = input.numel() // linear.in_features if linear.in_features else 0
+        if not 0 < rows <= _DENSE_ROWS or not self.takes(input):
+            return nn.Linear.forward(linear, input)
+        x, weight, bias = input.contiguous(), linear.weight, linear.bias
+        y = x.new_empty((*x.shape[:-1], linear.out_features))
+        _native._C.dense_linear(  # type: ignore[union-attr]
+            x.data_ptr(),
+            rows,
+            linear.out_features,
+            linear.in_features,
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            _FLOAT_TYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+        return y
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether C++ computes what torch would."""
+        return (
+            _native._C is not None
+            and not _is_special_mode()
+            and type(input) is Tensor
+            and input.dtype in (torch.float32, torch.bfloat16)
+            and input.device.type == "cpu"
+            and input.layout == torch.strided
+            and input.dim() > 0
+            and input.shape[-1] == self.linear.in_features
+            and _fits_linear(self.linear, input.dtype)
+        )
+
+
+def _is_special_mode() -> bool:
+    """Whether torch watches or changes what is computed, so that it must see every operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
 class _DecodeStep:
     """Stands in for the forward of a decoder: takes the steps it knows itself, and leaves the others to the decoder."""
 
@@ -537,17 +600,11 @@ class _DecodeStep:
         """The layers, if a call is a step of generation that `step` computes as the decoder would."""
         base: Any = self.base
         config = base.config
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch.is_grad_enabled()
-            or base.training
-            or inputs_embeds is not None
-        ):
+        if _is_special_mode() or base.training or inputs_embeds is not None:
             return None
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
             return None
-        if torch.is_autocast_enabled("cpu") or config._attn_implementation != "sdpa" or use_cache is False:
+        if config._attn_implementation != "sdpa" or use_cache is False:
             return None
         if config.output_hidden_states or config.output_attentions or config.return_dict is False:
             return None
