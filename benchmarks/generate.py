@@ -23,7 +23,8 @@ weights and as many layers as asked for. Their linear layers, without the output
 speed does not depend on which weights are zero. All are written to disk first, and loaded from there:
 
 - `dense fp32`, `dense bf16`: the model of transformers, pruned to the lowest sparsity, its zeros stored;
-- `sparse bf16`, `sparse int8`: after `sparsify_linears`, the rest in bfloat16, at each sparsity;
+- `sparse bf16`, `sparse int8`: after `sparsify_linears`, the rest in bfloat16, at each sparsity; with int8 the output
+  embedding is int8 as well, as in q8_0, though not pruned;
 - `llama.cpp f16`, `bf16`, `q8_0`: the weights of the dense model as GGUF, if an interpreter with llama-cpp-python is
   given. It knows no sparse weights.
 
@@ -123,7 +124,11 @@ def prepare(name: str, layers: int, sparsities: list[float], with_llama: bool, f
         dense = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         for values in VALUES:
             sparse = copy.deepcopy(model, dict(dense))  # the weights are shared
-            log(str(sparsify_linears(sparse, values, when="always")))
+            if values == "int8":  # the output embedding too, as in q8_0: it is not pruned, and tied no more
+                head = sparse.get_output_embeddings()
+                head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+                sparse.config.tie_word_embeddings = False
+            log(str(sparsify_linears(sparse, values, when="always", min_sparsity=0.0, lm_head=values == "int8")))
             sparse.save_pretrained(folder / f"{values}-{sparsity}")
 
 

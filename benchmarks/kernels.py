@@ -17,9 +17,24 @@ python benchmarks/kernels.py --out benchmarks/results
 python benchmarks/kernels.py --help
 """
 
+import os
+import sys
+
+
+# What holds torch (ATen, oneDNN, MKL, FBGEMM) and DeepSparse to AVX2; they read it when they are loaded.
+ONLY_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "NM_ARCH": "avx2",
+}
+
 # transformers asks for a package of this name, and finds this file whenever a script of this folder runs: importing it
 # must do nothing.
 if __name__ == "__main__":
+    if "--only-avx2" in sys.argv:
+        os.environ.update(ONLY_AVX2)
     from _support.kernels import main
 
     main()

@@ -104,3 +104,28 @@ def test_generate(tmp_path):
         assert rows[same]["same_tokens"] == len(reference)
         assert rows[same]["tokens"] == reference
     assert all(f"| {name}{' + step' * step} |" in printed for name, step in rows)
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="this processor has no AVX2")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_held_to_avx2(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--smoke", "--only-avx2", "--threads", "1"]
+    command += ["--out", str(tmp_path), "--deepsparse-python", ""]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "kernels-avx2.json").read_text())["rows"]
+    assert {row["level"] for row in rows if row["engine"] == "sparse"} == {"avx2"}
+    assert "Everything held to AVX2." in result.stdout
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="this processor has no AVX2")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_expansion(tmp_path):
+    """The program checks its own products before it takes the time."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(BENCHMARKS / "expansion.py"), "--smoke", "--out", str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / "expansion.json").read_text())["from L2"]) == 6
+    assert "| int8, 2:4 |" in result.stdout

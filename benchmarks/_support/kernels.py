@@ -15,6 +15,7 @@
 
     python benchmarks/kernels.py --out benchmarks/results
     python benchmarks/kernels.py --deepsparse-python DEEPSPARSE_ENV/bin/python     # with DeepSparse 1.8 as a peer
+    python benchmarks/kernels.py --only-avx2                                        # as on a processor without AVX512
     python benchmarks/kernels.py --smoke                                            # tiny layers, seconds
 
 y = x W^T for a random W of each shape, pruned at random (unstructured), by:
@@ -453,7 +454,8 @@ def report(results: dict[str, Any], short: bool = False) -> str:
     rows, settings = results["rows"], results["settings"]
     bandwidth = ", ".join(f"{value / 1e9:.1f} GB/s with {n}" for n, value in results["bandwidth"].items())
     parts = [
-        f"{describe_machine(results['machine'])} DeepSparse: {results['deepsparse'] or 'not in this run'}.",
+        f"{describe_machine(results['machine'])} DeepSparse: {results['deepsparse'] or 'not in this run'}."
+        + (" Everything held to AVX2." if settings["only_avx2"] else ""),
         f"Median of {settings['rounds']} rounds (10th to 90th percentile). Fastest streaming read by threads: {bandwidth}.",
         "### Bars",
         bars_table(results["bars"]),
@@ -585,8 +587,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--out", type=Path, default=RESULTS, help="folder of kernels.json, .md and .png, default %(default)s"
     )
     parser.add_argument("--document", type=Path, help="also put the tables into this file (docs/performance.md)")
+    parser.add_argument(
+        "--only-avx2",
+        action="store_true",
+        help="hold everything to AVX2, the peers too, as on a processor that has no more; writes kernels-avx2 instead",
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny layers, few rounds: the figures mean nothing")
     args = parser.parse_args(argv)
+    if args.only_avx2:
+        args.levels = ["avx2"]
+        if torch.backends.cpu.get_cpu_capability() != "AVX2":
+            parser.error("--only-avx2: torch was loaded without it; run benchmarks/kernels.py")
     if args.smoke:
         args.shapes, args.batches, args.rounds = ["64x96", "160x64"], [1, 2, 16], 3
     if not usable:
@@ -607,7 +618,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if worker is not None:
         worker.close()
     bandwidth = add_comparisons(rows)
-    settings = {key: getattr(args, key) for key in ("shapes", "batches", "sparsities", "levels", "threads", "rounds")}
+    kept = ("shapes", "batches", "sparsities", "levels", "threads", "rounds", "only_avx2")
+    settings = {key: getattr(args, key) for key in kept}
     results: dict[str, Any] = {
         "machine": machine(),
         "deepsparse": deepsparse,
@@ -619,7 +631,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["bars"] = judge(results)
     markdown = report(results)
     print(markdown)
-    write(args.out, "kernels", results, markdown, plot(results))
+    name = "kernels-avx2" if args.only_avx2 else "kernels"
+    write(args.out, name, results, markdown, plot(results))
     if args.document is not None:
-        write_into(args.document, "kernels", report(results, short=True))
+        write_into(args.document, name, report(results, short=True))
     return results
