@@ -49,8 +49,23 @@ NAMES = {
 
 def build(folder: Path) -> Path:
     program = folder / "expansion"
-    sources = [ROOT / "benchmarks" / "csrc" / "expansion.cpp", ROOT / "csrc" / "pack.cpp"]
-    flags = ["-std=c++17", "-O3", "-w", "-mavx2", "-mfma", "-mbmi2", "-mpopcnt", f"-I{ROOT / 'csrc'}"]
+    sources = [
+        ROOT / "benchmarks" / "csrc" / "expansion.cpp",
+        ROOT / "csrc" / "level_avx2.cpp",
+        ROOT / "csrc" / "pack.cpp",
+    ]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fwrapv",
+        "-w",
+        "-mavx2",
+        "-mfma",
+        "-mbmi2",
+        "-mpopcnt",
+        f"-I{ROOT / 'csrc'}",
+    ]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, *sources, "-o", program], check=True)
     return program
 
