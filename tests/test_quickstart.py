@@ -15,6 +15,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -259,3 +261,13 @@ def test_movie_examples():
     assert all(
         example.prompt.startswith("Review: ") and example.prompt.endswith("\nSentiment:") for example in examples
     )
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="there the kernel hands a process the peak of its parent"
+)
+def test_peak_memory_is_that_of_the_process_alone():
+    large = bytearray(b"1") * 1_500_000_000
+    code = "from peft_elastic.cli._serving import peak_bytes; print(peak_bytes())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**20 < int(answer.stdout) < len(large) - 2e8
