@@ -93,7 +93,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def write(folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any) -> None:
     """`name`.json, `name`.md and `name`.png in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / f"{name}.json", json.dumps(results, indent=1))
+    shorter = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
+    atomic_write_text(folder / f"{name}.json", json.dumps(shorter))
     atomic_write_text(folder / f"{name}.md", markdown + "\n")
     figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
     log(f"Written to {folder}.")
