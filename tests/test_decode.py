@@ -514,6 +514,11 @@ def test_output_embedding(dtype, out_features, in_features, with_bias, threads):
         torch.testing.assert_close(step(strided), step(strided.contiguous()), rtol=0, atol=0)
         head.weight = nn.Parameter(torch.randn(in_features, out_features, dtype=dtype).t())
         torch.testing.assert_close(step(strided), nn.Linear.forward(head, strided))
+        rows = torch.randn(3, in_features, dtype=dtype)
+        exact = copy.deepcopy(head).double()
+        torch.testing.assert_close(
+            torch.vmap(step)(rows).double(), exact(rows.double()), rtol=tolerance, atol=tolerance
+        )
         with pytest.raises(RuntimeError):
             step(torch.randn(1, in_features + 1, dtype=dtype))
 

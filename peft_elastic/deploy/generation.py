@@ -545,6 +545,7 @@ def _is_special_mode() -> bool:
         or torch.jit.is_tracing()
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
     )
 
 
