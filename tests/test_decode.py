@@ -512,7 +512,7 @@ def test_output_embedding(dtype, out_features, in_features, with_bias, threads):
     with torch.no_grad():
         strided = torch.randn(2, 2 * in_features, dtype=dtype)[:, ::2]
         torch.testing.assert_close(step(strided), step(strided.contiguous()), rtol=0, atol=0)
-        head.weight = nn.Parameter(torch.randn(in_features, out_features, dtype=dtype).t())
+        head.weight = nn.Parameter((torch.randn(in_features, out_features) / in_features**0.5).to(dtype).t())
         torch.testing.assert_close(step(strided), nn.Linear.forward(head, strided))
         rows = torch.randn(3, in_features, dtype=dtype)
         exact = copy.deepcopy(head).double()
