@@ -13,9 +13,9 @@
 # limitations under the License.
 """The C++ of the kernels without Python: every level through a software model, fuzzing, and what the compiler made of it.
 
-KERNELS.md calls for it, as no machine of the project has AMX or AVX512: the sources of these levels are compiled against
-SIMDe and a model of the AMX tiles (tests/csrc/software_model.h). That proves layout and arithmetic; the disassembly shows
-that the extension itself holds the instructions.
+Few machines have AMX or AVX512, so the sources of these levels are also compiled against SIMDe and a model of the AMX tiles
+(tests/csrc/software_model.h). That proves layout and arithmetic; the disassembly shows that the extension itself holds the
+instructions.
 """
 
 import os
