@@ -73,7 +73,7 @@ def test_files(unbroken):
 
 
 def slow_measure(model):
-    time.sleep(0.002)
+    time.sleep(0.006)
     return measure(model)
 
 
