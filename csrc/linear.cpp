@@ -287,20 +287,34 @@ struct DenseJob {
   int parts;
 };
 
+template <typename Load>
+void convert_values(const DenseJob& job, std::int64_t at, Load load) {
+  const std::int64_t count = job.weight->in_features;
+  if (job.type == FloatType::kFloat32) {
+    float* const target = static_cast<float*>(job.target) + at;
+    for (std::int64_t k = 0; k < count; ++k) target[k] = load(k);
+  } else if (job.type == FloatType::kBfloat16) {
+    std::uint16_t* const target = static_cast<std::uint16_t*>(job.target) + at;
+    for (std::int64_t k = 0; k < count; ++k) target[k] = round_to_bf16(load(k));
+  } else {
+    std::uint16_t* const target = static_cast<std::uint16_t*>(job.target) + at;
+    for (std::int64_t k = 0; k < count; ++k) target[k] = round_to_fp16(load(k));
+  }
+}
+
 // A row of the weight as the type that was asked for.
 void convert_row(const DenseJob& job, const void* source, std::int64_t row) {
   const Weight& w = *job.weight;
   const std::int64_t at = (row - job.first_row) * w.in_features;
   if (w.type == ValueType::kInt8) {
     const auto* values = static_cast<const std::int8_t*>(source);
-    for (std::int64_t k = 0; k < w.in_features; ++k) {
-      store_float(job.target, job.type, at + k, static_cast<float>(values[k]) * job.scales[row]);
-    }
+    const float scale = job.scales[row];
+    convert_values(job, at, [=](std::int64_t k) { return static_cast<float>(values[k]) * scale; });
   } else if (job.type == FloatType::kBfloat16) {
     std::memcpy(static_cast<std::uint16_t*>(job.target) + at, source, static_cast<std::size_t>(w.in_features) * 2);
   } else {
     const auto* values = static_cast<const std::uint16_t*>(source);
-    for (std::int64_t k = 0; k < w.in_features; ++k) store_float(job.target, job.type, at + k, widen_bf16(values[k]));
+    convert_values(job, at, [=](std::int64_t k) { return widen_bf16(values[k]); });
   }
 }
 

@@ -225,18 +225,38 @@ void pack_bitmask_typed(ValueType type, const std::uint8_t* bitmask, const Value
   packer.finish();
 }
 
+int lowest_bit(std::uint64_t bits) {
+#if defined(__GNUC__)
+  return __builtin_ctzll(bits);
+#else
+  int bit = 0;
+  while (!((bits >> bit) & 1)) ++bit;
+  return bit;
+#endif
+}
+
+// Tile by tile: its 16 rows as they lie in memory, each 16 outputs x 4 bytes of inputs, then turned, which gives each output 64
+// bytes of its row.
 template <typename Value>
 void expand_block_typed(const Weight& w, std::int64_t block, Value* dense, std::int64_t width) {
-  const std::int64_t group = group_inputs(w.type), bitmap_bytes = tile_bitmap_bytes(w.type) / kTileRows;
+  constexpr int kRowValues = 64 / sizeof(Value);
+  const std::int64_t bitmap_bytes = tile_bitmap_bytes(w.type) / kTileRows;
   const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(w.type);
   const std::uint8_t* values = w.values + w.offsets[block] * sizeof(Value);
-  std::memset(dense, 0, static_cast<std::size_t>(kBlock * width) * sizeof(Value));
-  for (std::int64_t k = 0; k < width; k += group, bitmap += bitmap_bytes) {
-    std::int64_t bit = 0;
-    for (std::uint64_t bits = load_bits(bitmap, bitmap_bytes); bits; bits >>= 1, ++bit) {
-      if (!(bits & 1)) continue;
-      std::memcpy(dense + bit / group * width + k + bit % group, values, sizeof(Value));
-      values += sizeof(Value);
+  for (std::int64_t tile = 0; tile < w.tiles; ++tile) {
+    Value rows[kTileRows * kRowValues] = {};
+    for (int row = 0; row < kTileRows; ++row, bitmap += bitmap_bytes) {
+      for (std::uint64_t bits = load_bits(bitmap, bitmap_bytes); bits; bits &= bits - 1) {
+        std::memcpy(rows + row * kRowValues + lowest_bit(bits), values, sizeof(Value));
+        values += sizeof(Value);
+      }
+    }
+    std::uint32_t words[kTileRows][kBlock];
+    std::memcpy(words, rows, sizeof(words));
+    for (int n = 0; n < kBlock; ++n) {
+      std::uint32_t line[kTileRows];
+      for (int row = 0; row < kTileRows; ++row) line[row] = words[row][n];
+      std::memcpy(dense + n * width + tile * kRowValues, line, sizeof(line));
     }
   }
 }

@@ -33,7 +33,7 @@ from peft_elastic import _native
 if not _native.is_built():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
-from peft_elastic.deploy import SparseLinear, generation
+from peft_elastic.deploy import SparseLinear, generation, ops
 from peft_elastic.deploy.generation import optimize_generation, restore_generation
 
 
@@ -457,7 +457,8 @@ def test_several_python_threads(fused):
         assert_same(got[i], expected[i])
 
 
-def test_large_batches_take_the_dense_product(fused):
+def test_large_batches_take_the_dense_product(fused, monkeypatch):
+    monkeypatch.setattr(ops, "DENSE_ROWS", 64)
     model = optimize_generation(make_sparse())
     ids = prompt(70)
     got = run(model, ids, max_new_tokens=3, min_new_tokens=3)

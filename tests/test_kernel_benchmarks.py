@@ -129,3 +129,12 @@ def test_expansion(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(json.loads((tmp_path / "expansion.json").read_text())["from L2"]) == 6
     assert "| int8, 2:4 |" in result.stdout
+
+
+def test_crossover(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(BENCHMARKS / "crossover.py"), "--smoke", "--threads", "1", "--out", str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / "crossover.json").read_text())["rows"]) == 4
+    assert "| 64x96 | bf16 | 1 | 16 |" in result.stdout

@@ -71,7 +71,7 @@ def _families() -> dict[type[nn.Module], _Family]:
 
 
 _FAMILIES = _families()
-_DENSE_ROWS = 4  # with more rows torch multiplies dense layers faster than the C++ step does
+_FEW_ROWS = 4  # with more torch multiplies dense layers faster than the C++ step does
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 _SILU = (nn.SiLU, SiLUActivation)
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -318,7 +318,7 @@ class _FusedLayers:
                     self._enter(linear.__dict__, "scales")
                 else:
                     self._enter(linear._parameters, "weight")
-                    self.most_rows = _DENSE_ROWS
+                    self.most_rows = _FEW_ROWS
                 self._enter(linear._parameters, "bias")
                 self._enter(linear.__dict__, "bias")  # where modules keep one that is None, or no parameter
             self._enter(attention.__dict__, "scaling")
@@ -506,7 +506,7 @@ class _DenseStep:
     def __call__(self, input: Tensor) -> Tensor:
         linear = self.linear
         rows = input.numel() // linear.in_features if linear.in_features else 0
-        if not 0 < rows <= _DENSE_ROWS or not self.takes(input):
+        if not 0 < rows <= _FEW_ROWS or not self.takes(input):
             return nn.Linear.forward(linear, input)
         x, weight, bias = input.contiguous(), linear.weight, linear.bias
         y = x.new_empty((*x.shape[:-1], linear.out_features))

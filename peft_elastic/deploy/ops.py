@@ -32,8 +32,9 @@ _VALUE_DTYPES = (torch.bfloat16, torch.int8)
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 FLOAT_DTYPES = tuple(_FLOAT_TYPES)
 
-# From this many rows on (measured: docs/performance.md) the weight is expanded and torch's dense multiplication is used.
-DENSE_ROWS = 64
+# From this many rows on (measured: benchmarks/crossover.py, docs/performance.md) the weight is expanded and torch's dense
+# multiplication is used.
+DENSE_ROWS = 1024
 _PANEL_BYTES = 32 * 2**20  # of the expanded weight
 
 
