@@ -24,13 +24,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "floats.h"
 #include "threads.h"
-
-#if defined(__GNUC__)
-#define PE_INLINE inline __attribute__((always_inline))
-#else
-#define PE_INLINE inline
-#endif
 
 namespace peft_elastic {
 namespace {
@@ -38,28 +33,11 @@ namespace {
 // Sums are kept in so many lanes, which the compiler puts into vectors; it may not reorder the terms of a single sum.
 constexpr int kLanes = 16;
 
-PE_INLINE float bits_to_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-PE_INLINE std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 PE_INLINE float widen(float value) { return value; }
-PE_INLINE float widen(std::uint16_t bf16) { return bits_to_float(static_cast<std::uint32_t>(bf16) << 16); }
+PE_INLINE float widen(std::uint16_t bf16) { return widen_bf16(bf16); }
 
 PE_INLINE void store(float* target, float value) { *target = value; }
-// To nearest, ties to even; NaN stays NaN.
-PE_INLINE void store(std::uint16_t* target, float value) {
-  const std::uint32_t bits = float_to_bits(value);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *target = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
+PE_INLINE void store(std::uint16_t* target, float value) { *target = round_to_bf16(value); }
 
 PE_INLINE float sum_of(const float* lanes) {
   float eight[8], four[4];
@@ -259,7 +237,7 @@ PE_INLINE void multiply_dense(const DenseProduct& job, std::int64_t first, std::
   }
 }
 
-void multiply_dense_any(const DenseProduct& job, std::int64_t first, std::int64_t last) {
+PE_INLINE void multiply_dense_inline(const DenseProduct& job, std::int64_t first, std::int64_t last) {
   if (job.type == FloatType::kFloat32) {
     multiply_dense<float>(job, first, last);
   } else {
@@ -267,20 +245,16 @@ void multiply_dense_any(const DenseProduct& job, std::int64_t first, std::int64_
   }
 }
 
+void multiply_dense_any(const DenseProduct& job, std::int64_t first, std::int64_t last) {
+  multiply_dense_inline(job, first, last);
+}
+
 #if defined(__GNUC__) && defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void multiply_dense_avx2(const DenseProduct& job, std::int64_t first,
-                                                             std::int64_t last) {
-  if (job.type == FloatType::kFloat32) {
-    multiply_dense<float>(job, first, last);
-  } else {
-    multiply_dense<std::uint16_t>(job, first, last);
-  }
-}
-#else
-void multiply_dense_avx2(const DenseProduct& job, std::int64_t first, std::int64_t last) {
-  multiply_dense_any(job, first, last);
-}
+__attribute__((target("avx2,fma")))
 #endif
+void multiply_dense_avx2(const DenseProduct& job, std::int64_t first, std::int64_t last) {
+  multiply_dense_inline(job, first, last);
+}
 
 void multiply_dense_part(void* data, int part) {
   const DenseProduct& job = *static_cast<const DenseProduct*>(data);

@@ -21,32 +21,12 @@
 #include <new>
 #include <vector>
 
+#include "floats.h"
 #include "pack.h"
 #include "threads.h"
 
 namespace peft_elastic {
 namespace {
-
-float bits_to_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-float widen_bf16(std::uint16_t value) { return bits_to_float(static_cast<std::uint32_t>(value) << 16); }
-
-// To nearest, ties to even; NaN stays NaN.
-std::uint16_t round_to_bf16(float value) {
-  const std::uint32_t bits = float_to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 float widen_fp16(std::uint16_t value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value & 0x8000u) << 16;
