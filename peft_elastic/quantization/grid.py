@@ -1,0 +1,260 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Affine quantisation in groups: the grid of a layer, and how it is fitted to a weight.
+
+A weight W (out, in) is cut along its inputs into groups; group g of output o has a scale s and a zero point z, and
+
+    q = clamp(round(W / s) + z, 0, 2^bits - 1),    W is about s (q - z)
+
+(SQFT, https://huggingface.co/papers/2410.03750, section 3; GPTQ, https://huggingface.co/papers/2210.17323). z is a whole
+number, so that a weight of zero becomes exactly z, and s (q - z) exactly zero: sparsity survives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+BITS = (2, 4, 8)
+CLIPPING = ("minmax", "mse")
+
+# The shares of the range of a group that clipping by the squared error tries.
+_SHRINKS = [1 - 0.02 * step for step in range(31)]
+_SMALLEST_SCALE = 2.0**-24  # of float16
+_LARGEST_SCALE = 65504.0
+
+
+def check_grid_options(bits: Any, group_size: Any, symmetric: Any) -> None:
+    """ValueError that names the argument which is out of range."""
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"`bits` is {bits!r}; allowed are {list(BITS)}.")
+    if type(group_size) is not int or (group_size != -1 and group_size < 1):
+        raise ValueError(
+            f"`group_size` is {group_size!r}; it must be a whole number of inputs, or -1 for one group over all inputs."
+        )
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"`symmetric` is {symmetric!r}; allowed are True and False.")
+
+
+def check_group_size(name: str, in_features: int, group_size: int) -> None:
+    """ValueError if the inputs of the layer `name` cannot be cut into such groups."""
+    if group_size != -1 and in_features % group_size:
+        divisors = [size for size in (256, 128, 64, 32, 16, 8) if in_features % size == 0]
+        raise ValueError(
+            f"`group_size` is {group_size}, which does not divide the {in_features} inputs of {name!r}. Choose a divisor "
+            f"(such as {', '.join(map(str, divisors)) or in_features}), -1 for one group over all inputs, or leave the layer "
+            "out of `target_modules`."
+        )
+
+
+class Grid(nn.Module):
+    """The values that the weight of one layer may take. It has no parameters; casts of a model do not change it.
+
+    Args:
+        scales (`torch.Tensor`): (out, groups), positive; rounded to float16, which is what checkpoints hold.
+        zeros (`torch.Tensor`): (out, groups), whole numbers in 0 .. 2^bits - 1.
+        in_features (`int`): inputs of the layer.
+        bits (`int`): 2, 4 or 8.
+        g_idx (`torch.Tensor`, *optional*): (in,), whole numbers: the group of each input. By default groups of equal size
+            one after the other.
+        persistent (`bool`): whether the tensors belong to the state dict.
+
+    Attributes:
+        group_size (`int`): inputs of a group.
+
+    Raises:
+        ValueError: naming the tensor whose shape or values are wrong.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+
+    def __init__(
+        self,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        *,
+        in_features: int,
+        bits: int,
+        g_idx: torch.Tensor | None = None,
+        persistent: bool = False,
+    ) -> None:
+        super().__init__()
+        check_grid_options(bits, -1, False)
+        if scales.dim() != 2 or 0 in scales.shape or not scales.is_floating_point():
+            raise ValueError(
+                f"`scales` is {scales.dtype} {tuple(scales.shape)}; it must be floating point (out, groups)."
+            )
+        half = scales.detach().to(torch.float16)
+        if not bool((torch.isfinite(half) & (half > 0)).all()):
+            raise ValueError("`scales` must be positive and finite in float16.")
+        if zeros.shape != scales.shape or zeros.is_floating_point():
+            raise ValueError(
+                f"`zeros` is {zeros.dtype} {tuple(zeros.shape)}; it must be whole numbers {tuple(scales.shape)}."
+            )
+        if bool(((zeros < 0) | (zeros >= 2**bits)).any()):
+            raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
+        groups = scales.shape[1]
+        self.bits, self.in_features = bits, in_features
+        self.group_size = -(-in_features // groups)
+        in_order = torch.arange(in_features, device=scales.device) // self.group_size
+        if g_idx is not None:
+            if g_idx.shape != (in_features,) or g_idx.is_floating_point():
+                raise ValueError(
+                    f"`g_idx` is {g_idx.dtype} {tuple(g_idx.shape)}; it must be whole numbers ({in_features},)."
+                )
+            if bool(((g_idx < 0) | (g_idx >= groups)).any()):
+                raise ValueError(f"`g_idx` must be 0 to {groups - 1}, as there are {groups} groups.")
+            g_idx = g_idx.to(scales.device)
+        # None while the groups follow each other and are equal, which is faster
+        self.in_order = (g_idx is None or torch.equal(g_idx.long(), in_order)) and in_features % self.group_size == 0
+        self.register_buffer("scales", half, persistent)
+        self.register_buffer("zeros", zeros.detach().to(torch.uint8), persistent)
+        self.register_buffer("g_idx", (in_order if g_idx is None else g_idx).to(torch.int32), persistent)
+
+    @property
+    def out_features(self) -> int:
+        return self.scales.shape[0]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is in the middle."""
+        return bool((self.zeros == 2 ** (self.bits - 1)).all())
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """The integers q, uint8 (out, in), of a weight (out, in)."""
+        return (self._steps(weight, slice(None))[0].add_(self._spread(self.zeros))).to(torch.uint8)
+
+    def dequantize(self, integers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight s (q - z), (out, in), computed in float32 and rounded once to `dtype`."""
+        scales, zeros = self._spread(self.scales).float(), self._spread(self.zeros).float()
+        return integers.float().sub_(zeros).mul_(scales).to(dtype)
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """The values of the grid that stand for a weight (out, in), of its dtype: `dequantize(quantize(weight))`."""
+        return self.round_rows(weight, slice(None))[0].to(weight.dtype)
+
+    def round_rows(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the rows `rows` of a weight, given as (len(rows), in): what they are rounded to, float32 (float64 for a
+        float64 weight), and where they lie inside of the grid's range, bool: outside of it the clamp is constant."""
+        steps, inside, scales = self._steps(weight, rows)
+        return self._join(self._cut(steps).mul_(scales)), inside
+
+    def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q - z of these rows, where they were not clamped, and the scales."""
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        scales, zeros = self.scales[rows].to(wide.dtype), self.zeros[rows].to(wide.dtype)
+        if self.in_order:
+            scales, zeros = scales[..., None], zeros[..., None]
+        else:
+            scales, zeros = scales[:, self.g_idx.long()], zeros[:, self.g_idx.long()]
+        steps = (self._cut(wide) / scales).round_()
+        low, high = -zeros, 2**self.bits - 1 - zeros
+        inside = self._join((steps >= low) & (steps <= high))
+        return self._join(torch.minimum(torch.maximum(steps, low, out=steps), high, out=steps)), inside, scales
+
+    def _cut(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.unflatten(1, (-1, self.group_size)) if self.in_order else matrix
+
+    def _join(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.flatten(1) if self.in_order else matrix
+
+    def _spread(self, per_group: torch.Tensor) -> torch.Tensor:
+        """(out, groups) to (out, in)."""
+        return per_group[:, self.g_idx.long()]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Grid:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float16:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        order = "" if self.in_order else ", act-order"
+        return f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}{order}"
+
+
+def fit_grid(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int = 128,
+    symmetric: bool = False,
+    clipping: str = "minmax",
+    persistent: bool = False,
+) -> Grid:
+    """The grid of a weight for rounding to nearest.
+
+    Args:
+        weight (`torch.Tensor`): floating point (out, in), finite.
+        bits (`int`): 2, 4 or 8.
+        group_size (`int`): inputs of a group; it divides them. -1: all.
+        symmetric (`bool`): zero points in the middle, 2^(bits - 1), and scales 2 max |w| / (2^bits - 1), as in GPTQ.
+            Otherwise the range is from min(w, 0) to max(w, 0).
+        clipping (`str`): "minmax", or "mse", which shrinks the range of each group to the share (1.00, 0.98, ... 0.40) with
+            the smallest squared error.
+        persistent (`bool`): as in `Grid`.
+
+    Raises:
+        ValueError: for an option out of range, or a weight whose scales float16 cannot hold.
+    """
+    check_grid_options(bits, group_size, symmetric)
+    if clipping not in CLIPPING:
+        raise ValueError(f"`clipping` is {clipping!r}; allowed are {list(CLIPPING)}.")
+    in_features = weight.shape[1]
+    check_group_size("the weight", in_features, group_size)
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    groups = wide.unflatten(1, (-1, in_features if group_size == -1 else group_size))
+    low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+    if not bool(torch.isfinite(high - low).all()):
+        raise ValueError("`weight` has infinite or NaN entries; all have to be finite.")
+    scales, zeros = range_to_grid(low, high, bits, symmetric)
+    if clipping == "mse":
+        best = torch.full_like(scales, float("inf"))
+        for shrink in _SHRINKS:
+            candidate, zero = range_to_grid(low * shrink, high * shrink, bits, symmetric)
+            steps = (groups / candidate[..., None]).round_()
+            steps = steps.clamp_(-zero[..., None], 2**bits - 1 - zero[..., None])
+            error = steps.mul_(candidate[..., None]).sub_(groups).square_().sum(2)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales, zeros = torch.where(better, candidate, scales), torch.where(better, zero, zeros)
+    return Grid(scales, zeros.to(torch.int32), in_features=in_features, bits=bits, persistent=persistent)
+
+
+def range_to_grid(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, rounded to what float16 can hold, and zero points (whole numbers as floats) of groups whose weights run from
+    `low` (at most 0) to `high` (at least 0).
+
+    Raises:
+        ValueError: if a scale is too large for float16.
+    """
+    top = 2**bits - 1
+    if symmetric:
+        scales = 2 * torch.maximum(-low, high) / top
+    else:
+        scales = (high - low) / top
+    if bool((scales > _LARGEST_SCALE).any()):
+        raise ValueError(f"The weight needs the scale {scales.max():.3g}, and float16 ends at {_LARGEST_SCALE:.0f}.")
+    rounded = scales.to(torch.float16).to(scales.dtype).clamp_(min=_SMALLEST_SCALE)
+    scales = torch.where(scales > 0, rounded, 1.0)  # a group of zeros has any scale
+    zeros = torch.full_like(scales, 2 ** (bits - 1)) if symmetric else (-low / scales).round_().clamp_(0, top)
+    return scales, zeros
