@@ -28,6 +28,7 @@
 #include "cpu_features.h"
 #include "decode.h"
 #include "dispatch.h"
+#include "effective.h"
 #include "linear.h"
 #include "pack.h"
 #include "threads.h"
@@ -267,6 +268,30 @@ void dense_linear(Address x, std::int64_t rows, std::int64_t out_features, std::
   peft_elastic::dense_linear(call);
 }
 
+void effective_panel(Address weight, int weight_type, std::int64_t rows, std::int64_t columns, std::int64_t weight_stride,
+                     Address panel, Address slopes, bool masked, bool add, Address scales, Address zeros,
+                     std::int64_t group_size, float top, int threads) {
+  py::gil_scoped_release release;
+  peft_elastic::EffectivePanel call{};
+  call.weight = at<const void>(weight);
+  call.weight_type = float_type(weight_type);
+  call.rows = rows;
+  call.columns = columns;
+  call.weight_stride = weight_stride;
+  call.panel = at<float>(panel);
+  call.slopes = at<float>(slopes);
+  call.masked = masked;
+  call.add = add;
+  call.scales = at<const float>(scales);
+  call.zeros = at<const float>(zeros);
+  call.group_size = group_size;
+  call.top = top;
+  call.threads = threads;
+  call.avx2 = has_avx2();
+  call.avx512 = call.avx2 && peft_elastic::selected_level() != "avx2";
+  peft_elastic::effective_panel(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -298,4 +323,5 @@ PYBIND11_MODULE(_C, m) {
       .def("add_layer", &add_layer);
   m.def("decode", &decode);
   m.def("dense_linear", &dense_linear);
+  m.def("effective_panel", &effective_panel);
 }

@@ -139,7 +139,8 @@ class Grid(nn.Module):
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The integers q, uint8 (out, in), of a weight (out, in)."""
-        return (self._steps(weight, slice(None))[0].add_(self._spread(self.zeros))).to(torch.uint8)
+        steps = self._join(self._steps(weight, slice(None))[1])
+        return steps.add_(self._spread(self.zeros)).to(torch.uint8)
 
     def dequantize(self, integers: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight s (q - z), (out, in), computed in float32 and rounded once to `dtype`."""
@@ -148,26 +149,29 @@ class Grid(nn.Module):
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """The values of the grid that stand for a weight (out, in), of its dtype: `dequantize(quantize(weight))`."""
-        return self.round_rows(weight, slice(None))[0].to(weight.dtype)
+        return self.round_rows(weight, slice(None)).to(weight.dtype)
 
-    def round_rows(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """For the rows `rows` of a weight, given as (len(rows), in): what they are rounded to, float32 (float64 for a
-        float64 weight), and where they lie inside of the grid's range, bool: outside of it the clamp is constant."""
-        steps, inside, scales = self._steps(weight, rows)
-        return self._join(self._cut(steps).mul_(scales)), inside
+    def round_rows(self, weight: torch.Tensor, rows: slice, inside: torch.Tensor | None = None) -> torch.Tensor:
+        """What the rows `rows` of a weight, given as (len(rows), in), are rounded to: float32 (float64 for float64).
+
+        `inside`, of that shape and dtype, is filled with 1 where they lie inside of the range, and with 0 outside, where
+        the clamp is constant.
+        """
+        free, steps, scales = self._steps(weight, rows)
+        if inside is not None:
+            torch.eq(free, steps, out=self._cut(inside))
+        return self._join(steps.mul_(scales))
 
     def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q - z of these rows, where they were not clamped, and the scales."""
+        """q - z of these rows before and after the clamp, and the scales; cut into groups where these are in order."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         scales, zeros = self.scales[rows].to(wide.dtype), self.zeros[rows].to(wide.dtype)
         if self.in_order:
             scales, zeros = scales[..., None], zeros[..., None]
         else:
             scales, zeros = scales[:, self.g_idx.long()], zeros[:, self.g_idx.long()]
-        steps = (self._cut(wide) / scales).round_()
-        low, high = -zeros, 2**self.bits - 1 - zeros
-        inside = self._join((steps >= low) & (steps <= high))
-        return self._join(torch.minimum(torch.maximum(steps, low, out=steps), high, out=steps)), inside, scales
+        free = (self._cut(wide) / scales).round_()
+        return free, torch.clamp(free, -zeros, 2**self.bits - 1 - zeros), scales
 
     def _cut(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.unflatten(1, (-1, self.group_size)) if self.in_order else matrix

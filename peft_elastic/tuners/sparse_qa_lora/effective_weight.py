@@ -1,0 +1,279 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Products with the effective weight of an adapted layer, which is never kept.
+
+The effective weight is
+
+    E = W + D * M            (SparsePEFT, https://huggingface.co/papers/2410.03750, equation 1)
+    E = s (q - z), q = clamp(round((W + D * M) / s) + z, 0, 2^bits - 1)    (QA-SparsePEFT, section 3.3)
+
+with the update D = B A (the scaling is in B) and the mask M = (W != 0), or one everywhere. Autograd would keep several
+tensors of the size of W for the backward pass of each layer. Here the backward pass makes E again, and both passes work on
+some rows of W at a time, so that no more than these exist at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+
+from ... import _native
+from ...quantization import Grid
+
+
+# Of W at a time: for a product, which is efficient with a few hundred rows, and for what goes over a panel element by
+# element, several times, which is faster in the cache.
+_PANEL_ELEMENTS = 2**21
+_BLOCK_ELEMENTS = 2**16
+_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # FloatType in csrc/linear.h
+
+
+def effective_weight(
+    weight: torch.Tensor, lora_B: torch.Tensor, lora_A: torch.Tensor, masked: bool, grid: Optional[Grid]
+) -> torch.Tensor:
+    """E, (out, in), of the dtype of `weight`; float32 if that cannot tell the values of the grid apart (8 bits in bfloat16).
+
+    Args:
+        weight: W (out, in), floating point.
+        lora_B, lora_A: (out, k) with the scaling in it, and (k, in).
+        masked: whether the update is masked by the zeros of W.
+        grid: rounds to these values; None does not round.
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        update = _Update(weight, lora_B, lora_A, masked, grid, None)
+        result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        for rows in _slices(weight, _PANEL_ELEMENTS):
+            panel = update.rows(rows)
+            result[rows] = panel
+            if (
+                grid is not None
+                and result.dtype != panel.dtype
+                and not torch.equal(grid.round_rows(result[rows], rows), panel)
+            ):
+                result = result.to(panel.dtype)
+                result[: rows.start] = grid.round_rows(result[: rows.start], slice(0, rows.start))
+                result[rows] = panel
+    return result
+
+
+def effective_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    lora_B: torch.Tensor,
+    lora_A: torch.Tensor,
+    masked: bool,
+    grid: Optional[Grid],
+    minus: Optional[str] = None,
+) -> torch.Tensor:
+    """y = x E^T + bias, or with E less what the base layer multiplies with, differentiable in x, lora_B and lora_A.
+
+    Args:
+        x: (..., in), of any floating dtype; the products are computed in it, or in the dtype of autocast.
+        weight, lora_B, lora_A, masked, grid: as in `effective_weight`. E is made in float32 (float64 for float64 weights)
+            and rounded once.
+        bias: (out,) or None.
+        minus: "weight" for (E - W), which is the masked update itself without a grid; "rounded" for E - round(W); None for E.
+
+    Returns:
+        (..., out), of the dtype of the products.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return _EffectiveLinear.apply(x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype)
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        lora_B: torch.Tensor,
+        lora_A: torch.Tensor,
+        masked: bool,
+        grid: Optional[Grid],
+        minus: Optional[str],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, lora_B, lora_A)
+        ctx.options = masked, grid, minus
+        ctx.dtype = dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.reshape(-1, x.shape[-1]).to(dtype)
+            output = inputs.new_empty(inputs.shape[0], weight.shape[0])
+            update = _Update(weight, lora_B, lora_A, *ctx.options)
+            for rows in _slices(weight, _PANEL_ELEMENTS):
+                panel = update.rows(rows).to(dtype)
+                if bias is None:
+                    torch.mm(inputs, panel.T, out=output[:, rows])
+                else:
+                    torch.addmm(bias[rows].to(dtype), inputs, panel.T, out=output[:, rows])
+            return output.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
+        x, weight, lora_B, lora_A = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_B, needs_A = ctx.needs_input_grad[:5]
+        grad_x = grad_bias = grad_B = grad_A = None
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            grad = grad_output.reshape(-1, grad_output.shape[-1]).to(ctx.dtype)
+            update = _Update(weight, lora_B, lora_A, *ctx.options)
+            if needs_x:
+                grad_x = torch.zeros_like(inputs)
+            if needs_B:
+                grad_B = torch.empty_like(lora_B, dtype=update.dtype)
+            if needs_A:
+                grad_A = torch.zeros_like(lora_A, dtype=update.dtype)
+            needs_factors = needs_A or needs_B
+            for rows in _slices(weight, _PANEL_ELEMENTS):
+                slopes = update.slopes(rows) if needs_factors else None
+                panel = update.rows(rows, slopes)
+                part = grad[:, rows]
+                if grad_x is not None:
+                    grad_x.addmm_(part, panel.to(ctx.dtype))
+                if slopes is not None:
+                    # the gradient of these rows of the weight: formed, masked and contracted at once
+                    # (the panel is free by now)
+                    grad_panel = torch.mm(part.T, inputs, out=panel) if panel.dtype == ctx.dtype else torch.mm(part.T, inputs)
+                    slopes.mul_(grad_panel)
+                    if grad_B is not None:
+                        torch.mm(slopes, update.lora_A.T, out=grad_B[rows])
+                    if grad_A is not None:
+                        grad_A.addmm_(update.lora_B[rows].T, slopes)
+            if needs_bias:
+                grad_bias = grad.sum(0).to(ctx.bias_dtype)
+            if grad_x is not None:
+                grad_x = grad_x.view(x.shape).to(x.dtype)
+            if grad_B is not None:
+                grad_B = grad_B.to(lora_B.dtype)
+            if grad_A is not None:
+                grad_A = grad_A.to(lora_A.dtype)
+        return grad_x, None, grad_bias, grad_B, grad_A, None, None, None, None
+
+
+def _slices(matrix: torch.Tensor, elements: int) -> Iterator[slice]:
+    """The rows of a matrix, so many elements at a time."""
+    count, length = matrix.shape
+    step = max(16, elements // max(1, length))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+class _Update:
+    """Makes rows of what the inputs are multiplied with."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        lora_B: torch.Tensor,
+        lora_A: torch.Tensor,
+        masked: bool,
+        grid: Optional[Grid],
+        minus: Optional[str],
+    ) -> None:
+        self.dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+        self.weight, self.lora_B, self.lora_A = weight, lora_B.to(self.dtype), lora_A.to(self.dtype)
+        self.masked, self.grid, self.minus = masked, grid, minus
+        self._panel: Optional[torch.Tensor] = None
+        self._slopes: Optional[torch.Tensor] = None
+
+    def slopes(self, rows: slice) -> torch.Tensor:
+        """Space for the slopes of these rows, the same for all."""
+        self._slopes = self._space(self._slopes, rows)
+        return self._slopes[: rows.stop - rows.start]
+
+    def _space(self, space: Optional[torch.Tensor], rows: slice) -> torch.Tensor:
+        # Memory from the system costs as much as going over it several times.
+        if space is not None:
+            return space
+        return self.weight.new_empty((rows.stop - rows.start, self.weight.shape[1]), dtype=self.dtype)
+
+    def rows(self, rows: slice, slopes: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """These rows, (len(rows), in). `slopes`, of that shape, is filled with 1 where they follow the update and with 0
+        where they are constant."""
+        self._panel = self._space(self._panel, rows)
+        panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
+        if self._has_kernel():
+            self._fill_by_kernel(panel, rows, slopes)
+        else:
+            for part in _slices(panel, _BLOCK_ELEMENTS):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                self._fill(panel[part], here, None if slopes is None else slopes[part])
+        if self.grid is not None and self.minus == "weight":
+            panel.sub_(self.weight[rows])
+        elif self.grid is not None and self.minus == "rounded":
+            panel.sub_(self.grid.round_rows(self.weight[rows].to(self.dtype), rows))
+        return panel
+
+    @property
+    def _adds(self) -> bool:
+        return self.grid is not None or self.minus is None
+
+    def _fill(self, block: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> None:
+        weight, grid = self.weight[rows].to(self.dtype), self.grid
+        if self.masked:
+            # a mask of floats, as comparisons and products are several times as fast with it as with one of bools
+            block.mul_(torch.ne(weight, 0, out=torch.empty_like(block) if slopes is None else slopes))
+        elif slopes is not None:
+            slopes.fill_(1)
+        if self._adds:
+            block.add_(weight)
+        if grid is not None:
+            # the gradient passes straight through the rounding, and not where the clamp is constant
+            inside = None if slopes is None else torch.empty_like(slopes)
+            block.copy_(grid.round_rows(block, rows, inside))
+            if slopes is not None:
+                slopes.mul_(inside)
+
+    def _has_kernel(self) -> bool:
+        weight, grid = self.weight, self.grid
+        return (
+            _native._C is not None
+            and not torch.compiler.is_compiling()
+            and type(weight) in (torch.Tensor, torch.nn.Parameter)
+            and weight.device.type == "cpu"
+            and weight.dtype in _KERNEL_DTYPES
+            and self.dtype == torch.float32
+            and weight.stride(1) == 1
+            and (grid is None or grid.in_order)
+        )
+
+    def _fill_by_kernel(self, panel: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> None:
+        """What `_fill` computes, to the last bit, in one pass."""
+        weight, grid = self.weight[rows], self.grid
+        scales = zeros = None
+        if grid is not None:
+            scales, zeros = grid.scales[rows].float(), grid.zeros[rows].float()
+        _native._C.effective_panel(  # type: ignore[union-attr]
+            weight.data_ptr(),
+            _KERNEL_DTYPES[weight.dtype],
+            *weight.shape,
+            weight.stride(0),
+            panel.data_ptr(),
+            0 if slopes is None else slopes.data_ptr(),
+            self.masked,
+            self._adds,
+            0 if scales is None else scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            0 if grid is None else grid.group_size,
+            0 if grid is None else 2**grid.bits - 1,
+            torch.get_num_threads(),
+        )
