@@ -24,7 +24,7 @@ from .deploy import (
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .search import SearchResult, search_subnet
 from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
-from .tuners import ElasticLoraConfig, ElasticLoraModel
+from .tuners import ElasticLoraConfig, ElasticLoraModel, SparseQALoraConfig, SparseQALoraModel
 from .version import __version__
 
 
@@ -38,6 +38,8 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "SparseLinear",
+    "SparseQALoraConfig",
+    "SparseQALoraModel",
     "Subnet",
     "SubnetSamplingCallback",
     "SwapReport",

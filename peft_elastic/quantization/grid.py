@@ -128,6 +128,26 @@ class Grid(nn.Module):
         self.register_buffer("zeros", zeros.detach().to(torch.uint8), persistent)
         self.register_buffer("g_idx", (in_order if g_idx is None else g_idx).to(torch.int32), persistent)
 
+    @classmethod
+    def copy_of(cls, grid: Grid, persistent: bool = False) -> Grid:
+        """The same grid, with tensors of its own."""
+        g_idx = None if grid.in_order else grid.g_idx.clone()
+        return cls(
+            grid.scales.clone(),
+            grid.zeros.clone(),
+            in_features=grid.in_features,
+            bits=grid.bits,
+            g_idx=g_idx,
+            persistent=persistent,
+        )
+
+    def equals(self, other: Grid) -> bool:
+        """Whether both round every weight to the same values."""
+        return (self.bits, self.in_features) == (other.bits, other.in_features) and all(
+            a.shape == b.shape and torch.equal(a, b.to(a.device))
+            for a, b in ((self.scales, other.scales), (self.zeros, other.zeros), (self.g_idx, other.g_idx))
+        )
+
     @property
     def out_features(self) -> int:
         return self.scales.shape[0]

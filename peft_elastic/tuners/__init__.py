@@ -14,6 +14,7 @@
 """The tuner types, laid out as in peft: one folder per type, with config.py, model.py and layer.py."""
 
 from .elastic_lora import ElasticLoraConfig, ElasticLoraModel
+from .sparse_qa_lora import SparseQALoraConfig, SparseQALoraModel
 
 
-__all__ = ["ElasticLoraConfig", "ElasticLoraModel"]
+__all__ = ["ElasticLoraConfig", "ElasticLoraModel", "SparseQALoraConfig", "SparseQALoraModel"]

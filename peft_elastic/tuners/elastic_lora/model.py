@@ -211,14 +211,18 @@ class ElasticLoraModel(LoraModel):
                 raise ValueError(f"`{field}` has the keys {unmatched}, which match no module that gets an adapter.")
 
         for path, (module, rank) in plan.items():
-            check_ranks(module, path, config.rank_options(rank))
-            if config.init_lora_weights == "mica" and isinstance(module, nn.Embedding):
-                # MiCA freezes B through the slice that indexing returns, which cannot be frozen
-                raise ValueError(f"{path!r} is an embedding, which cannot be elastic with `init_lora_weights='mica'`.")
+            self._check_target(module, path, rank, config)
         choices = self._build_choices(trial, {path: rank for path, (_, rank) in plan.items()}, model)
         # with `layer_replication`, the layers that are to come are not known yet
         if config.active_subnet is not None and not config.layer_replication:
             _check_active_subnet(config, adapter_name, choices)
+
+    def _check_target(self, module: nn.Module, path: str, rank: int, config: ElasticLoraConfig) -> None:
+        """Raise a ValueError if this module could not get an adapter of that maximal rank."""
+        check_ranks(module, path, config.rank_options(rank))
+        if config.init_lora_weights == "mica" and isinstance(module, nn.Embedding):
+            # MiCA freezes B through the slice that indexing returns, which cannot be frozen
+            raise ValueError(f"{path!r} is an embedding, which cannot be elastic with `init_lora_weights='mica'`.")
 
     def _plan_injection(
         self,

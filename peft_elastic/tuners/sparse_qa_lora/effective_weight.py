@@ -25,7 +25,7 @@ some rows of W at a time, so that no more than these exist at any moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import torch
@@ -71,21 +71,23 @@ def effective_weight(
 
 def effective_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
     lora_B: torch.Tensor,
     lora_A: torch.Tensor,
     masked: bool,
     grid: Optional[Grid],
     minus: Optional[str] = None,
+    read: Optional[Callable[[], torch.Tensor]] = None,
 ) -> torch.Tensor:
     """y = x E^T + bias, or with E less what the base layer multiplies with, differentiable in x, lora_B and lora_A.
 
     Args:
         x: (..., in), of any floating dtype; the products are computed in it, or in the dtype of autocast.
-        weight, lora_B, lora_A, masked, grid: as in `effective_weight`. E is made in float32 (float64 for float64 weights)
+        lora_B, lora_A, masked, grid: as in `effective_weight`. E is made in float32 (float64 for float64 weights)
             and rounded once.
         bias: (out,) or None.
+        weight: may be None where `read` gives it, in each pass anew.
         minus: "weight" for (E - W), which is the masked update itself without a grid; "rounded" for E - round(W); None for E.
 
     Returns:
@@ -94,7 +96,7 @@ def effective_linear(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return _EffectiveLinear.apply(x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype)
+    return _EffectiveLinear.apply(x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype, read)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -102,7 +104,7 @@ class _EffectiveLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
         lora_B: torch.Tensor,
         lora_A: torch.Tensor,
@@ -110,12 +112,16 @@ class _EffectiveLinear(torch.autograd.Function):
         grid: Optional[Grid],
         minus: Optional[str],
         dtype: torch.dtype,
+        read: Optional[Callable[[], torch.Tensor]],
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, lora_B, lora_A)
+        ctx.read = read
         ctx.options = masked, grid, minus
         ctx.dtype = dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
+            if weight is None:
+                weight = read()  # type: ignore[misc]
             inputs = x.reshape(-1, x.shape[-1]).to(dtype)
             output = inputs.new_empty(inputs.shape[0], weight.shape[0])
             update = _Update(weight, lora_B, lora_A, *ctx.options)
@@ -134,6 +140,8 @@ class _EffectiveLinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_B, needs_A = ctx.needs_input_grad[:5]
         grad_x = grad_bias = grad_B = grad_A = None
         with torch.autocast(x.device.type, enabled=False):
+            if weight is None:
+                weight = ctx.read()
             inputs = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad = grad_output.reshape(-1, grad_output.shape[-1]).to(ctx.dtype)
             update = _Update(weight, lora_B, lora_A, *ctx.options)
@@ -153,7 +161,9 @@ class _EffectiveLinear(torch.autograd.Function):
                 if slopes is not None:
                     # the gradient of these rows of the weight: formed, masked and contracted at once
                     # (the panel is free by now)
-                    grad_panel = torch.mm(part.T, inputs, out=panel) if panel.dtype == ctx.dtype else torch.mm(part.T, inputs)
+                    grad_panel = (
+                        torch.mm(part.T, inputs, out=panel) if panel.dtype == ctx.dtype else torch.mm(part.T, inputs)
+                    )
                     slopes.mul_(grad_panel)
                     if grad_B is not None:
                         torch.mm(slopes, update.lora_A.T, out=grad_B[rows])
@@ -167,7 +177,7 @@ class _EffectiveLinear(torch.autograd.Function):
                 grad_B = grad_B.to(lora_B.dtype)
             if grad_A is not None:
                 grad_A = grad_A.to(lora_A.dtype)
-        return grad_x, None, grad_bias, grad_B, grad_A, None, None, None, None
+        return grad_x, None, grad_bias, grad_B, grad_A, None, None, None, None, None
 
 
 def _slices(matrix: torch.Tensor, elements: int) -> Iterator[slice]:
@@ -240,7 +250,7 @@ class _Update:
             # the gradient passes straight through the rounding, and not where the clamp is constant
             inside = None if slopes is None else torch.empty_like(slopes)
             block.copy_(grid.round_rows(block, rows, inside))
-            if slopes is not None:
+            if slopes is not None and inside is not None:
                 slopes.mul_(inside)
 
     def _has_kernel(self) -> bool:

@@ -1,0 +1,109 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the adapters need to know of their base layer: its weight as a matrix, its grid, and how to write it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...quantization import Grid, QuantizedLinear
+
+
+def is_float(layer: nn.Module) -> bool:
+    """Whether the weight is a parameter in floating point."""
+    return isinstance(layer, (nn.Linear, Conv1D)) and not get_bnb_param_type(layer.weight)
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and bool(get_bnb_param_type(layer.weight))
+
+
+def is_supported(layer: nn.Module) -> bool:
+    return is_float(layer) or is_bitsandbytes(layer)
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight (out, in): a view of the parameter of a layer in floating point (before rounding, for a `QuantizedLinear`),
+    dequantised anew otherwise."""
+    weight = layer.get_parameter("weight").detach()
+    if is_bitsandbytes(layer):
+        return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def grid_of(layer: nn.Module) -> Optional[Grid]:
+    """The grid that the layer computes with, if it has one."""
+    return layer.grid if isinstance(layer, QuantizedLinear) else None
+
+
+def computes_plainly(layer: nn.Module) -> bool:
+    """Whether a forward pass is x W^T + b with `weight_of`, or its rounding, and nobody watches it."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) in (nn.Linear, Conv1D, QuantizedLinear) and not hooks and "forward" not in layer.__dict__
+
+
+def replace_weight(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]:
+    """Write another weight (out, in), quantised again where the layer is of bitsandbytes.
+
+    Returns:
+        A function that puts the old one back, bit by bit.
+    """
+    if is_bitsandbytes(layer):
+        old = layer.weight
+        layer.weight = _requantized(layer, weight)
+        state = getattr(layer, "state", None)
+
+        def put_back() -> None:
+            layer.weight = old
+            _forget_state(state)
+
+        _forget_state(state)
+        return put_back
+
+    parameter = layer.get_parameter("weight")
+    old_data = parameter.data
+    parameter.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+
+    def restore() -> None:
+        parameter.data = old_data
+
+    return restore
+
+
+def _requantized(layer: nn.Module, weight: torch.Tensor) -> nn.Parameter:
+    import bitsandbytes as bnb
+
+    old: Any = layer.weight
+    new: Any
+    if get_bnb_param_type(old) == "4bit":
+        options = {
+            key: getattr(old, key) for key in ("quant_type", "quant_storage", "compress_statistics", "blocksize")
+        }
+        new = bnb.nn.Params4bit(weight.to("cpu"), requires_grad=False, module=layer, **options)  # type: ignore[arg-type]
+    else:
+        new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+    return new.to(old.device)
+
+
+def _forget_state(state: Any) -> None:
+    """The scales that an 8-bit layer of bitsandbytes keeps of its last forward pass."""
+    if state is not None:
+        state.reset_grads()
+        state.CB = state.SCB = None

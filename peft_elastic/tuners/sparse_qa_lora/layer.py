@@ -1,0 +1,299 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...quantization import Grid, QuantizedLinear, fit_grid
+from ...quantization.grid import check_group_size
+from . import base_layer as base
+from .config import SparseQALoraConfig
+from .effective_weight import effective_linear, effective_weight
+
+
+class SparseLoraLinear(lora.Linear):
+    """A LoRA layer around a linear layer, `Conv1D` or a quantised linear layer, whose update is masked by the zeros of the
+    base weight, or rounded together with it, or neither: each adapter as its `SparseQALoraConfig` says.
+
+    Attributes:
+        masked (`dict[str, bool]`): by adapter, whether its update is masked.
+        lora_grid (`nn.ModuleDict`): by adapter, the `Grid` of those that are quantisation-aware.
+    """
+
+    adapter_layer_names = (*lora.Linear.adapter_layer_names, "lora_grid")
+    other_param_names = (*lora.Linear.other_param_names, "masked")
+
+    # Puts the base weight back as it was before the merge.
+    _restore: Optional[Callable[[], None]] = None
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: SparseQALoraConfig, **kwargs: Any
+    ) -> None:
+        if "masked" not in self.__dict__:
+            self.masked: dict[str, bool] = {}
+            self.lora_grid = nn.ModuleDict()
+        grid = _make_grid(self.get_base_layer(), config) if config.quantization_aware else None
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.masked[adapter_name] = config.sparse_adapter
+        if grid is not None:
+            self.lora_grid[adapter_name] = grid
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        for key in VARIANT_KWARG_KEYS:
+            kwargs.pop(key, None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self._is_one_product(names):
+            base_layer = self.get_base_layer()
+            weight = base.weight_of(base_layer)
+            return effective_linear(x, weight, base_layer.bias, *self._factors(names), *self._kind(names))
+        result = self.base_layer(x, *args, **kwargs)
+        return self._add_updates(result, x, names)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in sorted(set(adapter_names) & set(self.lora_A)):
+            rows = [index for index, other in enumerate(adapter_names) if other == name]
+            result[rows] = self._add_updates(result[rows], x[rows], [name])
+        return result
+
+    def _is_one_product(self, names: list[str]) -> bool:
+        """Whether the layer can compute x W'^T at once, as the merged layer does. Dropout acts on the update alone, and so
+        the update is then a product of its own."""
+        if self.training and any(getattr(self.lora_dropout[name], "p", 0) for name in names):
+            return False
+        if not base.is_float(self.base_layer) or not base.computes_plainly(self.base_layer):
+            return False
+        masked, grid = self._kind(names)
+        if grid is None and base.grid_of(self.base_layer) is not None:
+            return False  # the base is rounded and the update is not
+        return len({self.masked[name] for name in names}) == 1 and (masked or grid is not None)
+
+    def _add_updates(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        dtype = result.dtype
+        # rounding does not distribute over several updates
+        groups = [names] if self._kind(names)[1] is not None else [[name] for name in names]
+        dropouts: Any = self.lora_dropout
+        for group in groups:
+            masked, grid = self._kind(group)
+            dropped = dropouts[group[0]](x)
+            if masked or grid is not None:
+                weight, read = self._weight_or_reader()
+                minus = "rounded" if grid is not None and self._base_is_rounded(grid) else "weight"
+                update = effective_linear(dropped, weight, None, *self._factors(group), masked, grid, minus, read)
+            else:
+                lora_A, lora_B = self.lora_A[group[0]], self.lora_B[group[0]]
+                dropped = self._cast_input_dtype(dropped, lora_A.weight.dtype)
+                update = lora_B(lora_A(dropped)) * self.scaling[group[0]]
+            result = result + update
+        return result.to(dtype)
+
+    def _weight_or_reader(self) -> tuple[Optional[torch.Tensor], Optional[Callable[[], torch.Tensor]]]:
+        base_layer = self.get_base_layer()
+        if base.is_float(base_layer):
+            return base.weight_of(base_layer), None
+        return None, lambda: base.weight_of(base_layer)  # dequantised when needed, and not kept
+
+    def _factors(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """B with the scaling in it, (out, k), and A, (k, in), of the sum of the updates."""
+        lora_B = [self.lora_B[name].weight * self.scaling[name] for name in names]
+        lora_A = [self.lora_A[name].weight for name in names]
+        if len(names) == 1:
+            return lora_B[0], lora_A[0]
+        return torch.cat(lora_B, dim=1), torch.cat(lora_A, dim=0)
+
+    def _kind(self, names: list[str]) -> tuple[bool, Optional[Grid]]:
+        """Whether these adapters together are masked, and the grid they round to.
+
+        Raises:
+            ValueError: if only some round, or they round to different grids.
+        """
+        grids: list[Any] = [self.lora_grid[name] if name in self.lora_grid else None for name in names]
+        first = grids[0]
+        for name, grid in zip(names[1:], grids[1:]):
+            if (grid is None) != (first is None) or (grid is not None and not grid.equals(first)):
+                raise ValueError(
+                    f"The adapters {names[0]!r} and {name!r} cannot be active together: they round to different grids, or "
+                    "only one of them is quantisation-aware."
+                )
+        if first is not None and len({self.masked[name] for name in names}) > 1:
+            raise ValueError(f"The adapters {names} cannot be active together: only some of them are masked.")
+        return self.masked[names[0]], first
+
+    def _base_is_rounded(self, grid: Grid) -> bool:
+        """Whether the base layer computes with the rounded weight, on the same grid."""
+        own = base.grid_of(self.get_base_layer())
+        return own is not None and (own is grid or own.equals(grid))
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to what the base layer computes with: masked, and with the rounding. As stored in the base
+        layer: (out, in), or (in, out) for `Conv1D`."""
+        base_layer = self.get_base_layer()
+        weight = base.weight_of(base_layer)
+        own = base.grid_of(base_layer)
+        before = weight if own is None else own.round(weight)
+        delta = self._merged_weight([adapter], weight) - before
+        return delta.T.contiguous() if isinstance(base_layer, Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """As in peft. The zeros of the base stay; the base weight is kept, so that `unmerge` gives it back exactly.
+
+        Raises:
+            ValueError: if the merged weight is not finite (`safe_merge`), or the base layer is quantised on a grid and the
+                adapter is not quantisation-aware.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
+        if not names:
+            return
+        together = [*self.merged_adapters, *names]
+        self.check_merge(together)
+        merged_before, restore = list(self.merged_adapters), self._restore
+        if restore is not None:
+            restore()  # to the base weight, which is where all of them start from
+        try:
+            self._restore = self._write_merged(together, safe_merge)
+        except Exception:
+            if merged_before:
+                self._restore = self._write_merged(merged_before, safe_merge=False)
+            raise
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, names: list[str]) -> None:
+        """ValueError if the merged layer would not compute what these adapters do."""
+        grid = self._kind(names)[1]
+        if base.grid_of(self.get_base_layer()) is not None and grid is None:
+            raise ValueError(
+                f"The base layer is quantised and the adapters {names} are not quantisation-aware, so the merged weight would "
+                "be rounded to other values than they were trained with. `peft_elastic.merge_and_requantize(model)` does "
+                "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
+            )
+
+    def _write_merged(self, names: list[str], safe_merge: bool) -> Callable[[], None]:
+        base_layer = self.get_base_layer()
+        merged = self._merged_weight(names, base.weight_of(base_layer))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
+        return base.replace_weight(base_layer, merged)
+
+    def _merged_weight(self, names: list[str], weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            masked, grid = self._kind(names)
+            if grid is not None or len({self.masked[name] for name in names}) == 1:
+                return effective_weight(weight, *self._factors(names), masked, grid)
+            original = weight
+            for name in names:  # some masked by the zeros of the base, some not
+                delta = effective_weight(original, *self._factors([name]), self.masked[name], None) - original
+                weight = weight + delta
+            return weight
+
+    def unmerge(self) -> None:
+        """As in peft; the base weight is what it was, to the last bit."""
+        if self._restore is None:
+            super().unmerge()  # warns that there is nothing to do
+            return
+        self._restore()
+        self._restore = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
+    ) -> nn.Module:
+        """The base layer, merged or not; a `QuantizedLinear` where quantisation-aware adapters have been merged."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._restore = None  # lets go of the old weight
+        base_layer = self.get_base_layer()
+        grid = self._kind(self.merged_adapters)[1] if self.merged_adapters else None
+        if grid is None or isinstance(base_layer, QuantizedLinear):
+            return base_layer
+        return QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.lora.", "lora.", 1)
+
+
+def _make_grid(layer: nn.Module, config: SparseQALoraConfig) -> Grid:
+    """The grid of the base layer, or one for its weight. ValueError if `config` asks for another one than the layer has."""
+    own = base.grid_of(layer)
+    if own is None:
+        bits = 4 if config.bits is None else config.bits
+        group_size = 128 if config.group_size is None else config.group_size
+        return fit_grid(
+            base.weight_of(layer), bits, group_size, bool(config.symmetric), config.clipping, persistent=True
+        )
+    check_same_grid(own, config, "the base layer")
+    return Grid.copy_of(own, persistent=True)
+
+
+def check_same_grid(grid: Grid, config: SparseQALoraConfig, name: str) -> None:
+    """ValueError if `config` asks for another grid than that of the quantised layer `name`."""
+    group_size = grid.in_features if config.group_size == -1 else config.group_size
+    for option, asked, found in (
+        ("bits", config.bits, grid.bits),
+        ("group_size", group_size, grid.group_size),
+        ("symmetric", config.symmetric, grid.symmetric),
+    ):
+        if asked is not None and asked != found:
+            raise ValueError(
+                f"`{option}` is {asked!r}, but {name} is quantised with {found!r}. Leave it unset to take over the grid of the "
+                "base."
+            )
+
+
+def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> None:
+    """Raise a ValueError if an adapter of `config` could not be put on this layer."""
+    if not (config.sparse_adapter or config.quantization_aware):
+        return
+    if not base.is_supported(layer):
+        raise ValueError(
+            f"{name!r} is of type {type(layer).__name__}; `sparse_adapter` and `quantization_aware` work on linear layers, "
+            "Conv1D and their quantised forms in bitsandbytes, GPTQModel and peft_elastic. Leave it out of "
+            "`target_modules`, or use `ElasticLoraConfig`."
+        )
+    if not config.quantization_aware:
+        return
+    if base.is_bitsandbytes(layer):
+        raise ValueError(
+            f"`quantization_aware`: {name!r} is quantised by bitsandbytes, whose values are no grid of scales and zero points. "
+            "Load the model in floating point, or a GPTQ checkpoint."
+        )
+    grid = base.grid_of(layer)
+    if grid is not None:
+        check_same_grid(grid, config, repr(name))
+    else:
+        group_size = 128 if config.group_size is None else config.group_size
+        check_group_size(name, base.weight_of(layer).shape[1], group_size)

@@ -1,0 +1,112 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..elastic_lora import ElasticLoraModel
+from . import base_layer as base
+from .config import SparseQALoraConfig
+from .layer import SparseLoraLinear, check_target
+
+
+# A base with fewer zeros than that has not been pruned.
+_FEW_ZEROS = 0.01
+
+
+class SparseQALoraModel(ElasticLoraModel):
+    """
+    Elastic LoRA that merges without losing the sparsity or the precision of its base (peft type `SPARSE_QA_LORA`; SQFT,
+    https://huggingface.co/papers/2410.03750). See [`SparseQALoraConfig`] for the choices, and [`ElasticLoraModel`] for what a
+    model with elastic adapters can do.
+
+    Args:
+        model (`nn.Module`): the model to adapt.
+        config (`SparseQALoraConfig`): the configuration of the adapter.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`): create empty adapter weights on the meta device.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        layers = [layer for _, layer in self._find_layers(adapter_name) if isinstance(layer, SparseLoraLinear)]
+        if config.quantization_aware:
+            _note_grid(config, [layer.lora_grid[adapter_name] for layer in layers])
+        if config.sparse_adapter and layers and not config.inference_mode:
+            _warn_if_dense(layers)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not base.is_supported(layer):
+            return ElasticLoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return SparseLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    def _check_target(self, module: nn.Module, path: str, rank: int, config: Any) -> None:
+        super()._check_target(module, path, rank, config)
+        check_target(module, path, config)
+
+    def export_lora(self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None) -> None:
+        """As in `ElasticLoraModel`, for adapters that are neither masked nor quantisation-aware.
+
+        Raises:
+            ValueError: for the others: a plain LoRA adapter would be added without the mask and the rounding.
+        """
+        adapter_name = self._resolve_adapter(adapter_name)
+        config = self.peft_config[adapter_name]
+        if config.sparse_adapter or config.quantization_aware:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is masked by the zeros of its base, or rounded together with it, which a plain LoRA "
+                "adapter is not. Merge it: `merge_and_unload()`."
+            )
+        super().export_lora(save_directory, adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, SparseLoraLinear):
+                names = [name for name in module.active_adapters if name in module.lora_A]
+                if names:
+                    module.check_merge(names)
+
+
+def _note_grid(config: SparseQALoraConfig, grids: list[Any]) -> None:
+    """Write what was taken over from the base into the configuration, so that the adapter loads on any base."""
+    for option in ("bits", "group_size", "symmetric"):
+        values = {getattr(grid, option) for grid in grids}
+        if getattr(config, option) is None and len(values) == 1:
+            setattr(config, option, values.pop())
+
+
+def _warn_if_dense(layers: list[SparseLoraLinear]) -> None:
+    weights = zeros = 0
+    for layer in layers:
+        weight = base.weight_of(layer.get_base_layer())
+        if weight.is_meta:
+            return
+        weights += weight.numel()
+        zeros += weight.numel() - int(torch.count_nonzero(weight))
+    if zeros < _FEW_ZEROS * weights:
+        warnings.warn(
+            f"`sparse_adapter=True`, but only {zeros / weights:.2%} of the weights that get an adapter are zero, so there is "
+            "hardly a mask. Prune the model first (`peft_elastic.prune(model, WandaConfig(sparsity=0.5), calibration)`), or "
+            "set `sparse_adapter=False`."
+        )
