@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -42,9 +43,9 @@ def is_supported(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> torch.Tensor:
     """The weight (out, in): a view of the parameter of a layer in floating point (before rounding, for a `QuantizedLinear`),
     dequantised anew otherwise."""
-    weight = layer.get_parameter("weight").detach()
     if is_bitsandbytes(layer):
-        return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+        return _dequantized(layer.weight, getattr(layer, "state", None))
+    weight = layer.get_parameter("weight").detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
@@ -66,17 +67,7 @@ def replace_weight(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]
         A function that puts the old one back, bit by bit.
     """
     if is_bitsandbytes(layer):
-        old = layer.weight
-        layer.weight = _requantized(layer, weight)
-        state = getattr(layer, "state", None)
-
-        def put_back() -> None:
-            layer.weight = old
-            _forget_state(state)
-
-        _forget_state(state)
-        return put_back
-
+        return _replace_bitsandbytes(layer, weight)
     parameter = layer.get_parameter("weight")
     old_data = parameter.data
     parameter.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
@@ -87,23 +78,48 @@ def replace_weight(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]
     return restore
 
 
-def _requantized(layer: nn.Module, weight: torch.Tensor) -> nn.Parameter:
+def _dequantized(weight: Any, state: Any) -> torch.Tensor:
+    quant_state: Any = getattr(weight, "quant_state", None)
+    if not getattr(quant_state, "packing_format_for_cpu", False):
+        return dequantize_bnb_weight(weight, state=state)
+    # From its first forward pass in evaluation mode on, bitsandbytes keeps 4 bits in another order on some processors.
+    from bitsandbytes import functional
+
+    unpacked: Any = copy.copy(quant_state)
+    unpacked.original_nested = False
+    values, unpacked = functional._convert_weight_packed_for_cpu_inverse(weight.data, unpacked)
+    unpacked.absmax = quant_state.absmax.T.reshape(-1).float().contiguous()  # which that function leaves in its order
+    return functional.dequantize_4bit(values, unpacked)
+
+
+def _replace_bitsandbytes(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]:
     import bitsandbytes as bnb
 
     old: Any = layer.weight
     new: Any
     if get_bnb_param_type(old) == "4bit":
+        old_state = old.quant_state
         options = {
             key: getattr(old, key) for key in ("quant_type", "quant_storage", "compress_statistics", "blocksize")
         }
         new = bnb.nn.Params4bit(weight.to("cpu"), requires_grad=False, module=layer, **options)  # type: ignore[arg-type]
-    else:
-        new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
-    return new.to(old.device)
+        layer.weight = new.to(old.device)
 
+        def put_back_4bit() -> None:
+            layer.weight = old
+            layer.quant_state = old_state
 
-def _forget_state(state: Any) -> None:
-    """The scales that an 8-bit layer of bitsandbytes keeps of its last forward pass."""
-    if state is not None:
-        state.reset_grads()
-        state.CB = state.SCB = None
+        return put_back_4bit
+
+    # An 8-bit layer moves the scales from its weight to its state in its first forward pass.
+    state: Any = layer.state
+    scales = old.CB, old.SCB, state.CB, state.SCB
+    new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+    layer.weight = new.to(old.device)
+    state.CB = state.SCB = None
+
+    def put_back_8bit() -> None:
+        layer.weight = old
+        old.CB, old.SCB, state.CB, state.SCB = scales
+
+    return put_back_8bit
