@@ -24,7 +24,14 @@ from .deploy import (
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .search import SearchResult, search_subnet
 from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
-from .tuners import ElasticLoraConfig, ElasticLoraModel, SparseQALoraConfig, SparseQALoraModel
+from .tuners import (
+    ElasticLoraConfig,
+    ElasticLoraModel,
+    RequantizationReport,
+    SparseQALoraConfig,
+    SparseQALoraModel,
+    merge_and_requantize,
+)
 from .version import __version__
 
 
@@ -35,6 +42,7 @@ __all__ = [
     "ElasticLoraModel",
     "MagnitudeConfig",
     "PruningReport",
+    "RequantizationReport",
     "SearchResult",
     "SearchSpace",
     "SparseLinear",
@@ -47,6 +55,7 @@ __all__ = [
     "WandaConfig",
     "__version__",
     "densify_linears",
+    "merge_and_requantize",
     "optimize_generation",
     "prune",
     "restore_generation",

@@ -14,7 +14,15 @@
 """The tuner types, laid out as in peft: one folder per type, with config.py, model.py and layer.py."""
 
 from .elastic_lora import ElasticLoraConfig, ElasticLoraModel
+from .requantize import RequantizationReport, merge_and_requantize
 from .sparse_qa_lora import SparseQALoraConfig, SparseQALoraModel
 
 
-__all__ = ["ElasticLoraConfig", "ElasticLoraModel", "SparseQALoraConfig", "SparseQALoraModel"]
+__all__ = [
+    "ElasticLoraConfig",
+    "ElasticLoraModel",
+    "RequantizationReport",
+    "SparseQALoraConfig",
+    "SparseQALoraModel",
+    "merge_and_requantize",
+]

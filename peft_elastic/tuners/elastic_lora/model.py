@@ -39,6 +39,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
+from ...quantization import QuantizedLinear
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -560,6 +561,21 @@ class ElasticLoraModel(LoraModel):
         adapter_name = self._resolve_adapter(adapter_name)
         layers = self._elastic_layers(adapter_name)
         export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self._active_elastic_adapters():
+            for path, layer in self._elastic(name).layers.items():
+                self._check_merge_into(layer, name, path)
+
+    def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
+        """Raise a ValueError if merging into this layer would change what the model computes."""
+        if isinstance(layer.get_base_layer(), QuantizedLinear):
+            raise ValueError(
+                f"{path!r} is quantised and adapter {adapter_name!r} is not quantisation-aware, so the merged weight would be "
+                "rounded to other values than the adapter was trained with. `peft_elastic.merge_and_requantize(model)` does "
+                "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
+            )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

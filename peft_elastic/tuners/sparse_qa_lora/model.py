@@ -18,6 +18,7 @@ import warnings
 from typing import Any, Optional
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -79,13 +80,10 @@ class SparseQALoraModel(ElasticLoraModel):
             )
         super().export_lora(save_directory, adapter_name)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, SparseLoraLinear):
-                names = [name for name in module.active_adapters if name in module.lora_A]
-                if names:
-                    module.check_merge(names)
+    def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
+        if isinstance(layer, SparseLoraLinear) and adapter_name in layer.lora_grid:
+            return  # merges exactly
+        super()._check_merge_into(layer, adapter_name, path)
 
 
 def _note_grid(config: SparseQALoraConfig, grids: list[Any]) -> None:

@@ -1,0 +1,172 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Merging adapters that were not trained for it into a quantised base: dequantise, add, round again, and say what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..quantization import Grid, QuantizedLinear, fit_grid
+from .sparse_qa_lora import base_layer as base
+from .sparse_qa_lora.layer import SparseLoraLinear
+
+
+@dataclass(frozen=True)
+class RequantizationReport:
+    """What rounding again did to each layer of `merge_and_requantize`; printing it gives a table.
+
+    Args:
+        layers (`list[dict]`): one for each merged layer whose base is quantised: `name`, `update_error` (|W_merged - (W +
+            update)| / |update|, Frobenius norms: 0 kept the update, 1 or more lost it), `weight_error` (the same over |W +
+            update|), `zeros_before` and `zeros_after` (fractions of zero weights).
+    """
+
+    layers: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def update_error(self) -> float:
+        """The mean of `update_error` over the layers; 0 without any."""
+        return sum(row["update_error"] for row in self.layers) / max(1, len(self.layers))
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no quantised layer was merged"
+        width = max(len(row["name"]) for row in self.layers)
+        lines = [f"{'layer':<{width}}  error / update  error / weight  zeros before  after"]
+        lines += [
+            f"{row['name']:<{width}}  {row['update_error']:>14.1%}  {row['weight_error']:>14.2%}  {row['zeros_before']:>12.1%}"
+            f"  {row['zeros_after']:>5.1%}"
+            for row in self.layers
+        ]
+        lines.append(
+            f"Rounding has changed the updates by {self.update_error:.0%} of their size on average. "
+            "`SparseQALoraConfig(quantization_aware=True)` trains adapters that merge without any change."
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def merge_and_requantize(
+    model: PeftModel,
+    adapter_names: Optional[list[str]] = None,
+    *,
+    refit: bool = False,
+    progressbar: bool = False,
+) -> tuple[nn.Module, RequantizationReport]:
+    """Merge LoRA adapters of any LoRA type into their base, which may be quantised: by bitsandbytes, GPTQModel, or
+    `peft_elastic.quantize` / `load_gptq`.
+
+    The weight of a quantised layer is dequantised, the update added, and the sum rounded again; so the merged model computes
+    something else than the adapter was trained for, by as much as the report says. An update without a mask also fills the
+    zeros of a sparse base. Layers of `SparseQALoraConfig(quantization_aware=True)` merge exactly, and the others into a base
+    in floating point as `merge_and_unload` does.
+
+    Args:
+        model (`PeftModel`): with adapters of peft's `LoraConfig`, `ElasticLoraConfig` or `SparseQALoraConfig`.
+        adapter_names (`list[str]`, *optional*): the adapters; by default the active ones.
+        refit (`bool`): fit new scales and zero points to the merged weight instead of those of the base.
+        progressbar (`bool`): show one.
+
+    Returns:
+        The base model, whose layers from `peft_elastic` or GPTQModel are `QuantizedLinear` and those of bitsandbytes are
+        quantised by it as before; and the `RequantizationReport`.
+
+    Raises:
+        ValueError: if the model has no such adapter, or adapters on quantised layers whose update is no product B A (DoRA
+            and other variants, `lora_bias`). Nothing is changed then.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, LoraModel):
+        raise ValueError(f"`model` must be a PeftModel with LoRA adapters, got {type(model).__name__}.")
+    unknown = sorted(set(adapter_names or ()) - set(model.peft_config))
+    if unknown:
+        raise ValueError(f"`adapter_names` has {unknown}; the model has {sorted(model.peft_config)}.")
+    layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
+    todo = {}
+    for name, layer in layers.items():
+        names = [n for n in adapter_names or layer.active_adapters if n in layer.lora_A]
+        if names and _is_rounded_again(layer, names):
+            _check(name, layer, names)
+            todo[name] = names
+
+    rows = []
+    for name, names in tqdm(todo.items(), desc="Rounding again", disable=not progressbar):
+        merged, row = _merge(layers[name], names, refit)
+        rows.append({"name": name, **row})
+        parent, _, child = name.rpartition(".")
+        setattr(tuner.model.get_submodule(parent), child, merged)
+    options = {"sparse_kernel": False} if hasattr(tuner, "sample_subnet") else {}
+    merged_model = model.merge_and_unload(progressbar=progressbar, adapter_names=adapter_names, **options)
+    return merged_model, RequantizationReport(rows)
+
+
+def _is_rounded_again(layer: LoraLayer, names: list[str]) -> bool:
+    base_layer = layer.get_base_layer()
+    if not base.is_supported(base_layer) or (base.is_float(base_layer) and base.grid_of(base_layer) is None):
+        return False
+    return not (isinstance(layer, SparseLoraLinear) and all(name in layer.lora_grid for name in names))
+
+
+def _check(name: str, layer: LoraLayer, names: list[str]) -> None:
+    if layer.merged:
+        raise ValueError(f"An adapter is merged into {name!r}; call `unmerge_adapter()` first.")
+    for adapter in names:
+        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+            raise ValueError(
+                f"The update of adapter {adapter!r} in {name!r} is no product B A (DoRA or another variant, or `lora_bias`), "
+                "which cannot be merged into a quantised layer."
+            )
+
+
+def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, dict[str, Any]]:
+    base_layer = layer.get_base_layer()
+    grid = base.grid_of(base_layer)
+    before = base.weight_of(base_layer).float()
+    if grid is not None:
+        before = grid.round(before)
+    update = torch.zeros_like(before)
+    for name in names:
+        part = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float() * layer.scaling[name]
+        if isinstance(layer, SparseLoraLinear) and layer.masked[name]:
+            part *= before != 0
+        update += part
+    wanted = before + update
+    merged: Any = base_layer
+    if grid is None:
+        base.replace_weight(base_layer, wanted)
+        after = base.weight_of(base_layer).float()
+    else:
+        if refit:
+            in_order = grid.in_order and wanted.shape[1] % grid.group_size == 0
+            grid = fit_grid(wanted, grid.bits, grid.group_size if in_order else -1, grid.symmetric, "mse")
+        else:
+            grid = Grid.copy_of(grid)
+        after = grid.round(wanted)
+        bias = getattr(base_layer, "bias", None)
+        merged = QuantizedLinear(nn.Parameter(after, requires_grad=False), bias, grid).train(base_layer.training)
+    error = (after - wanted).norm()
+    return merged, {
+        "update_error": float(error / update.norm().clamp(min=1e-30)),
+        "weight_error": float(error / wanted.norm().clamp(min=1e-30)),
+        "zeros_before": 1 - int(before.count_nonzero()) / before.numel(),
+        "zeros_after": 1 - int(after.count_nonzero()) / after.numel(),
+    }
