@@ -50,6 +50,15 @@ def weight_matrix(layer: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
+def replace_layers(model: nn.Module, replacements: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Puts the second module of each pair in the place, or the places, of the first; base layers of adapters included."""
+    by_id = {id(old): new for old, new in replacements}
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child is not None and id(child) in by_id:
+                module._modules[key] = by_id[id(child)]
+
+
 def zero_fraction(layer: nn.Module) -> float:
     """Fraction of the weights of a linear layer that are zero."""
     weight = layer.get_parameter("weight")
