@@ -13,6 +13,7 @@
 # limitations under the License.
 """Affine group quantisation of base weights: `quantize(model, config, calibration)`, and the GPTQ format on disk."""
 
+from .checkpoint import load_gptq, save_gptq
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .grid import Grid, fit_grid
 from .layer import QuantizedLinear
@@ -28,5 +29,7 @@ __all__ = [
     "QuantizedLinear",
     "RTNConfig",
     "fit_grid",
+    "load_gptq",
     "quantize",
+    "save_gptq",
 ]

@@ -170,7 +170,7 @@ class Grid(nn.Module):
 
     def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q - z of these rows, where they were not clamped, and the scales."""
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         scales, zeros = self.scales[rows].to(wide.dtype), self.zeros[rows].to(wide.dtype)
         if self.in_order:
             scales, zeros = scales[..., None], zeros[..., None]

@@ -27,7 +27,7 @@ from ..pruning.layers import replace_layers
 from .layer import QuantizedLinear
 
 
-class _InMemoryConfig(QuantizationConfigMixin):
+class InMemoryConfig(QuantizationConfigMixin):
     """Of a quantisation that is nowhere on disk, so it never becomes part of a model's config."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class GridQuantizer(HfQuantizer):
     """Keeps `save_pretrained` from writing weights that the model does not compute with."""
 
     def __init__(self) -> None:
-        super().__init__(_InMemoryConfig(), pre_quantized=True)
+        super().__init__(InMemoryConfig(), pre_quantized=True)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # transformers calls this before it writes anything.
