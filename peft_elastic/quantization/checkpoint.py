@@ -287,6 +287,10 @@ def load_gptq(
             weight = torch.where(
                 weight == 0, weight, grid.into_cells(_original(originals, module_path, weight), layer["q"])
             )
+        if not torch.equal(grid.quantize(weight), layer["q"]):
+            raise ValueError(
+                f"`dtype` is {dtype}, which cannot hold the {bits}-bit weights of {name}; use torch.float32."
+            )
         state[f"{name}.weight"] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
         bias = f"{name}.bias"
         if module.bias is None and bias in state and not bool(state[bias].any()):

@@ -91,6 +91,9 @@ class GPTQConfig(QuantizationConfig):
     Weights that are zero stay exactly zero, with the others making up for it where they had to be changed, as in SparseGPT
     (Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", section 3.5).
 
+    The weights that make up for errors are stored in the dtype of the model, on the side of the rounding where they were. With 8
+    bits bfloat16 is too coarse for that: some integers differ by one from those of GPTQ.
+
     Args:
         act_order (`bool`):
             Inputs are rounded by falling strength (the diagonal of the Hessian) and not in the order in which they are stored.

@@ -148,7 +148,8 @@ class Grid(nn.Module):
 
     def into_cells(self, weight: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
         """`weight` (out, in) with the entries that are rounded to something else than `integers`, uint8 (out, in), moved as
-        little as it takes, but for a thousandth of a step and the rounding of the dtype."""
+        little as it takes, but for a thousandth of a step and the rounding of the dtype. bfloat16 has no number in some of the
+        cells that are more than 128 steps from zero, which 8 bits can have: such entries get the closest there is."""
         wrong = self.quantize(weight) != integers
         if not bool(wrong.any()):
             return weight

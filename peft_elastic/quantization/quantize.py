@@ -127,12 +127,16 @@ def _quantize_gptq(
                 begin = 0
                 for name in names:
                     part = slice(begin, begin + len(weights[name]))
-                    rounded[name] = Rounded(result.weight[part], _rows_of(result.grid, part))
+                    grid, dtype = _rows_of(result.grid, part), weight_matrix(unit.layers[name]).dtype
+                    # In a narrower dtype a weight might leave its cell.
+                    stored = result.weight[part].to(dtype)
+                    stored = grid.into_cells(stored, grid.quantize(result.weight[part]))
+                    rounded[name] = Rounded(stored, grid)
                     rows[name] = _row(name, weights[name], rounded[name], hessian)
                     begin = part.stop
             for name, layer in unit.layers.items():
                 if name not in rounded:  # no token reached it
-                    rounded[name] = _round_to_nearest(weights[name], config)
+                    rounded[name] = _round_to_nearest(weight_matrix(layer), config)
                     rows[name] = _row(name, weights[name], rounded[name], None)
             # All layers of a block before any change, so that an interrupted run leaves whole blocks.
             _commit(model, unit.layers, rounded)
@@ -199,11 +203,8 @@ def _commit(model: nn.Module, layers: dict[str, nn.Module], rounded: dict[str, R
     """Puts the quantised layers in the place of `layers`."""
     replacements: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in layers.items():
-        grid, dtype = rounded[name].grid, layer.get_parameter("weight").dtype
-        quantized = QuantizedLinear.from_linear(layer, grid)
-        # Rounded to a narrower dtype a weight may leave its cell.
-        weight = grid.into_cells(rounded[name].weight.to(dtype), grid.quantize(rounded[name].weight))
-        quantized.weight.data.copy_(weight)
+        quantized = QuantizedLinear.from_linear(layer, rounded[name].grid)
+        quantized.weight.data.copy_(rounded[name].weight)
         replacements.append((layer, quantized))
     replace_layers(model, replacements)
     guard_saving(model)
