@@ -293,8 +293,9 @@ def load_gptq(
             )
         state[f"{name}.weight"] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
         bias = f"{name}.bias"
-        if module.bias is None and bias in state and not bool(state[bias].any()):
-            del state[bias]  # some writers give every layer one
+        if module.bias is None and bias in state:  # some writers give every layer one
+            if bool(state.pop(bias).any()):
+                raise ValueError(f"{bias} is not zero, and the layer has no bias in the model.")
         grids[module_path] = grid
     if not grids:
         raise ValueError(

@@ -65,7 +65,7 @@ def pack_gptq(name: str, layer: Mapping[str, Any], checkpoint_format: str) -> di
         qzeros -= _ones(bits)
     return {
         "qweight": _pack(q, bits).T.contiguous(),
-        "qzeros": qzeros,
+        "qzeros": qzeros.contiguous(),
         "scales": layer["scales"].T.to(torch.float16).contiguous(),
         "g_idx": g_idx.to(torch.int32),
     }
