@@ -124,8 +124,8 @@ class Grid(nn.Module):
             g_idx = g_idx.to(scales.device)
         # None while the groups follow each other and are equal, which is faster
         self.in_order = (g_idx is None or torch.equal(g_idx.long(), in_order)) and in_features % self.group_size == 0
-        self.register_buffer("scales", half, persistent)
-        self.register_buffer("zeros", zeros.detach().to(torch.uint8), persistent)
+        self.register_buffer("scales", half.contiguous(), persistent)
+        self.register_buffer("zeros", zeros.detach().to(torch.uint8).contiguous(), persistent)
         self.register_buffer("g_idx", (in_order if g_idx is None else g_idx).to(torch.int32), persistent)
 
     @classmethod

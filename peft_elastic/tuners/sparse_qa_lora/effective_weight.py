@@ -146,7 +146,8 @@ class _EffectiveLinear(torch.autograd.Function):
             grad = grad_output.reshape(-1, grad_output.shape[-1]).to(ctx.dtype)
             update = _Update(weight, lora_B, lora_A, *ctx.options)
             if needs_x:
-                grad_x = torch.zeros_like(inputs)
+                # the sum over the panels is not to be rounded to bfloat16 after each
+                grad_x = torch.zeros_like(inputs, dtype=torch.promote_types(ctx.dtype, update.dtype))
             if needs_B:
                 grad_B = torch.empty_like(lora_B, dtype=update.dtype)
             if needs_A:
@@ -157,7 +158,10 @@ class _EffectiveLinear(torch.autograd.Function):
                 panel = update.rows(rows, slopes)
                 part = grad[:, rows]
                 if grad_x is not None:
-                    grad_x.addmm_(part, panel.to(ctx.dtype))
+                    if grad_x.dtype == panel.dtype == ctx.dtype:
+                        grad_x.addmm_(part, panel)
+                    else:
+                        grad_x.add_(part @ panel.to(ctx.dtype))
                 if slopes is not None:
                     # the gradient of these rows of the weight: formed, masked and contracted at once
                     # (the panel is free by now)
@@ -263,6 +267,7 @@ class _Update:
             and weight.dtype in _KERNEL_DTYPES
             and self.dtype == torch.float32
             and weight.stride(1) == 1
+            and weight.stride(0) >= weight.shape[1]  # not so in the weight of a Conv1D with one output
             and (grid is None or grid.in_order)
         )
 
@@ -271,7 +276,7 @@ class _Update:
         weight, grid = self.weight[rows], self.grid
         scales = zeros = None
         if grid is not None:
-            scales, zeros = grid.scales[rows].float(), grid.zeros[rows].float()
+            scales, zeros = grid.scales[rows].float().contiguous(), grid.zeros[rows].float().contiguous()
         _native._C.effective_panel(  # type: ignore[union-attr]
             weight.data_ptr(),
             _KERNEL_DTYPES[weight.dtype],
