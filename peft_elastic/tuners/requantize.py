@@ -26,6 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..quantization import Grid, QuantizedLinear, fit_grid
+from ..quantization.gptqmodel import leave_gptqmodel
 from .sparse_qa_lora import base_layer as base
 from .sparse_qa_lora.layer import SparseLoraLinear
 
@@ -114,6 +115,7 @@ def merge_and_requantize(
         rows.append({"name": name, **row})
         parent, _, child = name.rpartition(".")
         setattr(tuner.model.get_submodule(parent), child, merged)
+    leave_gptqmodel(tuner.model)  # peft would refuse
     options = {"sparse_kernel": False} if hasattr(tuner, "sample_subnet") else {}
     merged_model = model.merge_and_unload(progressbar=progressbar, adapter_names=adapter_names, **options)
     return merged_model, RequantizationReport(rows)

@@ -40,6 +40,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
+from ...quantization.gptqmodel import is_gptqmodel
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -563,14 +564,15 @@ class ElasticLoraModel(LoraModel):
         export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self._active_elastic_adapters():
+        for name in set(self._active_elastic_adapters()) & set(self._elastic_adapters):
             for path, layer in self._elastic(name).layers.items():
                 self._check_merge_into(layer, name, path)
+        super()._check_merge_allowed()
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         """Raise a ValueError if merging into this layer would change what the model computes."""
-        if isinstance(layer.get_base_layer(), QuantizedLinear):
+        base_layer = layer.get_base_layer()
+        if isinstance(base_layer, QuantizedLinear) or is_gptqmodel(base_layer):
             raise ValueError(
                 f"{path!r} is quantised and adapter {adapter_name!r} is not quantisation-aware, so the merged weight would be "
                 "rounded to other values than the adapter was trained with. `peft_elastic.merge_and_requantize(model)` does "

@@ -24,6 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...quantization import Grid, QuantizedLinear, fit_grid
+from ...quantization.gptqmodel import is_gptqmodel, to_quantized_linear
 from ...quantization.grid import check_group_size
 from . import base_layer as base
 from .config import SparseQALoraConfig
@@ -74,9 +75,9 @@ class SparseLoraLinear(lora.Linear):
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         if self._is_one_product(names):
-            base_layer = self.get_base_layer()
-            weight = base.weight_of(base_layer)
-            return effective_linear(x, weight, base_layer.bias, *self._factors(names), *self._kind(names))
+            weight, read = self._weight_or_reader()
+            bias = self.get_base_layer().bias
+            return effective_linear(x, weight, bias, *self._factors(names), *self._kind(names), read=read)
         result = self.base_layer(x, *args, **kwargs)
         return self._add_updates(result, x, names)
 
@@ -94,11 +95,11 @@ class SparseLoraLinear(lora.Linear):
         the update is then a product of its own."""
         if self.training and any(getattr(self.lora_dropout[name], "p", 0) for name in names):
             return False
-        if not base.is_float(self.base_layer) or not base.computes_plainly(self.base_layer):
+        if base.is_bitsandbytes(self.base_layer) or not base.computes_plainly(self.base_layer):
             return False
         masked, grid = self._kind(names)
-        if grid is None and base.grid_of(self.base_layer) is not None:
-            return False  # the base is rounded and the update is not
+        if grid is None and base.is_rounded(self.base_layer):
+            return False  # and the update is not
         return len({self.masked[name] for name in names}) == 1 and (masked or grid is not None)
 
     def _add_updates(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -111,7 +112,9 @@ class SparseLoraLinear(lora.Linear):
             dropped = dropouts[group[0]](x)
             if masked or grid is not None:
                 weight, read = self._weight_or_reader()
-                minus = "rounded" if grid is not None and self._base_is_rounded(grid) else "weight"
+                base_layer = self.get_base_layer()
+                rounded = grid is not None and base.is_rounded(base_layer)
+                minus = base.grid_of(base_layer) if rounded else "weight"
                 update = effective_linear(dropped, weight, None, *self._factors(group), masked, grid, minus, read)
             else:
                 lora_A, lora_B = self.lora_A[group[0]], self.lora_B[group[0]]
@@ -151,11 +154,6 @@ class SparseLoraLinear(lora.Linear):
         if first is not None and len({self.masked[name] for name in names}) > 1:
             raise ValueError(f"The adapters {names} cannot be active together: only some of them are masked.")
         return self.masked[names[0]], first
-
-    def _base_is_rounded(self, grid: Grid) -> bool:
-        """Whether the base layer computes with the rounded weight, on the same grid."""
-        own = base.grid_of(self.get_base_layer())
-        return own is not None and (own is grid or own.equals(grid))
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
@@ -233,6 +231,9 @@ class SparseLoraLinear(lora.Linear):
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
     ) -> nn.Module:
         """The base layer, merged or not; a `QuantizedLinear` where quantisation-aware adapters have been merged."""
+        if merge and is_gptqmodel(self.get_base_layer()):
+            # such a layer cannot be written to
+            self.base_layer = to_quantized_linear(self.get_base_layer(), dtype=self._adapter_dtype())
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         self._restore = None  # lets go of the old weight
@@ -241,6 +242,9 @@ class SparseLoraLinear(lora.Linear):
         if grid is None or isinstance(base_layer, QuantizedLinear):
             return base_layer
         return QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
+
+    def _adapter_dtype(self) -> torch.dtype:
+        return next(iter(self.lora_A.values())).weight.dtype
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.lora.", "lora.", 1)

@@ -22,6 +22,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...quantization.gptqmodel import leave_gptqmodel
 from ..elastic_lora import ElasticLoraModel
 from . import base_layer as base
 from .config import SparseQALoraConfig
@@ -79,6 +80,23 @@ class SparseQALoraModel(ElasticLoraModel):
                 "adapter is not. Merge it: `merge_and_unload()`."
             )
         super().export_lora(save_directory, adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        # peft refuses to merge into any model that GPTQModel quantised; `_check_merge_into` knows which layers lose by it
+        method = self.model.__dict__.get("quantization_method")
+        if getattr(method, "value", method) == "gptq":
+            del self.model.quantization_method
+        try:
+            super()._check_merge_allowed()
+        finally:
+            if method is not None:
+                self.model.quantization_method = method
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge:
+            leave_gptqmodel(model)
+        return model
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         if isinstance(layer, SparseLoraLinear) and adapter_name in layer.lora_grid:
