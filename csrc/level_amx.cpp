@@ -175,6 +175,8 @@ const Kernels* amx_kernels() {
       &bf16_bf16,
       &multiply_rows<Int8Float>,
       &int8_int8,
+      nullptr,
+      nullptr,
   };
   return &kKernels;
 }

@@ -428,7 +428,7 @@ void int8_int8(const Weight& w, const void* x, std::int64_t x_stride, std::int64
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kKernels = {&bf16_float, nullptr, &int8_float, &int8_int8};
+  static constexpr Kernels kKernels = {&bf16_float, nullptr, &int8_float, &int8_int8, nullptr, nullptr};
   return &kKernels;
 }
 

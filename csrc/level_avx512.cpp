@@ -28,6 +28,8 @@ const Kernels* avx512_kernels() {
       nullptr,
       &multiply_rows<Int8Float>,
       &multiply_rows<Int8Int8>,
+      nullptr,
+      nullptr,
   };
   return &kKernels;
 }

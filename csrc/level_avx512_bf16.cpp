@@ -28,6 +28,8 @@ const Kernels* avx512_bf16_kernels() {
       &multiply_rows<Bf16Bf16>,
       &multiply_rows<Int8Float>,
       &multiply_rows<Int8Int8>,
+      nullptr,
+      nullptr,
   };
   return &kKernels;
 }
