@@ -211,31 +211,11 @@ def compress_int4(
     Raises:
         ValueError: naming the argument that is none of that.
     """
-    if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"`group_size` is {group_size!r}; it has to be a whole number from 1 up.")
-    if q.dim() != 2 or 0 in q.shape or q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
-        raise ValueError(f"`q` is {q.dtype} {tuple(q.shape)}; it has to be whole numbers (out, in), neither of them 0.")
-    out_features, in_features = q.shape
-    groups = -(-in_features // group_size)
-    if groups > 1 and group_size % 4:
-        raise ValueError(f"`group_size` is {group_size}; allowed is a multiple of 4, or one group for all {in_features} columns.")
-    for key, tensor, floating in (("scales", scales, True), ("zeros", zeros, False)):
-        if tuple(tensor.shape) != (out_features, groups) or tensor.is_floating_point() != floating or tensor.is_complex():
-            raise ValueError(
-                f"`{key}` is {tensor.dtype} {tuple(tensor.shape)}; it has to be {'floating point' if floating else 'whole numbers'} "
-                f"{(out_features, groups)}, for groups of {group_size}."
-            )
-    for key, tensor in (("q", q), ("zeros", zeros)):
-        least, most = int(tensor.min()), int(tensor.max())
-        if least < 0 or most > 15:
-            raise ValueError(f"`{key}` has values from {least} to {most}; allowed are 0 to 15.")
+    check_int4(q, scales, zeros, g_idx, group_size)
     stored_scales = scales.detach().cpu().float()
-    if not bool(torch.isfinite(stored_scales).all()):
-        raise ValueError("`scales` has infinite or NaN entries; all have to be finite.")
     tensors: dict[str, torch.Tensor] = {}
-    groups_of = torch.arange(in_features, dtype=torch.int32) // group_size
+    groups_of = torch.arange(q.shape[1], dtype=torch.int32) // group_size
     if g_idx is not None:
-        order_of_groups("`g_idx`", g_idx, in_features, group_size)
         given = g_idx.detach().cpu().to(torch.int32)
         if not torch.equal(given, groups_of):
             tensors["weight_g_idx"] = groups_of = given.clone()
@@ -249,6 +229,42 @@ def compress_int4(
     tensors["weight_scales"] = half if torch.equal(half.float(), stored_scales) else stored_scales.clone()
     tensors["weight_zeros"] = stored_zeros.clone()
     return tensors
+
+
+def check_int4(
+    q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, group_size: int
+) -> None:
+    """ValueError unless these are what `compress_int4` takes."""
+    if type(group_size) is not int or group_size < 1:
+        raise ValueError(f"`group_size` is {group_size!r}; it has to be a whole number from 1 up.")
+    if q.dim() != 2 or 0 in q.shape or q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
+        raise ValueError(
+            f"`q` is {q.dtype} {tuple(q.shape)}; it has to be whole numbers (out, in), neither of them 0."
+        )
+    out_features, in_features = q.shape
+    groups = -(-in_features // group_size)
+    if groups > 1 and group_size % 4:
+        raise ValueError(
+            f"`group_size` is {group_size}; allowed is a multiple of 4, or one group for all {in_features} columns."
+        )
+    for key, tensor, floating in (("scales", scales, True), ("zeros", zeros, False)):
+        if (
+            tuple(tensor.shape) != (out_features, groups)
+            or tensor.is_floating_point() != floating
+            or tensor.is_complex()
+        ):
+            raise ValueError(
+                f"`{key}` is {tensor.dtype} {tuple(tensor.shape)}; it has to be {'floating point' if floating else 'whole numbers'} "
+                f"{(out_features, groups)}, for groups of {group_size}."
+            )
+    for key, tensor in (("q", q), ("zeros", zeros)):
+        least, most = int(tensor.min()), int(tensor.max())
+        if least < 0 or most > 15:
+            raise ValueError(f"`{key}` has values from {least} to {most}; allowed are 0 to 15.")
+    if not bool(torch.isfinite(scales.float()).all()):
+        raise ValueError("`scales` has entries that are infinite or NaN in float32; all have to be finite.")
+    if g_idx is not None:
+        order_of_groups("`g_idx`", g_idx, in_features, group_size)
 
 
 def int4_codes(
@@ -298,7 +314,9 @@ def verify_int4(
         raise ValueError(f"{name}: sparse is {sparse!r}; it has to be true or false.")
     groups = -(-in_features // group_size)
     if groups > 1 and group_size % 4:
-        raise ValueError(f"{name}: group_size is {group_size}; allowed is a multiple of 4, or one group for all columns.")
+        raise ValueError(
+            f"{name}: group_size is {group_size}; allowed is a multiple of 4, or one group for all columns."
+        )
     count = nnz if sparse else out_features * in_features
     if sparse:
         bitmask = _take(name, tensors, "weight_bitmask", torch.uint8, (out_features, -(-in_features // 8)))
@@ -326,7 +344,12 @@ def order_of_groups(name: str, g_idx: torch.Tensor, in_features: int, group_size
     Raises:
         ValueError: naming `name`, unless each group has `group_size` columns, the last one what is left.
     """
-    if tuple(g_idx.shape) != (in_features,) or g_idx.is_floating_point() or g_idx.is_complex() or g_idx.dtype == torch.bool:
+    if (
+        tuple(g_idx.shape) != (in_features,)
+        or g_idx.is_floating_point()
+        or g_idx.is_complex()
+        or g_idx.dtype == torch.bool
+    ):
         raise ValueError(f"{name} is {g_idx.dtype} {tuple(g_idx.shape)}; it has to be whole numbers ({in_features},).")
     groups_of = torch.arange(in_features) // group_size
     given = g_idx.detach().cpu().long()

@@ -221,9 +221,7 @@ def describe(packed: Tensor) -> PackedInfo:
     kind, out_features, in_features, nnz, group_size, has_order = _extension().describe(
         packed.data_ptr(), packed.numel()
     )
-    return PackedInfo(
-        out_features, in_features, nnz, _VALUE_NAMES[kind], group_size, kind != _INT4_DENSE, has_order
-    )
+    return PackedInfo(out_features, in_features, nnz, _VALUE_NAMES[kind], group_size, kind != _INT4_DENSE, has_order)
 
 
 def to_dense(

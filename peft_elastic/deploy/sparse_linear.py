@@ -120,7 +120,9 @@ class SparseLinear(nn.Module):
             raise ValueError(f"`linear_dtype` is {linear_dtype}; allowed are {', '.join(map(str, ops.FLOAT_DTYPES))}.")
         tensors = compress_int4(q, scales, zeros, g_idx, group_size, sparse)
         if bias is not None and (tuple(bias.shape) != (q.shape[0],) or bias.dtype not in ops.FLOAT_DTYPES):
-            raise ValueError(f"`bias` is {bias.dtype} {tuple(bias.shape)}; it has to be floating point ({q.shape[0]},).")
+            raise ValueError(
+                f"`bias` is {bias.dtype} {tuple(bias.shape)}; it has to be floating point ({q.shape[0]},)."
+            )
         return cls(ops.pack_int4(tensors, q.shape[1], group_size), None, bias, linear_dtype)
 
     def to_quantized(self) -> dict[str, Any]:
@@ -242,19 +244,25 @@ class SparseLinear(nn.Module):
 
     def _pack_verified(self, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """The packed form of stored tensors for this layer, which come from anywhere."""
-        shape = {"out_features": self.out_features, "in_features": self.in_features}
-        values = tensors.get("weight_values")
-        if self.value_dtype == "int4":
-            # how many there are, the population count says
-            bitmask = tensors.get("weight_bitmask")
-            nnz = int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64)) if _is_bytes(bitmask) else 0
-            groups = {"group_size": self.group_size, "sparse": self.has_bitmask}
-            verify_int4(name, tensors, **shape, nnz=min(nnz, self.out_features * self.in_features), **groups)
-            return ops.pack_int4(tensors, self.in_features, self.group_size)
-        nnz = 0 if values is None else values.numel()
-        verify(name, tensors, **shape, nnz=nnz, dtype=self.value_dtype)
-        return ops.pack(tensors["weight_bitmask"], tensors["weight_values"], self.in_features)
-
-
-def _is_bytes(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype == torch.uint8 and tensor.device.type == "cpu"
+        out_features, in_features, values = self.out_features, self.in_features, tensors.get("weight_values")
+        nnz = 0
+        if self.value_dtype != "int4":
+            nnz = 0 if values is None else values.numel()
+            verify(name, tensors, out_features=out_features, in_features=in_features, nnz=nnz, dtype=self.value_dtype)
+            return ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
+        bitmask = tensors.get("weight_bitmask")  # its population count says how many values there are
+        if bitmask is not None and bitmask.dtype == torch.uint8:
+            nnz = min(int(np.bitwise_count(bitmask.cpu().numpy()).sum(dtype=np.int64)), out_features * in_features)
+        verify_int4(
+            name,
+            tensors,
+            out_features=out_features,
+            in_features=in_features,
+            nnz=nnz,
+            group_size=self.group_size,
+            sparse=self.has_bitmask,
+        )
+        try:
+            return ops.pack_int4(tensors, in_features, self.group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight_values: {error}") from None
