@@ -31,7 +31,7 @@ namespace peft_elastic {
 using Kernel = void (*)(const Weight& weight, const void* x, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
                         std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch);
 
-constexpr std::size_t kScratchBytes = 64 * 1024;
+constexpr std::size_t kScratchBytes = 512 * 1024;
 
 struct Kernels {
   Kernel bf16_float;  // bf16 weight, float activations
