@@ -82,7 +82,7 @@ PE_INLINE __m512i broadcast_quad(const std::int8_t* x) {
 // The sum of q x, where q is the zero if none is stored, less the zero times the sum of x: whole numbers, so exact.
 template <bool kDense, int kCount>
 void multiply_int4_block(const Weight& w, const LimbInputs& inputs, std::int64_t block, float* out, std::int64_t out_stride) {
-  constexpr int kSums = kCount <= 4 ? 2 : 1;  // that take turns, as a dot product waits for the one before in its sum
+  constexpr int kSums = kCount == 1 ? 2 : 1;  // that take turns, as a dot product waits for the one before in its sum
   Int4Reader<kDense> reader(w, block);
   __m512 totals[kCount];
 #pragma GCC unroll 8

@@ -212,7 +212,6 @@ void linear(const LinearCall& call, const Kernels& kernels) {
     pass.kernel = kernels.int8_float;
   } else if (is_int4(w.type)) {
     pass.kernel = w.type == ValueType::kInt4 ? kernels.int4_float : kernels.int4_dense_float;
-    if (!pass.kernel) pass.kernel = w.type == ValueType::kInt4 ? portable_kernels()->int4_float : portable_kernels()->int4_dense_float;
   } else {
     pass.kernel = bf16_inputs ? kernels.bf16_bf16 : kernels.bf16_float;
   }
