@@ -18,7 +18,7 @@ everything that can be deployed from it is measured on the same held-out reviews
 
 - `lora`: plain LoRA. `unmerged` keeps the adapter beside the sparse base; `merged` is dense.
 - `sparse`: SparsePEFT, merged: as sparse as the base. Rounded to --bits bits afterwards: `+ RTN` (to nearest), `+ RTN, mse`
-  (ranges shrunk to the smallest squared error), `+ GPTQ` (on training reviews).
+  (ranges shrunk to the smallest squared error), `+ GPTQ` (with act-order, on training reviews).
 - `qa`: QA-SparsePEFT on the base that GPTQ has quantised on the reviews Wanda saw; merged: sparse, and --bits bits.
 - `pruned`, `pruned + GPTQ`: the base before any training.
 
@@ -157,7 +157,12 @@ def quantized(model: nn.Module, tokenizer: Any, data: list[Example], how: str, a
     model = copy.deepcopy(model)
     options: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size}
     if how == "GPTQ":
-        quantize(model, GPTQConfig(**options), calibration(tokenizer, data, args.calibration), progress=False)
+        quantize(
+            model,
+            GPTQConfig(**options, act_order=True),
+            calibration(tokenizer, data, args.calibration),
+            progress=False,
+        )
     else:
         quantize(model, RTNConfig(**options, clipping="mse" if how == "RTN, mse" else "minmax"), progress=False)
     return model

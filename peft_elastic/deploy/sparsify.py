@@ -27,6 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import QuantizedLinear
+from ..quantization.saving import GridQuantizer, unguard_saving
 from . import checkpoint, ops, timing
 from .format import check_dtype, check_int4
 from .sparse_linear import SparseLinear
@@ -202,6 +204,11 @@ def sparsify_linears(
             decision = replace(decision, bytes=sparse.nbytes)
         decisions.append(decision)
     if isinstance(model, PreTrainedModel) and any(decision.swapped for decision in decisions):
+        # what stays of the quantized layers is saved as ordinary ones, with the values that they compute with
+        for name, linear in linears:
+            if isinstance(linear, QuantizedLinear) and model.get_submodule(name) is linear:
+                model.set_submodule(name, linear.to_linear())
+        unguard_saving(model)
         checkpoint.mark_sparse(model)
     return SwapReport(tuple(decisions), dtype, ops.level(), torch.get_num_threads())
 
@@ -211,7 +218,7 @@ def find_obstacle(model: nn.Module) -> str:
     if not ops.is_available():
         return "the C++ extension is not there (`peft-elastic info` says how to get it)"
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer, checkpoint.SparseQuantizer):
+    if quantizer is not None and not isinstance(quantizer, (checkpoint.SparseQuantizer, GridQuantizer)):
         method = quantizer.quantization_config.quant_method
         return (
             f"it is quantized by {getattr(method, 'value', method)}, and sparse layers are saved beside no other method "

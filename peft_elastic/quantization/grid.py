@@ -108,7 +108,7 @@ class Grid(nn.Module):
             raise ValueError(
                 f"`zeros` is {zeros.dtype} {tuple(zeros.shape)}; it must be whole numbers {tuple(scales.shape)}."
             )
-        if bool(((zeros < 0) | (zeros >= 2**bits)).any()):
+        if bool(((zeros < 0) | (zeros > 2**bits - 1)).any()):  # 2**bits itself does not fit into uint8
             raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
         groups = scales.shape[1]
         self.bits, self.in_features = bits, in_features

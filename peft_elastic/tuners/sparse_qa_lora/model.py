@@ -22,7 +22,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import leave_gptqmodel
+from ...quantization.saving import guard_saving
 from ..elastic_lora import ElasticLoraModel
 from . import base_layer as base
 from .config import SparseQALoraConfig
@@ -96,6 +98,8 @@ class SparseQALoraModel(ElasticLoraModel):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
             leave_gptqmodel(model)
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                guard_saving(model)
         return model
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
