@@ -108,7 +108,7 @@ class Grid(nn.Module):
             raise ValueError(
                 f"`zeros` is {zeros.dtype} {tuple(zeros.shape)}; it must be whole numbers {tuple(scales.shape)}."
             )
-        if bool(((zeros < 0) | (zeros >= 2**bits)).any()):
+        if bool(((zeros < 0) | (zeros > 2**bits - 1)).any()):  # 2**8 is 0 to uint8
             raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
         groups = scales.shape[1]
         self.bits, self.in_features = bits, in_features
@@ -122,7 +122,7 @@ class Grid(nn.Module):
             if bool(((g_idx < 0) | (g_idx >= groups)).any()):
                 raise ValueError(f"`g_idx` must be 0 to {groups - 1}, as there are {groups} groups.")
             g_idx = g_idx.to(scales.device)
-        # None while the groups follow each other and are equal, which is faster
+        # what follows is faster while the groups follow each other and are equal
         self.in_order = (g_idx is None or torch.equal(g_idx.long(), in_order)) and in_features % self.group_size == 0
         self.register_buffer("scales", half.contiguous(), persistent)
         self.register_buffer("zeros", zeros.detach().to(torch.uint8).contiguous(), persistent)

@@ -77,7 +77,7 @@ def effective_linear(
     lora_A: torch.Tensor,
     masked: bool,
     grid: Optional[Grid],
-    minus: Optional[str] = None,
+    minus: Optional[str | Grid] = None,
     read: Optional[Callable[[], torch.Tensor]] = None,
 ) -> torch.Tensor:
     """y = x E^T + bias, or with E less what the base layer multiplies with, differentiable in x, lora_B and lora_A.
@@ -88,7 +88,8 @@ def effective_linear(
             and rounded once.
         bias: (out,) or None.
         weight: may be None where `read` gives it, in each pass anew.
-        minus: "weight" for (E - W), which is the masked update itself without a grid; "rounded" for E - round(W); None for E.
+        minus: "weight" for E - W, which is the masked update itself without a grid; a grid for E less W rounded to it; None for
+            E.
 
     Returns:
         (..., out), of the dtype of the products.
@@ -110,7 +111,7 @@ class _EffectiveLinear(torch.autograd.Function):
         lora_A: torch.Tensor,
         masked: bool,
         grid: Optional[Grid],
-        minus: Optional[str],
+        minus: Optional[str | Grid],
         dtype: torch.dtype,
         read: Optional[Callable[[], torch.Tensor]],
     ) -> torch.Tensor:
@@ -201,7 +202,7 @@ class _Update:
         lora_A: torch.Tensor,
         masked: bool,
         grid: Optional[Grid],
-        minus: Optional[str],
+        minus: Optional[str | Grid],
     ) -> None:
         self.dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
         self.weight, self.lora_B, self.lora_A = weight, lora_B.to(self.dtype), lora_A.to(self.dtype)
@@ -231,15 +232,15 @@ class _Update:
             for part in _slices(panel, _BLOCK_ELEMENTS):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 self._fill(panel[part], here, None if slopes is None else slopes[part])
-        if self.grid is not None and self.minus == "weight":
+        if isinstance(self.minus, Grid):
+            panel.sub_(self.minus.round_rows(self.weight[rows].to(self.dtype), rows))
+        elif self.minus == "weight" and self._adds:
             panel.sub_(self.weight[rows])
-        elif self.grid is not None and self.minus == "rounded":
-            panel.sub_(self.grid.round_rows(self.weight[rows].to(self.dtype), rows))
         return panel
 
     @property
     def _adds(self) -> bool:
-        return self.grid is not None or self.minus is None
+        return self.grid is not None or self.minus != "weight"
 
     def _fill(self, block: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> None:
         weight, grid = self.weight[rows].to(self.dtype), self.grid

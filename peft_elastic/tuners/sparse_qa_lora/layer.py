@@ -42,8 +42,8 @@ class SparseLoraLinear(lora.Linear):
     adapter_layer_names = (*lora.Linear.adapter_layer_names, "lora_grid")
     other_param_names = (*lora.Linear.other_param_names, "masked")
 
-    # Puts the base weight back as it was before the merge.
-    _restore: Optional[Callable[[], None]] = None
+    # The base weight as it was before the merge.
+    _old: Optional[base.OldWeight] = None
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: SparseQALoraConfig, **kwargs: Any
@@ -111,7 +111,8 @@ class SparseLoraLinear(lora.Linear):
             dropped = dropouts[group[0]](x)
             if masked or grid is not None:
                 weight, read = self._weight_or_reader()
-                minus = "rounded" if grid is not None and self._base_is_rounded(grid) else "weight"
+                own = base.grid_of(self.get_base_layer())
+                minus: Any = "weight" if grid is None or own is None else own
                 update = effective_linear(dropped, weight, None, *self._factors(group), masked, grid, minus, read)
             else:
                 lora_A, lora_B = self.lora_A[group[0]], self.lora_B[group[0]]
@@ -152,21 +153,18 @@ class SparseLoraLinear(lora.Linear):
             raise ValueError(f"The adapters {names} cannot be active together: only some of them are masked.")
         return self.masked[names[0]], first
 
-    def _base_is_rounded(self, grid: Grid) -> bool:
-        """Whether the base layer computes with the rounded weight, on the same grid."""
-        own = base.grid_of(self.get_base_layer())
-        return own is not None and (own is grid or own.equals(grid))
-
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to what the base layer computes with: masked, and with the rounding. As stored in the base
         layer: (out, in), or (in, out) for `Conv1D`."""
         base_layer = self.get_base_layer()
-        weight = base.weight_of(base_layer)
-        own = base.grid_of(base_layer)
-        before = weight if own is None else own.round(weight)
-        delta = self._merged_weight([adapter], weight) - before
+        before, own = self._weight_before(), base.grid_of(base_layer)
+        if self._old is not None and self._old.grid is not None:
+            own = self._old.grid
+        if own is not None:
+            before = own.round(before)
+        delta = self._merged_weight([adapter]) - before
         return delta.T.contiguous() if isinstance(base_layer, Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
@@ -181,19 +179,16 @@ class SparseLoraLinear(lora.Linear):
             return
         together = [*self.merged_adapters, *names]
         self.check_merge(together)
-        merged_before, restore = list(self.merged_adapters), self._restore
-        if restore is not None:
-            restore()  # to the base weight, which is where all of them start from
-        try:
-            self._restore = self._write_merged(together, safe_merge)
-        except Exception:
-            if merged_before:
-                self._restore = self._write_merged(merged_before, safe_merge=False)
-            raise
+        merged = self._merged_weight(together)  # starting from the base weight, whatever is merged
+        if safe_merge:
+            self._check_finite(merged, names)
+        old = base.replace_weight(self.get_base_layer(), merged, self._kind(together)[1])
+        if self._old is None:
+            self._old = old
         self.merged_adapters.extend(names)
 
-    def check_merge(self, names: list[str]) -> None:
-        """ValueError if the merged layer would not compute what these adapters do."""
+    def check_merge(self, names: list[str], safe_merge: bool = False) -> None:
+        """ValueError if the merged layer would not compute what these adapters do, or, with `safe_merge`, nothing finite."""
         grid = self._kind(names)[1]
         if base.grid_of(self.get_base_layer()) is not None and grid is None:
             raise ValueError(
@@ -202,19 +197,25 @@ class SparseLoraLinear(lora.Linear):
                 "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
             )
 
-    def _write_merged(self, names: list[str], safe_merge: bool) -> Callable[[], None]:
-        base_layer = self.get_base_layer()
-        merged = self._merged_weight(names, base.weight_of(base_layer))
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
-        return base.replace_weight(base_layer, merged)
+        if safe_merge:
+            self._check_finite(self._merged_weight(names), names)
 
-    def _merged_weight(self, names: list[str], weight: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _check_finite(merged: torch.Tensor, names: list[str]) -> None:
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
+
+    def _weight_before(self) -> torch.Tensor:
+        """W, (out, in), with or without a merge."""
+        base_layer = self.get_base_layer()
+        return base.weight_of(base_layer) if self._old is None else self._old.matrix(base_layer)
+
+    def _merged_weight(self, names: list[str]) -> torch.Tensor:
         with torch.no_grad():
             masked, grid = self._kind(names)
+            weight = original = self._weight_before()
             if grid is not None or len({self.masked[name] for name in names}) == 1:
                 return effective_weight(weight, *self._factors(names), masked, grid)
-            original = weight
             for name in names:  # some masked by the zeros of the base, some not
                 delta = effective_weight(original, *self._factors([name]), self.masked[name], None) - original
                 weight = weight + delta
@@ -222,11 +223,11 @@ class SparseLoraLinear(lora.Linear):
 
     def unmerge(self) -> None:
         """As in peft; the base weight is what it was, to the last bit."""
-        if self._restore is None:
+        if self._old is None:
             super().unmerge()  # warns that there is nothing to do
             return
-        self._restore()
-        self._restore = None
+        self._old.put_back(self.get_base_layer())
+        self._old = None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -235,12 +236,14 @@ class SparseLoraLinear(lora.Linear):
         """The base layer, merged or not; a `QuantizedLinear` where quantisation-aware adapters have been merged."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self._restore = None  # lets go of the old weight
-        base_layer = self.get_base_layer()
+        base_layer: Any = self.get_base_layer()
         grid = self._kind(self.merged_adapters)[1] if self.merged_adapters else None
-        if grid is None or isinstance(base_layer, QuantizedLinear):
-            return base_layer
-        return QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
+        if grid is not None and not isinstance(base_layer, QuantizedLinear):
+            merged = self._merged_weight(self.merged_adapters)  # in a dtype that holds all values of the grid
+            base_layer = QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
+            base_layer.weight.data = merged
+        self._old = None  # lets go of the old weight
+        return base_layer
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.lora.", "lora.", 1)

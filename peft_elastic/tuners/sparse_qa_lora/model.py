@@ -80,6 +80,15 @@ class SparseQALoraModel(ElasticLoraModel):
             )
         super().export_lora(save_directory, adapter_name)
 
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
+        super()._check_merge(adapter_names, safe_merge)
+        for module in self.model.modules():
+            if isinstance(module, SparseLoraLinear):
+                names = module.active_adapters if adapter_names is None else adapter_names
+                new = [name for name in names if name in module.lora_A and name not in module.merged_adapters]
+                if new:
+                    module.check_merge([*module.merged_adapters, *new], safe_merge)
+
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         if isinstance(layer, SparseLoraLinear) and adapter_name in layer.lora_grid:
             return  # merges exactly
