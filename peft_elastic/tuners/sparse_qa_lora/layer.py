@@ -20,6 +20,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import transpose
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,6 +43,8 @@ class SparseLoraLinear(lora.Linear):
     adapter_layer_names = (*lora.Linear.adapter_layer_names, "lora_grid")
     other_param_names = (*lora.Linear.other_param_names, "masked")
 
+    # Whether `get_delta_weight` leaves out the mask and the rounding, for what puts them on again.
+    unmasked_delta = False
     # The base weight as it was before the merge.
     _old: Optional[base.OldWeight] = None
 
@@ -76,7 +79,7 @@ class SparseLoraLinear(lora.Linear):
         if self._is_one_product(names):
             base_layer = self.get_base_layer()
             weight = base.weight_of(base_layer)
-            return effective_linear(x, weight, base_layer.bias, *self._factors(names), *self._kind(names))
+            return effective_linear(x, weight, base_layer.bias, *self._factors(names), *self.kind(names))
         result = self.base_layer(x, *args, **kwargs)
         return self._add_updates(result, x, names)
 
@@ -96,7 +99,9 @@ class SparseLoraLinear(lora.Linear):
             return False
         if not base.is_float(self.base_layer) or not base.computes_plainly(self.base_layer):
             return False
-        masked, grid = self._kind(names)
+        if self.base_layer.weight.requires_grad:
+            return False  # its gradient comes from the base layer
+        masked, grid = self.kind(names)
         if grid is None and base.grid_of(self.base_layer) is not None:
             return False  # the base is rounded and the update is not
         return len({self.masked[name] for name in names}) == 1 and (masked or grid is not None)
@@ -104,10 +109,10 @@ class SparseLoraLinear(lora.Linear):
     def _add_updates(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         dtype = result.dtype
         # rounding does not distribute over several updates
-        groups = [names] if self._kind(names)[1] is not None else [[name] for name in names]
+        groups = [names] if self.kind(names)[1] is not None else [[name] for name in names]
         dropouts: Any = self.lora_dropout
         for group in groups:
-            masked, grid = self._kind(group)
+            masked, grid = self.kind(group)
             dropped = dropouts[group[0]](x)
             if masked or grid is not None:
                 weight, read = self._weight_or_reader()
@@ -135,7 +140,7 @@ class SparseLoraLinear(lora.Linear):
             return lora_B[0], lora_A[0]
         return torch.cat(lora_B, dim=1), torch.cat(lora_A, dim=0)
 
-    def _kind(self, names: list[str]) -> tuple[bool, Optional[Grid]]:
+    def kind(self, names: list[str]) -> tuple[bool, Optional[Grid]]:
         """Whether these adapters together are masked, and the grid they round to.
 
         Raises:
@@ -158,6 +163,9 @@ class SparseLoraLinear(lora.Linear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to what the base layer computes with: masked, and with the rounding. As stored in the base
         layer: (out, in), or (in, out) for `Conv1D`."""
+        if self.unmasked_delta:
+            lora_B, lora_A = self._factors([adapter])
+            return transpose(lora_B @ lora_A, self.fan_in_fan_out)
         base_layer = self.get_base_layer()
         before, own = self._weight_before(), base.grid_of(base_layer)
         if self._old is not None and self._old.grid is not None:
@@ -182,14 +190,14 @@ class SparseLoraLinear(lora.Linear):
         merged = self._merged_weight(together)  # starting from the base weight, whatever is merged
         if safe_merge:
             self._check_finite(merged, names)
-        old = base.replace_weight(self.get_base_layer(), merged, self._kind(together)[1])
+        old = base.replace_weight(self.get_base_layer(), merged, self.kind(together)[1])
         if self._old is None:
             self._old = old
         self.merged_adapters.extend(names)
 
     def check_merge(self, names: list[str], safe_merge: bool = False) -> None:
         """ValueError if the merged layer would not compute what these adapters do, or, with `safe_merge`, nothing finite."""
-        grid = self._kind(names)[1]
+        grid = self.kind(names)[1]
         if base.grid_of(self.get_base_layer()) is not None and grid is None:
             raise ValueError(
                 f"The base layer is quantised and the adapters {names} are not quantisation-aware, so the merged weight would "
@@ -212,7 +220,7 @@ class SparseLoraLinear(lora.Linear):
 
     def _merged_weight(self, names: list[str]) -> torch.Tensor:
         with torch.no_grad():
-            masked, grid = self._kind(names)
+            masked, grid = self.kind(names)
             weight = original = self._weight_before()
             if grid is not None or len({self.masked[name] for name in names}) == 1:
                 return effective_weight(weight, *self._factors(names), masked, grid)
@@ -237,7 +245,7 @@ class SparseLoraLinear(lora.Linear):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base_layer: Any = self.get_base_layer()
-        grid = self._kind(self.merged_adapters)[1] if self.merged_adapters else None
+        grid = self.kind(self.merged_adapters)[1] if self.merged_adapters else None
         if grid is not None and not isinstance(base_layer, QuantizedLinear):
             merged = self._merged_weight(self.merged_adapters)  # in a dtype that holds all values of the grid
             base_layer = QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
