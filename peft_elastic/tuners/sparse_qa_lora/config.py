@@ -99,9 +99,10 @@ class SparseQALoraConfig(ElasticLoraConfig):
         )
         if self.clipping not in CLIPPING:
             raise ValueError(f"`clipping` must be one of {list(CLIPPING)}, got {self.clipping!r}.")
-        if not self.quantization_aware and (self.bits, self.group_size, self.symmetric) != (None, None, None):
+        given = (self.bits, self.group_size, self.symmetric, self.clipping)
+        if not self.quantization_aware and given != (None, None, None, "minmax"):
             raise ValueError(
-                "`bits`, `group_size` and `symmetric` belong to `quantization_aware=True`; set it, or leave them out."
+                "`bits`, `group_size`, `symmetric` and `clipping` belong to `quantization_aware=True`; set it, or leave them out."
             )
         self._check_update()
 
