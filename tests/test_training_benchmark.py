@@ -52,7 +52,15 @@ def test_training_benchmark(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "out.json").read_text())
-    assert set(results["variants"]) == {"lora", "lora-again", "elastic-max", "elastic-sampled"}
+    assert set(results["variants"]) == {
+        "lora",
+        "lora-again",
+        "elastic-max",
+        "elastic-sampled",
+        "sparse",
+        "qa",
+        "naive",
+    }
     lora = results["variants"]["lora"]
     for name, row in results["variants"].items():
         wall, reference = np.array(row["all_seconds"])[:, 0], np.array(lora["all_seconds"])[:, 0]

@@ -27,7 +27,7 @@ from peft_elastic.version import __version__
 
 
 # The order in which `--help` lists the commands: that in which a user meets them.
-_ORDER = ("quickstart", "prune", "train", "search", "merge", "bench", "info")
+_ORDER = ("quickstart", "prune", "quantize", "train", "search", "merge", "bench", "info")
 
 _DESCRIPTION = """\
 Make a pretrained transformer small, fine-tuned and fast on CPUs: prune it, train an elastic LoRA

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _common.load_tokenizer(args.model, required=args.method == "wanda")
     calibration = None
     if args.method == "wanda":
-        calibration = calibration_batches(tokenizer, _texts(args), args.samples, args.max_length, args.seed)
+        calibration = calibration_batches(tokenizer, calibration_texts(args), args.samples, args.max_length, args.seed)
     model = _common.load_model(args.model, args.dtype, args.device)
     report = prune(model, config, calibration)
     print(report)
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _texts(args: argparse.Namespace) -> list[str]:
+def calibration_texts(args: argparse.Namespace) -> list[str]:
+    """Those of `--dataset`, or movie reviews."""
     if args.dataset:
         return [example.text for example in _data.read_examples(args)]
     print("No --dataset given: calibrating with movie reviews. Text like your own would do better.")

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 
 import torch
@@ -47,6 +48,15 @@ def weight_matrix(layer: nn.Module) -> torch.Tensor:
     """The weight of a linear layer as (out, in), whatever its storage order: a view, so writing to it changes the layer."""
     weight = layer.get_parameter("weight").detach()
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def replace_layers(model: nn.Module, replacements: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Puts the second module of each pair in the place, or the places, of the first; base layers of adapters included."""
+    by_id = {id(old): new for old, new in replacements}
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child is not None and id(child) in by_id:
+                module._modules[key] = by_id[id(child)]
 
 
 def zero_fraction(layer: nn.Module) -> float:
@@ -160,7 +170,7 @@ def select_layers(
     if not chosen:
         raise ValueError(
             f"target_modules: got {target_modules!r} with exclude_modules={exclude_modules!r}, which leaves no linear layer "
-            "(nn.Linear or Conv1D) to prune."
+            "(nn.Linear or Conv1D)."
         )
     return {name: layer for name, layer in layers.items() if name in chosen}
 
@@ -168,8 +178,24 @@ def select_layers(
 def check_prunable(model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple[int, int] | None) -> None:
     """
     Raises:
+        ValueError: as `check_changeable`, or the number of inputs of a layer does not fit the n:m pattern.
+    """
+    check_changeable(model, layers, "prune", "pruned")
+    for name, layer in layers.items():
+        inputs = weight_matrix(layer).shape[1]
+        if n_of_m is not None and inputs % n_of_m[1]:
+            raise ValueError(
+                f"pattern: got '{n_of_m[0]}:{n_of_m[1]}', but {name} has {inputs} inputs, which is not divisible by {n_of_m[1]}."
+            )
+
+
+def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, participle: str) -> None:
+    """
+    Whether the weights of `layers` can be changed in place; `verb` ("prune", "pruned") is what is to happen to them.
+
+    Raises:
         ValueError: a weight is quantised, shared with another module, computed from other parameters, not in memory or not
-            finite, an adapter is merged into it, or its number of inputs does not fit the n:m pattern.
+            finite, or an adapter is merged into it.
     """
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     merged = {
@@ -181,25 +207,39 @@ def check_prunable(model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple
         weight = layer._parameters.get("weight")
         if hasattr(layer, "qweight") or (weight is not None and weight.dtype not in _PRUNABLE_DTYPES):
             found = "packed integers" if weight is None else weight.dtype
-            raise ValueError(f"model: {name} has quantised weights ({found}); prune the floating-point model first.")
+            raise ValueError(f"model: {name} has quantised weights ({found}); {verb} the floating-point model first.")
         if weight is None or type(weight.data) is not torch.Tensor or weight.is_meta:
             raise ValueError(
-                f"model: the weight of {name} is not a plain parameter in memory, so it cannot be pruned in place."
+                f"model: the weight of {name} is not a plain parameter in memory, so it cannot be {participle} in place."
             )
         if owners[id(weight)] > 1:
             raise ValueError(
-                f"model: {name} shares its weight with another module (tied embeddings?), which pruning would change; "
+                f"model: {name} shares its weight with another module (tied embeddings?), which would change with it; "
                 "leave it out of target_modules."
             )
         if id(layer) in merged:
-            raise ValueError(f"model: an adapter is merged into {name}; call model.unmerge_adapter() before pruning.")
+            raise ValueError(f"model: an adapter is merged into {name}; call model.unmerge_adapter() first.")
         if not torch.isfinite(weight).all():
             raise ValueError(f"model: the weight of {name} holds NaN or infinite values.")
-        inputs = weight_matrix(layer).shape[1]
-        if n_of_m is not None and inputs % n_of_m[1]:
-            raise ValueError(
-                f"pattern: got '{n_of_m[0]}:{n_of_m[1]}', but {name} has {inputs} inputs, which is not divisible by {n_of_m[1]}."
-            )
+
+
+def warn_of_fused_experts(model: nn.Module, participle: str) -> None:
+    """Mixtures of experts keep the weights of all experts in one three-dimensional parameter, which is no linear layer."""
+    fused = [
+        f"{block_name}.{name}"
+        for stack in find_stacks(model)
+        for block_name, block in stack.items()
+        for module_name, module in block.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False)
+        if parameter.dim() == 3
+    ]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} three-dimensional parameters, such as {fused[0]}, hold the weights of several layers each (experts) "
+            f"and are not {participle}.",
+            stacklevel=3,
+        )
 
 
 _PRUNABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from .config import MagnitudeConfig, PruningConfig, WandaConfig
-from .layers import check_prunable, find_stacks, select_layers, weight_matrix, zero_fraction
+from .layers import check_prunable, select_layers, warn_of_fused_experts, weight_matrix, zero_fraction
 from .magnitude import prune_magnitude
 from .report import PruningReport
 from .wanda import prune_wanda
@@ -71,7 +70,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     check_prunable(model, layers, config.n_of_m)
     if config.target_modules is None:
-        _warn_of_fused_experts(model)
+        warn_of_fused_experts(model, "pruned")
 
     start = time.perf_counter()
     before = {name: zero_fraction(layer) for name, layer in layers.items()}
@@ -86,22 +85,3 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
         for name, layer in layers.items()
     ]
     return PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens)
-
-
-def _warn_of_fused_experts(model: nn.Module) -> None:
-    """Mixtures of experts keep the weights of all experts in one three-dimensional parameter, which is no linear layer."""
-    fused = [
-        f"{block_name}.{name}"
-        for stack in find_stacks(model)
-        for block_name, block in stack.items()
-        for module_name, module in block.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for name, parameter in module.named_parameters(prefix=module_name, recurse=False)
-        if parameter.dim() == 3
-    ]
-    if fused:
-        warnings.warn(
-            f"{len(fused)} three-dimensional parameters, such as {fused[0]}, hold the weights of several layers each (experts) "
-            "and are not pruned.",
-            stacklevel=3,
-        )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class PruningReport:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all weights of the pruned layers."""
-        return _mean_sparsity(self.layers, "sparsity_after")
+        return mean_over_weights(self.layers, "sparsity_after")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above and the total `sparsity`, ready for JSON."""
@@ -58,36 +59,51 @@ class PruningReport:
         atomic_write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
-        # The same layer of all blocks makes one line.
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in self.layers:
-            kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row["name"])
-            groups.setdefault((kind, "x".join(map(str, row["shape"]))), []).append(row)
-        table = [(*key, *_summary(rows)) for key, rows in groups.items()]
-        table = [
-            ("layer", "out x in", "layers", "weights", "before", "after"),
-            *table,
-            ("total", "", *_summary(self.layers)),
-        ]
-        widths = [max(len(line[column]) for line in table) for column in range(6)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-            )
-            for line in table
-        ]
+        lines = layer_table(self.layers, ("before", "after"), _summary)
         tokens = f", {self.calibration_tokens:,} calibration tokens" if self.calibration_tokens else ""
         return "\n".join([f"{self.method}: {self.seconds:.1f} s{tokens}", *lines])
 
 
-def _weights(row: dict[str, Any]) -> int:
+def layer_table(
+    layers: list[dict[str, Any]],
+    columns: tuple[str, ...],
+    summary: Callable[[list[dict[str, Any]]], tuple[str, ...]],
+) -> list[str]:
+    """The lines of a table of layers, the same layer of all blocks in one line, and a line for all of them.
+
+    Args:
+        layers: rows with `name` and `shape` ([out, in]).
+        columns: titles of what `summary` returns for some rows.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in layers:
+        kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row["name"])
+        groups.setdefault((kind, "x".join(map(str, row["shape"]))), []).append(row)
+
+    def line(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+        return str(len(rows)), f"{sum(map(weights_of, rows)):,}", *summary(rows)
+
+    table = [
+        ("layer", "out x in", "layers", "weights", *columns),
+        *((*key, *line(rows)) for key, rows in groups.items()),
+        ("total", "", *line(layers)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
+        )
+        for cells in table
+    ]
+
+
+def weights_of(row: dict[str, Any]) -> int:
     return row["shape"][0] * row["shape"][1]
 
 
-def _mean_sparsity(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] * _weights(row) for row in rows) / sum(map(_weights, rows))
+def mean_over_weights(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] * weights_of(row) for row in rows) / sum(map(weights_of, rows))
 
 
-def _summary(rows: list[dict[str, Any]]) -> tuple[str, str, str, str]:
-    before, after = (_mean_sparsity(rows, key) for key in ("sparsity_before", "sparsity_after"))
-    return str(len(rows)), f"{sum(map(_weights, rows)):,}", f"{before:.2%}", f"{after:.2%}"
+def _summary(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(f"{mean_over_weights(rows, key):.2%}" for key in ("sparsity_before", "sparsity_after"))

@@ -14,10 +14,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .calibration import calibration_batches, calibration_mode
 from .config import WandaConfig
+from .inputs import InputCollector, is_encoder_decoder
 from .layers import weight_matrix
 from .masks import pruning_mask
 from .sequential import BlockWalker, Unit
@@ -36,9 +33,8 @@ def prune_wanda(
 ) -> int:
     """Prunes `layers` in place (see `WandaConfig`) and returns the number of tokens that entered the first of them."""
     batches = calibration_batches(calibration, config.max_samples)
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     with calibration_mode(model):
-        collector = InputNorms(batches, is_encoder_decoder)
+        collector = InputNorms(batches, is_encoder_decoder(model))
         for unit in tqdm(BlockWalker(model, batches, layers), desc="Wanda", unit="block", disable=not progress):
             norms = collector.collect(unit)
             # All masks of a block before any change, so that an interrupted run leaves whole blocks and can be repeated.
@@ -52,140 +48,13 @@ def prune_wanda(
     return collector.tokens
 
 
-class InputNorms:
-    """
-    Gathers the norms of the inputs of layers over all calibration tokens, ||X_j||_2 in equation 1 of the Wanda paper.
+class InputNorms(InputCollector):
+    """The norms of the inputs of layers over all calibration tokens, ||X_j||_2 in equation 1 of the Wanda paper: (in,)."""
 
-    Padding does not count. It is read from the batches: `attention_mask` (sequences, length), and in the decoder of an
-    encoder-decoder model `decoder_attention_mask` or, without one, the positions whose label is -100.
+    fallback = "pruned by magnitude"
 
-    Args:
-        batches: what the walker was given.
-        is_encoder_decoder: whether `attention_mask` belongs to the encoder.
-    """
-
-    def __init__(self, batches: list[dict[str, Any]], is_encoder_decoder: bool):
-        self._batches = batches
-        self._is_encoder_decoder = is_encoder_decoder
-        self._warned = False
-        self.tokens = 0  # that entered the first of all layers
-        self._counted: set[int] = set()  # batches counted in it
+    def _measure(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.square().sum(dim=0)
 
     def collect(self, unit: Unit) -> dict[str, torch.Tensor]:
-        """
-        Feeds all batches to the unit.
-
-        Returns:
-            {layer name: norms (in,), float32, or float64 for a float64 model}. Layers that no token reached are left out
-            with a warning.
-
-        Raises:
-            ValueError: no token reaches the unit, or an input is not finite.
-        """
-        squares: dict[str, torch.Tensor] = {}
-        tokens = dict.fromkeys(unit.layers, 0)
-        padding: _Padding
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            padding.enter(module, args, kwargs)
-
-        def gather_for(name: str) -> Callable[[nn.Module, tuple, dict], None]:
-            def gather(module: nn.Module, args: tuple, kwargs: dict) -> None:
-                inputs = self._real_tokens((*args, *kwargs.values())[0], padding, name)
-                square = inputs.to(torch.promote_types(inputs.dtype, torch.float32)).square().sum(dim=0)
-                squares[name] = squares[name] + square if name in squares else square
-                tokens[name] += inputs.shape[0]
-                if index not in self._counted:
-                    self._counted.add(index)
-                    self.tokens += inputs.shape[0]
-
-            return gather
-
-        with ExitStack() as hooks:
-            hooks.enter_context(unit.module.register_forward_pre_hook(enter, with_kwargs=True))
-            for name, layer in unit.layers.items():
-                hooks.enter_context(layer.register_forward_pre_hook(gather_for(name), with_kwargs=True))
-            for index, batch in enumerate(self._batches):
-                padding = _Padding(batch, self._is_encoder_decoder, in_block=bool(unit.name))
-                unit.feed(index)
-
-        unseen = [name for name, count in tokens.items() if count == 0]
-        if len(unseen) == len(tokens):
-            raise ValueError(f"calibration: no token reaches {unit.name or ', '.join(unit.layers)}.")
-        if unseen:
-            warnings.warn(
-                f"No calibration token reaches {', '.join(unseen)}: pruned by magnitude. More data may help (experts), or "
-                "exclude_modules.",
-                stacklevel=2,
-            )
-        for name, square in squares.items():
-            if not torch.isfinite(square).all():
-                raise ValueError(
-                    f"calibration: the inputs of {name} are not finite; is its dtype too small for this model?"
-                )
-        return {name: square.sqrt() for name, square in squares.items() if tokens[name]}
-
-    def _real_tokens(self, inputs: torch.Tensor, padding: _Padding, name: str) -> torch.Tensor:
-        """(..., features) to (tokens, features) without the padding."""
-        mask = padding.mask_of(inputs)
-        if mask is None:
-            return inputs.reshape(-1, inputs.shape[-1])
-        mask = mask.to(inputs.device)
-        places = inputs.shape[:-1]
-        if places == mask.shape:
-            return inputs[mask]
-        if places == (mask.numel(),):
-            return inputs[mask.flatten()]
-        if places == mask.T.shape:
-            return inputs[mask.T]
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"The inputs of {name}, of shape {tuple(inputs.shape)}, do not line up with the attention mask, of shape "
-                f"{tuple(mask.shape)}: padding in it counts as data.",
-                stacklevel=2,
-            )
-        return inputs.reshape(-1, inputs.shape[-1])
-
-
-class _Padding:
-    """Which positions of one batch are padding, from the view of the block that runs."""
-
-    def __init__(self, batch: dict[str, Any], is_encoder_decoder: bool, in_block: bool):
-        self._batch = batch
-        self._is_encoder_decoder = is_encoder_decoder
-        self._in_block = in_block
-        self._look(encoder_states=None)
-
-    def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Called before the block runs, with its arguments."""
-        arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
-        self._look(arguments.get("encoder_hidden_states"))
-
-    def _look(self, encoder_states: torch.Tensor | None) -> None:
-        self._encoder_states = encoder_states
-        self._encoder = self._mask("attention_mask" if self._is_encoder_decoder else "encoder_attention_mask")
-        in_decoder = encoder_states is not None or not self._in_block
-        if not self._is_encoder_decoder or not in_decoder:
-            self._own = self._mask("attention_mask")
-        elif self._batch.get("decoder_attention_mask") is not None:
-            self._own = self._mask("decoder_attention_mask")
-        else:
-            labels = self._batch.get("labels")
-            self._own = _unless_full(labels != -100) if labels is not None and labels.dim() == 2 else None
-
-    def mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
-        """The mask (sequences, length), True for real tokens, for these inputs of a layer; None if all of them are real."""
-        states = self._encoder_states
-        if states is not None and states.data_ptr() == inputs.data_ptr():  # keys and values of cross-attention
-            return self._encoder
-        return self._own
-
-    def _mask(self, key: str) -> torch.Tensor | None:
-        mask = self._batch.get(key)
-        # Masks with more dimensions shape the attention; they do not tell padding.
-        return _unless_full(mask != 0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-
-
-def _unless_full(mask: torch.Tensor) -> torch.Tensor | None:
-    return None if mask.all() else mask
+        return {name: squares.sqrt() for name, squares in super().collect(unit).items()}

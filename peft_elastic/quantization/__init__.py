@@ -13,8 +13,23 @@
 # limitations under the License.
 """Affine group quantisation of base weights: `quantize(model, config, calibration)`, and the GPTQ format on disk."""
 
+from .checkpoint import load_gptq, save_gptq
+from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .grid import Grid, fit_grid
 from .layer import QuantizedLinear
+from .quantize import quantize
+from .report import QuantizationReport
 
 
-__all__ = ["Grid", "QuantizedLinear", "fit_grid"]
+__all__ = [
+    "GPTQConfig",
+    "Grid",
+    "QuantizationConfig",
+    "QuantizationReport",
+    "QuantizedLinear",
+    "RTNConfig",
+    "fit_grid",
+    "load_gptq",
+    "quantize",
+    "save_gptq",
+]

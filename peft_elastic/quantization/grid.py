@@ -109,7 +109,7 @@ class Grid(nn.Module):
             raise ValueError(
                 f"`zeros` is {zeros.dtype} {tuple(zeros.shape)}; it must be whole numbers {tuple(scales.shape)}."
             )
-        if bool(((zeros < 0) | (zeros > 2**bits - 1)).any()):  # 2**8 is 0 to uint8
+        if bool(((zeros < 0) | (zeros > 2**bits - 1)).any()):  # 2**bits itself does not fit into uint8
             raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
         groups = scales.shape[1]
         self.bits, self.in_features = bits, in_features
@@ -185,6 +185,19 @@ class Grid(nn.Module):
         scales, zeros = self._spread(self.scales).float(), self._spread(self.zeros).float()
         return integers.float().sub_(zeros).mul_(scales).to(dtype)
 
+    def into_cells(self, weight: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
+        """`weight` (out, in) with the entries that are rounded to something else than `integers`, uint8 (out, in), moved as
+        little as it takes, but for a thousandth of a step and the rounding of the dtype. bfloat16 has no number in some of the
+        cells that are more than 128 steps from zero, which 8 bits can have: such entries get the closest there is."""
+        wrong = self.quantize(weight) != integers
+        if not bool(wrong.any()):
+            return weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        middle, reach = self.dequantize(integers, wide), self._spread(self.scales).to(wide) * 0.499
+        moved = torch.minimum(torch.maximum(weight.to(wide), middle - reach), middle + reach)
+        moved = torch.where(wrong, moved.to(weight.dtype), weight)
+        return torch.where(self.quantize(moved) != integers, middle.to(weight.dtype), moved)
+
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """The values of the grid that stand for a weight (out, in), of its dtype: `dequantize(quantize(weight))`."""
         return self.round_rows(weight, slice(None)).to(weight.dtype)
@@ -202,7 +215,7 @@ class Grid(nn.Module):
 
     def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q - z of these rows before and after the clamp, and the scales; cut into groups where these are in order."""
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         scales, zeros = self.scales[rows].to(wide.dtype), self.zeros[rows].to(wide.dtype)
         if self.in_order:
             scales, zeros = scales[..., None], zeros[..., None]
@@ -248,7 +261,7 @@ def fit_grid(
         bits (`int`): 2, 4 or 8.
         group_size (`int`): inputs of a group; it divides them. -1: all.
         symmetric (`bool`): zero points in the middle, 2^(bits - 1), and scales 2 max |w| / (2^bits - 1), as in GPTQ.
-            Otherwise the range is from min(w, 0) to max(w, 0).
+            Otherwise the range is from min(w, 0) to max(w, 0), or a little more, so that zero points are at least 1.
         clipping (`str`): "minmax", or "mse", which shrinks the range of each group to the share (1.00, 0.98, ... 0.40) with
             the smallest squared error.
         persistent (`bool`): as in `Grid`.
@@ -294,9 +307,11 @@ def range_to_grid(
         scales = 2 * torch.maximum(-low, high) / top
     else:
         scales = (high - low) / top
+        # No zero point of 0, which the first version of the GPTQ format cannot hold: next to no groups would have one.
+        scales = torch.where((-low / scales).round() < 1, high / (top - 1), scales)
     if bool((scales > _LARGEST_SCALE).any()):
         raise ValueError(f"The weight needs the scale {scales.max():.3g}, and float16 ends at {_LARGEST_SCALE:.0f}.")
     rounded = scales.to(torch.float16).to(scales.dtype).clamp_(min=_SMALLEST_SCALE)
     scales = torch.where(scales > 0, rounded, 1.0)  # a group of zeros has any scale
-    zeros = torch.full_like(scales, 2 ** (bits - 1)) if symmetric else (-low / scales).round_().clamp_(0, top)
+    zeros = torch.full_like(scales, 2 ** (bits - 1)) if symmetric else (-low / scales).round_().clamp_(1, top)
     return scales, zeros

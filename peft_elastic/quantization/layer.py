@@ -31,11 +31,12 @@ class QuantizedLinear(nn.Linear):
     Attributes:
         grid (`Grid`): scales and zero points, fixed.
         exact (`bool`): whether `weight` holds values of the grid, so that nothing is lost if it is saved as it is.
+        conv1d (`bool`): whether it stands for a `Conv1D` of transformers, whose weight is (in, out) on disk.
     """
 
     grid: Grid
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, grid: Grid) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, grid: Grid, *, conv1d: bool = False) -> None:
         out_features, in_features = weight.shape
         if (grid.out_features, grid.in_features) != (out_features, in_features):
             raise ValueError(
@@ -45,6 +46,7 @@ class QuantizedLinear(nn.Linear):
         self.weight = weight
         self.bias = bias  # type: ignore[assignment]
         self.grid = grid
+        self.conv1d = conv1d
 
     @classmethod
     def from_linear(cls, linear: nn.Module, grid: Grid) -> QuantizedLinear:
@@ -52,7 +54,20 @@ class QuantizedLinear(nn.Linear):
         weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
         if isinstance(linear, Conv1D):
             weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
-        return cls(weight, bias, grid).train(linear.training)
+        return cls(weight, bias, grid, conv1d=isinstance(linear, Conv1D)).train(linear.training)
+
+    def to_linear(self) -> nn.Module:
+        """The ordinary layer, `nn.Linear` or `Conv1D`, with the rounded weight."""
+        weight = self.grid.round(self.weight.detach())
+        with torch.device("meta"):
+            linear: Any = (
+                Conv1D(self.out_features, self.in_features)
+                if self.conv1d
+                else nn.Linear(self.in_features, self.out_features, self.bias is not None)
+            )
+        linear.weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight, self.weight.requires_grad)
+        linear.bias = self.bias
+        return linear.train(self.training)
 
     @property
     def exact(self) -> bool:

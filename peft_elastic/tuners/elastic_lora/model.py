@@ -40,6 +40,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
+from ...quantization.gptqmodel import is_gptqmodel
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -576,7 +577,8 @@ class ElasticLoraModel(LoraModel):
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         """Raise a ValueError if merging into this layer would change what the model computes."""
-        if isinstance(layer.get_base_layer(), QuantizedLinear):
+        base_layer = layer.get_base_layer()
+        if isinstance(base_layer, QuantizedLinear) or is_gptqmodel(base_layer):
             raise ValueError(
                 f"{path!r} is quantised and adapter {adapter_name!r} is not quantisation-aware, so the merged weight would be "
                 "rounded to other values than the adapter was trained with. `peft_elastic.merge_and_requantize(model)` does "

@@ -26,6 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...quantization import Grid, QuantizedLinear
+from ...quantization.gptqmodel import is_gptqmodel, read_layer
 
 
 def is_float(layer: nn.Module) -> bool:
@@ -38,7 +39,7 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
 
 
 def is_supported(layer: nn.Module) -> bool:
-    return is_float(layer) or is_bitsandbytes(layer)
+    return is_float(layer) or is_bitsandbytes(layer) or is_gptqmodel(layer)
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
@@ -46,19 +47,30 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     dequantised anew otherwise."""
     if is_bitsandbytes(layer):
         return _dequantized(layer.weight, getattr(layer, "state", None))
+    if is_gptqmodel(layer):
+        integers, grid = read_layer(layer)
+        return grid.dequantize(integers)
     weight = layer.get_parameter("weight").detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
+def is_rounded(layer: nn.Module) -> bool:
+    """Whether the layer computes with the values of a grid."""
+    return isinstance(layer, QuantizedLinear) or is_gptqmodel(layer)
+
+
 def grid_of(layer: nn.Module) -> Optional[Grid]:
     """The grid that the layer computes with, if it has one."""
+    if is_gptqmodel(layer):
+        return read_layer(layer)[1]
     return layer.grid if isinstance(layer, QuantizedLinear) else None
 
 
 def computes_plainly(layer: nn.Module) -> bool:
     """Whether a forward pass is x W^T + b with `weight_of`, or its rounding, and nobody watches it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) in (nn.Linear, Conv1D, QuantizedLinear) and not hooks and "forward" not in layer.__dict__
+    known = type(layer) in (nn.Linear, Conv1D, QuantizedLinear) or is_gptqmodel(layer)
+    return known and not hooks and "forward" not in layer.__dict__
 
 
 @dataclass
@@ -107,6 +119,11 @@ def replace_weight(layer: nn.Module, weight: torch.Tensor, grid: Optional[Grid] 
     """
     if is_bitsandbytes(layer):
         return _replace_bitsandbytes(layer, weight)
+    if is_gptqmodel(layer):
+        raise ValueError(
+            "A layer of GPTQModel cannot be written to, so adapters are not merged in place. `merge_and_unload()` puts a "
+            "QuantizedLinear in its place; `peft_elastic.load_gptq` loads a checkpoint with such layers."
+        )
     parameter = layer.get_parameter("weight")
     old = OldWeight(parameter.data)
     if not isinstance(layer, QuantizedLinear):

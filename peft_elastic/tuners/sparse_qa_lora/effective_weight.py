@@ -77,7 +77,7 @@ def effective_linear(
     lora_A: torch.Tensor,
     masked: bool,
     grid: Optional[Grid],
-    minus: Optional[str | Grid] = None,
+    minus: Grid | str | None = None,
     read: Optional[Callable[[], torch.Tensor]] = None,
 ) -> torch.Tensor:
     """y = x E^T + bias, or with E less what the base layer multiplies with, differentiable in x, lora_B and lora_A.
@@ -111,7 +111,7 @@ class _EffectiveLinear(torch.autograd.Function):
         lora_A: torch.Tensor,
         masked: bool,
         grid: Optional[Grid],
-        minus: Optional[str | Grid],
+        minus: Grid | str | None,
         dtype: torch.dtype,
         read: Optional[Callable[[], torch.Tensor]],
     ) -> torch.Tensor:
@@ -202,7 +202,7 @@ class _Update:
         lora_A: torch.Tensor,
         masked: bool,
         grid: Optional[Grid],
-        minus: Optional[str | Grid],
+        minus: Grid | str | None,
     ) -> None:
         self.dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
         self.weight, self.lora_B, self.lora_A = weight, lora_B.to(self.dtype), lora_A.to(self.dtype)

@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...quantization import Grid, QuantizedLinear, fit_grid
+from ...quantization.gptqmodel import is_gptqmodel, to_quantized_linear
 from ...quantization.grid import check_group_size
 from . import base_layer as base
 from .config import SparseQALoraConfig
@@ -77,9 +78,9 @@ class SparseLoraLinear(lora.Linear):
         if self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         if self._is_one_product(names):
-            base_layer = self.get_base_layer()
-            weight = base.weight_of(base_layer)
-            return effective_linear(x, weight, base_layer.bias, *self._factors(names), *self.kind(names))
+            weight, read = self._weight_or_reader()
+            bias = self.get_base_layer().bias
+            return effective_linear(x, weight, bias, *self._factors(names), *self.kind(names), read=read)
         result = self.base_layer(x, *args, **kwargs)
         return self._add_updates(result, x, names)
 
@@ -97,13 +98,14 @@ class SparseLoraLinear(lora.Linear):
         the update is then a product of its own."""
         if self.training and any(getattr(self.lora_dropout[name], "p", 0) for name in names):
             return False
-        if not base.is_float(self.base_layer) or not base.computes_plainly(self.base_layer):
+        if base.is_bitsandbytes(self.base_layer) or not base.computes_plainly(self.base_layer):
             return False
-        if self.base_layer.weight.requires_grad:
+        weight = self.base_layer._parameters.get("weight")
+        if weight is not None and weight.requires_grad:
             return False  # its gradient comes from the base layer
         masked, grid = self.kind(names)
-        if grid is None and base.grid_of(self.base_layer) is not None:
-            return False  # the base is rounded and the update is not
+        if grid is None and base.is_rounded(self.base_layer):
+            return False  # and the update is not
         return len({self.masked[name] for name in names}) == 1 and (masked or grid is not None)
 
     def _add_updates(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -116,8 +118,9 @@ class SparseLoraLinear(lora.Linear):
             dropped = dropouts[group[0]](x)
             if masked or grid is not None:
                 weight, read = self._weight_or_reader()
-                own = base.grid_of(self.get_base_layer())
-                minus: Any = "weight" if grid is None or own is None else own
+                base_layer = self.get_base_layer()
+                rounded = grid is not None and base.is_rounded(base_layer)
+                minus = base.grid_of(base_layer) if rounded else "weight"
                 update = effective_linear(dropped, weight, None, *self._factors(group), masked, grid, minus, read)
             else:
                 lora_A, lora_B = self.lora_A[group[0]], self.lora_B[group[0]]
@@ -198,13 +201,12 @@ class SparseLoraLinear(lora.Linear):
     def check_merge(self, names: list[str], safe_merge: bool = False) -> None:
         """ValueError if the merged layer would not compute what these adapters do, or, with `safe_merge`, nothing finite."""
         grid = self.kind(names)[1]
-        if base.grid_of(self.get_base_layer()) is not None and grid is None:
+        if grid is None and base.is_rounded(self.get_base_layer()):
             raise ValueError(
                 f"The base layer is quantised and the adapters {names} are not quantisation-aware, so the merged weight would "
                 "be rounded to other values than they were trained with. `peft_elastic.merge_and_requantize(model)` does "
                 "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
             )
-
         if safe_merge:
             self._check_finite(self._merged_weight(names), names)
 
@@ -242,6 +244,9 @@ class SparseLoraLinear(lora.Linear):
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
     ) -> nn.Module:
         """The base layer, merged or not; a `QuantizedLinear` where quantisation-aware adapters have been merged."""
+        if merge and is_gptqmodel(self.get_base_layer()):
+            # such a layer cannot be written to
+            self.base_layer = to_quantized_linear(self.get_base_layer(), dtype=self._adapter_dtype())
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base_layer: Any = self.get_base_layer()
@@ -252,6 +257,9 @@ class SparseLoraLinear(lora.Linear):
             base_layer.weight.data = merged
         self._old = None  # lets go of the old weight
         return base_layer
+
+    def _adapter_dtype(self) -> torch.dtype:
+        return next(iter(self.lora_A.values())).weight.dtype
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.lora.", "lora.", 1)

@@ -22,7 +22,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...quantization import Grid
+from ...quantization import Grid, QuantizedLinear
+from ...quantization.gptqmodel import leave_gptqmodel
+from ...quantization.saving import guard_saving
 from ..elastic_lora import ElasticLoraModel
 from . import base_layer as base
 from .config import SparseQALoraConfig
@@ -120,6 +122,25 @@ class SparseQALoraModel(ElasticLoraModel):
                 new = [name for name in names if name in module.lora_A and name not in module.merged_adapters]
                 if new:
                     module.check_merge([*module.merged_adapters, *new], safe_merge)
+
+    def _check_merge_allowed(self) -> None:
+        # peft refuses to merge into any model that GPTQModel quantised; `_check_merge_into` knows which layers lose by it
+        method = self.model.__dict__.get("quantization_method")
+        if getattr(method, "value", method) == "gptq":
+            del self.model.quantization_method
+        try:
+            super()._check_merge_allowed()
+        finally:
+            if method is not None:
+                self.model.quantization_method = method
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge:
+            leave_gptqmodel(model)
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                guard_saving(model)
+        return model
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         if isinstance(layer, SparseLoraLinear) and adapter_name in layer.lora_grid:

@@ -1,0 +1,100 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-elastic quantize`: round the weights of a model to 2, 4 or 8 bits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from peft_elastic.quantization import GPTQConfig, RTNConfig, quantize, save_gptq
+
+from . import _common, _data
+from .prune import calibration_batches, calibration_texts
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="round the weights of a model to 2, 4 or 8 bits",
+        description="Round the weights of the linear layers in the transformer blocks to 2, 4 or 8 bits, and save the model\n"
+        "as a GPTQ checkpoint. Weights that are zero stay zero. GPTQ makes up for the error of each rounding with\n"
+        "the weights that are not rounded yet, over calibration data: use text that resembles what the model will\n"
+        "see. Rounding to nearest (rtn) looks at the weights alone.",
+        epilog="examples:\n"
+        "  peft-elastic quantize --model pruned --group-size 64 --dataset train.jsonl --out int4\n"
+        "  peft-elastic quantize --model ./my-model --bits 8 --method rtn --out int8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common.add_model_arguments(parser)
+    parser.add_argument("--bits", type=int, choices=(2, 4, 8), default=4, help="of a weight (default: %(default)s)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="inputs that share a scale and a zero point; has to divide those of every layer; -1: all (default: %(default)s)",
+    )
+    parser.add_argument("--symmetric", action="store_true", help="zero points in the middle of the range")
+    parser.add_argument("--clipping", choices=("minmax", "mse"), default="minmax", help="default: %(default)s")
+    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="default: %(default)s")
+    parser.add_argument("--act-order", action="store_true", help="round inputs by falling strength (gptq only)")
+    parser.add_argument(
+        "--format",
+        choices=("gptq", "gptq_v2"),
+        help="of the checkpoint (default: gptq with --symmetric, and gptq_v2 without)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the quantised model")
+    _common.add_seed_argument(parser, "the choice of calibration data")
+    _data.add_data_arguments(
+        parser,
+        "calibrate with (gptq only; default: short movie reviews, downloaded once)",
+        required=False,
+        samples=128,
+        samples_help="calibrate with N sequences of --max-length tokens (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    grid = {
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "symmetric": args.symmetric,
+        "clipping": args.clipping,
+    }
+    if args.method == "rtn":
+        for option, given in (("--dataset", args.dataset), ("--act-order", args.act_order)):
+            if given:
+                raise ValueError(f"`{option}` is of no use with `--method rtn`, which looks at the weights alone.")
+    config = RTNConfig(**grid) if args.method == "rtn" else GPTQConfig(**grid, act_order=args.act_order)
+    _common.check_new_folder(args.out)
+    tokenizer = _common.load_tokenizer(args.model, required=args.method == "gptq")
+    calibration = None
+    if args.method == "gptq":
+        texts = calibration_texts(args)
+        calibration = calibration_batches(tokenizer, texts, args.samples, args.max_length, args.seed)
+    model = _common.load_model(args.model, args.dtype, args.device)
+    report = quantize(model, config, calibration)
+    print(report)
+    with _common.new_folder(args.out) as folder:
+        save_gptq(model, folder, checkpoint_format=args.format, tokenizer=tokenizer)
+        report.save(folder / "quantization_report.json")
+    _common.say_written(
+        [
+            (args.out, "the quantised model; load it with peft_elastic.quantization.load_gptq, or with GPTQModel"),
+            (args.out / "quantization_report.json", "the errors of every layer"),
+        ]
+    )
+    return 0

@@ -1,0 +1,97 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `save_pretrained` and `dequantize` of transformers do to a model with quantised layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..pruning.layers import replace_layers
+from .layer import QuantizedLinear
+
+
+class InMemoryConfig(QuantizationConfigMixin):
+    """Of a quantisation that is nowhere on disk, so it never becomes part of a model's config."""
+
+    def __init__(self) -> None:
+        self.quant_method = "peft_elastic_grid"
+
+
+class GridQuantizer(HfQuantizer):
+    """Keeps `save_pretrained` from writing weights that the model does not compute with."""
+
+    def __init__(self) -> None:
+        super().__init__(InMemoryConfig(), pre_quantized=True)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        # transformers calls this before it writes anything.
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+        inexact = [name for name, layer in layers.items() if not layer.exact]
+        if inexact:
+            raise ValueError(
+                f"`save_pretrained` would write the weights of {len(inexact)} quantised layers, such as {inexact[0]}, as they "
+                "were before the rounding, which is another model. Use peft_elastic.save_gptq(model, folder) for the integers, "
+                "or model.dequantize() first for an ordinary checkpoint of the rounded weights."
+            )
+        transposed = {f"{name}.weight" for name, layer in layers.items() if layer.conv1d}
+        if not transposed:
+            return None, {}
+        state = model.state_dict()
+        return {key: value.T if key in transposed else value for key, value in state.items()}, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters beside the layers, whose own weights have no gradient
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+        replace_layers(model, [(layer, layer.to_linear()) for layer in layers])
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        unguard_saving(model)
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Make `save_pretrained` of every transformers model in `model` an error while layers of it would be saved wrongly."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "hf_quantizer", None) is None:
+            module.hf_quantizer = GridQuantizer()
+
+
+def unguard_saving(model: nn.Module) -> None:
+    """Undo `guard_saving`: for a model whose quantised layers have all been replaced."""
+    for module in model.modules():
+        if isinstance(getattr(module, "hf_quantizer", None), GridQuantizer):
+            del module.hf_quantizer
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """ValueError if the model belongs to another quantisation method of transformers."""
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None) if isinstance(module, PreTrainedModel) else None
+        if quantizer is not None and not isinstance(quantizer, GridQuantizer):
+            method = quantizer.quantization_config.quant_method
+            raise ValueError(
+                f"model: it is quantised with {getattr(method, 'value', method)} already; quantise the floating-point model."
+            )
