@@ -30,6 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from training import checkpointing, make_trainer
 
 from peft_elastic import SubnetSamplingCallback
+from peft_elastic.tuners.sparse_qa_lora import effective_weight
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -162,6 +163,61 @@ def test_one_graph_for_each_subnet(kind):
         frames.append(counter.frame_count)
     assert frames == [1, 2, 2, 2]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hook", [False, True])
+def test_compiled_models_keep_no_weights(kind, hook, monkeypatch):
+    """A compiler that sees both passes would keep what both of them make. And it must not unroll the loop over panels."""
+    monkeypatch.setattr(effective_weight, "_PANEL_ELEMENTS", 100)
+    torch._dynamo.reset()
+    model = adapted(pruned(nn.Sequential(nn.Linear(64, 48))), target_modules=["0"], **KINDS[kind])
+    if hook:
+        model.base_model.model[0].get_base_layer().register_forward_hook(lambda module, args, output: None)
+    x, parameters = torch.randn(5, 64, requires_grad=True), list(trainable(model).values())
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *parameters])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not hook)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = compiled(x).square().sum()
+    assert kept and max(kept) < 48 * 64 / 4
+    for a, b in zip(torch.autograd.grad(loss, [x, *parameters]), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_by_inductor(kind):
+    torch._dynamo.reset()
+    model, x = two_layers(**KINDS[kind]), torch.randn(5, 32)
+    compiled = torch.compile(model, fullgraph=True)
+    found, expected = (
+        torch.autograd.grad(m(x).square().sum(), list(trainable(model).values())) for m in (compiled, model)
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_exported_programs(kind):
+    model, x = two_layers(**ALL_KINDS[kind]), torch.randn(5, 32)
+    model.set_subnet("min")
+    with torch.no_grad():
+        program = torch.export.export(model.base_model.model, (x,))
+    expected = outputs(model, x)
+    model.set_subnet("max")
+    torch.testing.assert_close(program.module()(x), expected)
 
 
 # -- several processes ---------------------------------------------------------------------------------------------

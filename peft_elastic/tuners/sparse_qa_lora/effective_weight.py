@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import torch
+import torch.utils.checkpoint
 
 from ... import _native
 from ...quantization import Grid
@@ -97,7 +98,11 @@ def effective_linear(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return _EffectiveLinear.apply(x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype, read)
+    arguments = x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype, read
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # otherwise the compiler sees that both passes make E, and keeps it
+        return torch.utils.checkpoint.checkpoint(_EffectiveLinear.apply, *arguments, use_reentrant=False)
+    return _EffectiveLinear.apply(*arguments)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -124,8 +129,12 @@ class _EffectiveLinear(torch.autograd.Function):
             if weight is None:
                 weight = read()  # type: ignore[misc]
             inputs = x.reshape(-1, x.shape[-1]).to(dtype)
-            output = inputs.new_empty(inputs.shape[0], weight.shape[0])
             update = _Update(weight, lora_B, lora_A, *ctx.options)
+            if torch.compiler.is_compiling():  # which knows no slices as `out`
+                panel = update.rows(slice(0, weight.shape[0])).to(dtype)
+                output = torch.nn.functional.linear(inputs, panel, None if bias is None else bias.to(dtype))
+                return output.view(*x.shape[:-1], weight.shape[0])
+            output = inputs.new_empty(inputs.shape[0], weight.shape[0])
             for rows in _slices(weight, _PANEL_ELEMENTS):
                 panel = update.rows(rows).to(dtype)
                 if bias is None:
@@ -188,6 +197,8 @@ class _EffectiveLinear(torch.autograd.Function):
 def _slices(matrix: torch.Tensor, elements: int) -> Iterator[slice]:
     """The rows of a matrix, so many elements at a time."""
     count, length = matrix.shape
+    if torch.compiler.is_compiling():
+        return iter((slice(0, count),))  # a loop would be unrolled; the compiler makes blocks of its own
     step = max(16, elements // max(1, length))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
@@ -224,8 +235,11 @@ class _Update:
     def rows(self, rows: slice, slopes: Optional[torch.Tensor] = None) -> torch.Tensor:
         """These rows, (len(rows), in). `slopes`, of that shape, is filled with 1 where they follow the update and with 0
         where they are constant."""
-        self._panel = self._space(self._panel, rows)
-        panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
+        if torch.compiler.is_compiling():
+            panel = self.lora_B[rows] @ self.lora_A
+        else:
+            self._panel = self._space(self._panel, rows)
+            panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
         if self._has_kernel():
             self._fill_by_kernel(panel, rows, slopes)
         else:
