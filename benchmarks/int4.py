@@ -74,17 +74,27 @@ def cases_of(weight: Tensor, rank: Tensor, x: Tensor, levels: list[str], group_s
             def call(copy: Tensor) -> Tensor:
                 return ops.forward(x, copy, scales, None, outs)
 
-            cases.append(Case(engine, 1, weight_bytes, rotating(call, packed, weight_bytes, level), level, values, sparsity))
+            cases.append(
+                Case(engine, 1, weight_bytes, rotating(call, packed, weight_bytes, level), level, values, sparsity)
+            )
 
     for sparsity in SPARSITIES:
         pruned = torch.where(rank < sparsity, 0, weight)
         for values in ("bf16", "int8"):
             stored = weight_format.compress(pruned, values)
             bits, numbers = stored["weight_bitmask"], stored["weight_values"]
-            add(f"sparse {values}", values, sparsity, lambda: ops.pack(bits, numbers, ins), stored.get("weight_scales"))
+            add(
+                f"sparse {values}", values, sparsity, lambda: ops.pack(bits, numbers, ins), stored.get("weight_scales")
+            )
         for group_size in group_sizes:
             tensors = int4_tensors(pruned, group_size, sparse=True)
-            add(f"sparse int4, groups of {group_size}", "int4", sparsity, lambda: ops.pack_int4(tensors, ins, group_size), None)
+            add(
+                f"sparse int4, groups of {group_size}",
+                "int4",
+                sparsity,
+                lambda: ops.pack_int4(tensors, ins, group_size),
+                None,
+            )
     for group_size in group_sizes:
         tensors = int4_tensors(weight, group_size, sparse=False)
         add(f"dense int4, groups of {group_size}", "int4", 0.0, lambda: ops.pack_int4(tensors, ins, group_size), None)
@@ -111,7 +121,9 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             if number >= 0:  # the round before the first warms up
                 seconds[index].append(value)
     rows = []
-    read = max(case.weight_bytes / min(times) for case, times in zip(cases, seconds, strict=True) if case.engine == READ)
+    read = max(
+        case.weight_bytes / min(times) for case, times in zip(cases, seconds, strict=True) if case.engine == READ
+    )
     for case, times in zip(cases, seconds, strict=True):
         row = {"shape": name, **{key: value for key, value in case._asdict().items() if key != "sample"}}
         # the share of what the same shape's streaming read reached, as memory is shared with other machines
@@ -123,7 +135,9 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             for peer, peer_times in zip(cases, seconds, strict=True)
             if peer.level in ("", case.level, dense_kernel_of(case.level))
         }
-        rows.append(row | {"seconds": summarize(times), "gigabytes_per_s": speed / 1e9, "share": speed / read, "over": over})
+        rows.append(
+            row | {"seconds": summarize(times), "gigabytes_per_s": speed / 1e9, "share": speed / read, "over": over}
+        )
     return rows
 
 
@@ -141,8 +155,16 @@ def report(results: dict[str, Any]) -> str:
             own = f" {row['sparsity']:.0%}" if row["engine"].startswith("sparse") else ""
             same = f" {row['sparsity'] or 0.5:.0%}"  # dense int4 against the sparse ones of 50%
             over = [
-                f"{row['over'][peer]:.2f}x" if row["engine"].split()[0] in ("sparse", "dense") and peer in row["over"] else ""
-                for peer in ("own dense bf16", "torch bf16", f"sparse bf16{same}", f"sparse int8{same}", results["dense_int4"])
+                f"{row['over'][peer]:.2f}x"
+                if row["engine"].split()[0] in ("sparse", "dense") and peer in row["over"]
+                else ""
+                for peer in (
+                    "own dense bf16",
+                    "torch bf16",
+                    f"sparse bf16{same}",
+                    f"sparse int8{same}",
+                    results["dense_int4"],
+                )
             ]
             label = row["engine"] + own + (f" ({row['level']})" if row["level"] else "")
             time = f"{times['median'] * 1e3:.3f} ({times['p10'] * 1e3:.3f} to {times['p90'] * 1e3:.3f})"
@@ -160,7 +182,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usable = [level["name"] for level in _native.levels() if level["usable"]]
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN")
-    parser.add_argument("--levels", nargs="+", choices=usable, default=[name for name in usable if name in ("avx512", "avx2")])
+    parser.add_argument(
+        "--levels", nargs="+", choices=usable, default=[name for name in usable if name in ("avx512", "avx2")]
+    )
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[128, 32], metavar="INPUTS")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of int4.json and .md, default %(default)s")
