@@ -25,12 +25,13 @@ namespace peft_elastic {
 // sums[row * sums_stride + 16 * block + n] = sum over k of x[row, k] * W[16 * block + n, k], for first <= block < last.
 //
 // x: rows (1 .. kMaxRows) of x_stride elements, zero behind in_features up to the end of the last tile. Its type is that of
-// the kernel: float, bf16 (uint16_t) or int8. Values of int8 weights enter as whole numbers; scales are applied above.
+// the kernel: float, bf16 (uint16_t) or int8. Values of int8 weights enter as whole numbers; scales are applied above. Those of
+// int4 weights are applied here, group by group; x is in the order of the tiles (Weight::order).
 // sums: float, aligned to 64 bytes, and so is sums_stride (a multiple of 16). scratch: kScratchBytes, aligned to 64.
 using Kernel = void (*)(const Weight& weight, const void* x, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
                         std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch);
 
-constexpr std::size_t kScratchBytes = 64 * 1024;
+constexpr std::size_t kScratchBytes = 512 * 1024;
 
 struct Kernels {
   Kernel bf16_float;  // bf16 weight, float activations
@@ -38,6 +39,8 @@ struct Kernels {
   Kernel int8_float;  // int8 weight, float activations
   Kernel int8_int8;   // int8 weight and activations, both in -127 .. 127; the sum is exact (32 bits) before it becomes float;
                       // null: the portable level's is used
+  Kernel int4_float;        // int4 weight, float activations
+  Kernel int4_dense_float;  // dense int4 weight, float activations
 };
 
 const Kernels* portable_kernels();

@@ -21,6 +21,7 @@
     defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
 #include "avx512_bf16.h"
+#include "avx512_int4.h"
 
 // The intrinsics say nothing to gcc about the memory that they read.
 #define PE_COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
@@ -175,6 +176,8 @@ const Kernels* amx_kernels() {
       &bf16_bf16,
       &multiply_rows<Int8Float>,
       &int8_int8,
+      &multiply_int4<false>,
+      &multiply_int4<true>,
   };
   return &kKernels;
 }

@@ -18,7 +18,7 @@
 
 #if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
-#include "avx512.h"
+#include "avx512_int4.h"
 
 namespace peft_elastic {
 
@@ -28,6 +28,8 @@ const Kernels* avx512_kernels() {
       nullptr,
       &multiply_rows<Int8Float>,
       &multiply_rows<Int8Int8>,
+      &multiply_int4<false>,
+      &multiply_int4<true>,
   };
   return &kKernels;
 }

@@ -19,6 +19,7 @@
 #if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
 #include "avx512_bf16.h"
+#include "avx512_int4.h"
 
 namespace peft_elastic {
 
@@ -28,6 +29,8 @@ const Kernels* avx512_bf16_kernels() {
       &multiply_rows<Bf16Bf16>,
       &multiply_rows<Int8Float>,
       &multiply_rows<Int8Int8>,
+      &multiply_int4<false>,
+      &multiply_int4<true>,
   };
   return &kKernels;
 }

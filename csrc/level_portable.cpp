@@ -85,6 +85,58 @@ void multiply(const Weight& w, const void* x_void, std::int64_t x_stride, std::i
   }
 }
 
+// int4: whole numbers q - zero within a group, whose sums are then scaled.
+template <bool kDense>
+void multiply_int4(const Weight& w, const void* x_void, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
+                   std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
+  constexpr int kRow = 64;
+  const float* x = static_cast<const float*>(x_void);
+  float* total = static_cast<float*>(scratch);  // [rows][16], of a group
+  for (std::int64_t block = first; block < last; ++block) {
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(w.type);
+    const std::uint8_t* values = w.values + w.offsets[block];
+    for (std::int64_t m = 0; m < rows; ++m) {
+      for (int n = 0; n < kBlock; ++n) sums[m * sums_stride + block * kBlock + n] = 0;
+    }
+    std::int64_t row = 0;
+    for (std::int64_t g = 0; g < w.group_count; ++g) {
+      const QuantGroup& group = w.groups[block * w.group_count + g];
+      const std::int64_t end = g + 1 < w.group_count ? row + w.group_rows : w.tiles * kTileRows;
+      for (std::int64_t i = 0; i < rows * kBlock; ++i) total[i] = 0;
+      for (; row < end; ++row) {
+        float dense[kRow];
+        if constexpr (kDense) {
+          for (int i = 0; i < kRow; ++i) {
+            const int code = i < 32 ? values[i] & 0xf : values[i - 32] >> 4;
+            dense[i] = static_cast<float>(code - group.zeros[i / 4]);
+          }
+          values += kInt4DenseRowBytes;
+        } else {
+          const std::uint64_t bits = load_bits(bitmap, 8);
+          int next = 0;
+          for (int i = 0; i < kRow; ++i) {
+            const bool stored = bits >> i & 1;
+            const int code = stored ? values[next / 2] >> (next % 2 * 4) & 0xf : group.zeros[i / 4];
+            dense[i] = static_cast<float>(code - group.zeros[i / 4]);
+            next += stored;
+          }
+          values += (next + 1) / 2;
+          bitmap += 8;
+        }
+        for (std::int64_t m = 0; m < rows; ++m) {
+          const float* inputs = x + m * x_stride + row * 4;
+          for (int n = 0; n < kBlock; ++n) {
+            for (int k = 0; k < 4; ++k) total[m * kBlock + n] += dense[n * 4 + k] * inputs[k];
+          }
+        }
+      }
+      for (std::int64_t m = 0; m < rows; ++m) {
+        for (int n = 0; n < kBlock; ++n) sums[m * sums_stride + block * kBlock + n] += total[m * kBlock + n] * group.scales[n];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 const Kernels* portable_kernels() {
@@ -93,6 +145,8 @@ const Kernels* portable_kernels() {
       nullptr,
       &multiply<Int8, float, float>,
       &multiply<Int8, std::int8_t, std::int32_t>,
+      &multiply_int4<false>,
+      &multiply_int4<true>,
   };
   return &kKernels;
 }

@@ -66,7 +66,12 @@ void store_float(void* p, FloatType type, std::int64_t index, float value) {
   }
 }
 
-void widen(const void* source, FloatType type, std::int64_t count, float* target) {
+// order: which element comes where, or null: as they come.
+void widen(const void* source, FloatType type, std::int64_t count, const std::int32_t* order, float* target) {
+  if (order) {
+    for (std::int64_t i = 0; i < count; ++i) target[i] = load_float(source, type, order[i]);
+    return;
+  }
   if (type == FloatType::kFloat32) {
     std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(float));
   } else if (type == FloatType::kBfloat16) {
@@ -146,7 +151,8 @@ class Partition {
  private:
   std::uint64_t cost(std::int64_t blocks) const {
     return w_.offsets[blocks] * static_cast<std::uint64_t>(value_bytes(w_.type)) +
-           static_cast<std::uint64_t>(blocks * w_.tiles * tile_bitmap_bytes(w_.type));
+           static_cast<std::uint64_t>(blocks * w_.tiles * tile_bitmap_bytes(w_.type)) +
+           static_cast<std::uint64_t>(blocks * w_.group_count) * sizeof(QuantGroup);
   }
   const Weight& w_;
   int parts_;
@@ -204,11 +210,13 @@ void linear(const LinearCall& call, const Kernels& kernels) {
     pass.kernel = kernels.int8_int8 ? kernels.int8_int8 : portable_kernels()->int8_int8;
   } else if (w.type == ValueType::kInt8) {
     pass.kernel = kernels.int8_float;
+  } else if (is_int4(w.type)) {
+    pass.kernel = w.type == ValueType::kInt4 ? kernels.int4_float : kernels.int4_dense_float;
   } else {
     pass.kernel = bf16_inputs ? kernels.bf16_bf16 : kernels.bf16_float;
   }
   const FloatType kernel_type = bf16_inputs ? FloatType::kBfloat16 : FloatType::kFloat32;
-  const bool direct = !call.int8_activations && call.x_type == kernel_type && w.in_features == width;
+  const bool direct = !call.int8_activations && call.x_type == kernel_type && w.in_features == width && !w.order;
 
   const std::int64_t chunk = std::min(call.rows, kMaxRows);
   pass.parts = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(call.threads, w.blocks)));
@@ -241,7 +249,7 @@ void linear(const LinearCall& call, const Kernels& kernels) {
           continue;
         }
         float* row = reinterpret_cast<float*>(converted) + m * width;
-        widen(source, call.x_type, w.in_features, row);
+        widen(source, call.x_type, w.in_features, w.order, row);
         std::fill(row + w.in_features, row + width, 0.0f);
         if (call.int8_activations) input_scales[m] = quantize_row(row, width, int8_inputs + m * width);
       }
@@ -286,6 +294,16 @@ void convert_values(const DenseJob& job, std::int64_t at, Load load) {
 void convert_row(const DenseJob& job, const void* source, std::int64_t row) {
   const Weight& w = *job.weight;
   const std::int64_t at = (row - job.first_row) * w.in_features;
+  if (is_int4(w.type)) {
+    const auto* codes = static_cast<const std::int8_t*>(source);
+    const QuantGroup* const groups = w.groups + row / kBlock * w.group_count;
+    for (std::int64_t place = 0; place < w.in_features; ++place) {
+      const std::int64_t group = w.group_count > 1 ? place / w.group_size : 0;
+      const float value = groups[group].scales[row % kBlock] * static_cast<float>(codes[place]);
+      store_float(job.target, job.type, at + (w.order ? w.order[place] : place), value);
+    }
+    return;
+  }
   if (w.type == ValueType::kInt8) {
     const auto* values = static_cast<const std::int8_t*>(source);
     const float scale = job.scales[row];

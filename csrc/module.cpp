@@ -19,6 +19,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -98,14 +99,52 @@ void pack_bitmask(int type, Address bitmask, std::size_t bitmask_bytes, Address 
 void unpack(Address packed, std::size_t size, Address bitmask, Address values) {
   py::gil_scoped_release release;
   const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  if (peft_elastic::is_int4(weight.type)) throw std::invalid_argument("the packed weight is int4");
   peft_elastic::check_contents(weight);
   peft_elastic::unpack(weight, at<std::uint8_t>(bitmask), at<void>(values));
 }
 
+// (out_features, in_features, group_size, bitmask or 0, its bytes, values, their bytes, scales, zeros, order or 0)
+using Int4Addresses = std::tuple<std::int64_t, std::int64_t, std::int64_t, Address, std::size_t, Address, std::size_t, Address,
+                                 Address, Address>;
+
+peft_elastic::Int4Source int4_source(const Int4Addresses& addresses) {
+  const auto& [out_features, in_features, group_size, bitmask, bitmask_bytes, values, value_bytes, scales, zeros, order] =
+      addresses;
+  return {out_features, in_features, group_size, at<const std::uint8_t>(bitmask), bitmask_bytes,
+          at<const std::uint8_t>(values), value_bytes, at<const float>(scales), at<const std::uint8_t>(zeros),
+          at<const std::int32_t>(order)};
+}
+
+std::size_t packed_int4_bytes(const Int4Addresses& source) {
+  py::gil_scoped_release release;
+  return peft_elastic::packed_int4_bytes(int4_source(source));
+}
+
+void pack_int4(const Int4Addresses& source, Address packed, std::size_t size) {
+  py::gil_scoped_release release;
+  peft_elastic::pack_int4(int4_source(source), at<std::uint8_t>(packed), size);
+}
+
+// order: of as many numbers as there are inputs, or 0 where the weight has none.
+void unpack_int4(Address packed, std::size_t size, Address bitmask, Address values, Address scales, Address zeros,
+                 Address order) {
+  py::gil_scoped_release release;
+  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
+  const bool dense = weight.type == peft_elastic::ValueType::kInt4Dense;
+  if (!peft_elastic::is_int4(weight.type) || dense != (bitmask == 0) || (weight.order != nullptr) != (order != 0)) {
+    throw std::invalid_argument("the packed weight is of another kind");
+  }
+  peft_elastic::check_contents(weight);
+  peft_elastic::unpack_int4(weight, at<std::uint8_t>(bitmask), at<std::uint8_t>(values), at<float>(scales),
+                            at<std::uint8_t>(zeros));
+  if (order) std::memcpy(at<void>(order), weight.order, static_cast<std::size_t>(weight.in_features) * sizeof(std::int32_t));
+}
+
 py::tuple describe(Address packed, std::size_t size) {
   const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
-  return py::make_tuple(static_cast<int>(weight.type), weight.out_features, weight.in_features,
-                        weight.offsets[weight.blocks]);
+  return py::make_tuple(static_cast<int>(weight.type), weight.out_features, weight.in_features, weight.nonzeros,
+                        weight.group_size, weight.order != nullptr);
 }
 
 void check_contents(Address packed, std::size_t size) {
@@ -311,7 +350,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_dense", &pack_dense);
   m.def("pack_bitmask", &pack_bitmask);
   m.def("unpack", &unpack);
-  m.def("describe", &describe, "(value type, out_features, in_features, nonzeros) of a packed weight.");
+  m.def("packed_int4_bytes", &packed_int4_bytes);
+  m.def("pack_int4", &pack_int4);
+  m.def("unpack_int4", &unpack_int4);
+  m.def("describe", &describe,
+        "(value type, out_features, in_features, nonzeros, group_size, whether inputs have an order) of a packed weight.");
   m.def("check_contents", &check_contents);
   m.def("linear", &linear);
   m.def("dense_rows", &dense_rows);

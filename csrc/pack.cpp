@@ -16,29 +16,25 @@
 
 #include <cstring>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "layout.h"
 
 namespace peft_elastic {
 namespace {
 
-constexpr char kMagic[8] = {'P', 'E', 'F', 'T', 'E', 'L', 'S', '1'};
 constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;  // so that nothing below overflows
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 std::size_t align_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+}  // namespace
 
-struct Layout {
-  std::int64_t blocks, tiles;
-  std::size_t offsets_at, bitmaps_at, values_at, total;
-};
-
-Layout layout_of(ValueType type, std::int64_t out_features, std::int64_t in_features, std::int64_t nonzeros) {
-  if (type != ValueType::kBf16 && type != ValueType::kInt8) fail("the value type is neither bf16 nor int8");
+Layout layout_of(const Shape& shape) {
+  const auto [type, out_features, in_features, nonzeros, value_count, group_size, has_order] = shape;
+  if (type != ValueType::kBf16 && type != ValueType::kInt8 && !is_int4(type)) {
+    fail("the value type is none of bf16, int8, int4 and dense int4");
+  }
   if (out_features < 1 || out_features > kMaxFeatures || in_features < 1 || in_features > kMaxFeatures) {
     fail("out_features and in_features must be 1 to 2^30, got " + std::to_string(out_features) + " and " +
          std::to_string(in_features));
@@ -49,39 +45,58 @@ Layout layout_of(ValueType type, std::int64_t out_features, std::int64_t in_feat
   Layout layout;
   layout.blocks = ceil_div(out_features, kBlock);
   layout.tiles = ceil_div(in_features, tile_inputs(type));
+  layout.group_count = 0;
+  const std::int64_t tile_rows = layout.blocks * layout.tiles * kTileRows;
+  if (is_int4(type)) {
+    if (group_size < 1) fail("group_size must be 1 or more, got " + std::to_string(group_size));
+    layout.group_count = ceil_div(in_features, group_size);
+    if (layout.group_count > 1 && group_size % group_inputs(type)) {
+      fail("group_size must be a multiple of 4 where there is more than one group, got " + std::to_string(group_size));
+    }
+    // A row has a byte for each two of its nonzeros, the last one of which may be alone.
+    const std::int64_t least = (nonzeros + 1) / 2, most = least + tile_rows;
+    const bool fits = type == ValueType::kInt4 ? least <= value_count && value_count <= most
+                                               : value_count == tile_rows * kInt4DenseRowBytes;
+    if (!fits) fail("the bytes of the values are not what the number of nonzeros asks for");
+  } else if (value_count != nonzeros || group_size != 0 || has_order) {
+    fail("the header has numbers that go with int4");
+  }
   layout.offsets_at = sizeof(Header);
   layout.bitmaps_at = align_up(layout.offsets_at + 8 * static_cast<std::size_t>(layout.blocks + 1));
-  layout.values_at = layout.bitmaps_at + static_cast<std::size_t>(layout.blocks) * static_cast<std::size_t>(layout.tiles) *
+  layout.groups_at = layout.bitmaps_at + static_cast<std::size_t>(layout.blocks) * static_cast<std::size_t>(layout.tiles) *
                                              static_cast<std::size_t>(tile_bitmap_bytes(type));
+  layout.order_at =
+      align_up(layout.groups_at + static_cast<std::size_t>(layout.blocks * layout.group_count) * sizeof(QuantGroup));
+  layout.values_at = align_up(layout.order_at + (has_order ? static_cast<std::size_t>(in_features) * 4 : 0));
   layout.total =
-      align_up(layout.values_at + static_cast<std::size_t>(nonzeros * value_bytes(type))) + kTailPadding;
+      align_up(layout.values_at + static_cast<std::size_t>(value_count * value_bytes(type))) + kTailPadding;
   return layout;
 }
 
-std::uint64_t load_bits(const std::uint8_t* p, std::int64_t bytes) {
-  std::uint64_t bits = 0;
-  for (std::int64_t i = 0; i < bytes; ++i) bits |= static_cast<std::uint64_t>(p[i]) << (8 * i);
-  return bits;
+void write_header(const Shape& shape, const Layout& layout, std::uint8_t* packed) {
+  Header header{};
+  std::memcpy(header.magic, kMagic, sizeof(kMagic));
+  header.type = shape.type;
+  header.has_order = shape.has_order;
+  header.out_features = static_cast<std::uint64_t>(shape.out_features);
+  header.in_features = static_cast<std::uint64_t>(shape.in_features);
+  header.nonzeros = static_cast<std::uint64_t>(shape.nonzeros);
+  header.value_count = static_cast<std::uint64_t>(shape.value_count);
+  header.group_size = static_cast<std::uint64_t>(shape.group_size);
+  header.offsets_at = layout.offsets_at;
+  header.bitmaps_at = layout.bitmaps_at;
+  header.groups_at = layout.groups_at;
+  header.order_at = layout.order_at;
+  header.values_at = layout.values_at;
+  header.total_bytes = layout.total;
+  std::memcpy(packed, &header, sizeof(header));
+  const auto clear = [packed](std::size_t begin, std::size_t end) { std::memset(packed + begin, 0, end - begin); };
+  clear(layout.offsets_at + 8 * static_cast<std::size_t>(layout.blocks + 1), layout.bitmaps_at);
+  clear(layout.groups_at + static_cast<std::size_t>(layout.blocks * layout.group_count) * sizeof(QuantGroup), layout.order_at);
+  clear(layout.order_at + (shape.has_order ? static_cast<std::size_t>(shape.in_features) * 4 : 0), layout.values_at);
 }
 
-int population_count(std::uint64_t bits) {
-  bits -= (bits >> 1) & 0x5555555555555555u;
-  bits = (bits & 0x3333333333333333u) + ((bits >> 2) & 0x3333333333333333u);
-  bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu;
-  return static_cast<int>((bits * 0x0101010101010101u) >> 56);
-}
-
-std::int64_t count_bits(const std::uint8_t* p, std::size_t bytes) {
-  std::int64_t count = 0;
-  std::size_t i = 0;
-  for (; i + 8 <= bytes; i += 8) {
-    std::uint64_t bits;
-    std::memcpy(&bits, p + i, 8);
-    count += population_count(bits);
-  }
-  for (; i < bytes; ++i) count += population_count(p[i]);
-  return count;
-}
+namespace {
 
 bool is_nonzero(std::uint16_t bf16) { return (bf16 & 0x7fffu) != 0; }
 bool is_nonzero(std::int8_t value) { return value != 0; }
@@ -92,19 +107,10 @@ class Packer {
  public:
   Packer(ValueType type, std::int64_t out_features, std::int64_t in_features, std::int64_t nonzeros, std::uint8_t* packed,
          std::size_t size)
-      : type_(type), layout_(layout_of(type, out_features, in_features, nonzeros)), packed_(packed), nonzeros_(nonzeros) {
+      : type_(type), layout_(layout_of({type, out_features, in_features, nonzeros, nonzeros})), packed_(packed),
+        nonzeros_(nonzeros) {
     if (size != layout_.total) fail("the buffer is not of the size of the packed weight");
-    Header header{};
-    std::memcpy(header.magic, kMagic, sizeof(kMagic));
-    header.type = type;
-    header.out_features = static_cast<std::uint64_t>(out_features);
-    header.in_features = static_cast<std::uint64_t>(in_features);
-    header.nonzeros = static_cast<std::uint64_t>(nonzeros);
-    header.offsets_at = layout_.offsets_at;
-    header.bitmaps_at = layout_.bitmaps_at;
-    header.values_at = layout_.values_at;
-    header.total_bytes = layout_.total;
-    std::memcpy(packed, &header, sizeof(header));
+    write_header({type, out_features, in_features, nonzeros, nonzeros}, layout_, packed);
     offsets_ = reinterpret_cast<std::uint64_t*>(packed + layout_.offsets_at);
     offsets_[0] = 0;
     values_ = packed + layout_.values_at;
@@ -145,8 +151,6 @@ class Packer {
 
   void finish() {
     if (written_ != nonzeros_) fail("the weight has fewer nonzeros than were counted");
-    std::uint8_t* const offsets_end = packed_ + layout_.offsets_at + 8 * (layout_.blocks + 1);
-    std::memset(offsets_end, 0, static_cast<std::size_t>(packed_ + layout_.bitmaps_at - offsets_end));
     std::memset(values_, 0, static_cast<std::size_t>(packed_ + layout_.total - values_));
   }
 
@@ -225,16 +229,6 @@ void pack_bitmask_typed(ValueType type, const std::uint8_t* bitmask, const Value
   packer.finish();
 }
 
-int lowest_bit(std::uint64_t bits) {
-#if defined(__GNUC__)
-  return __builtin_ctzll(bits);
-#else
-  int bit = 0;
-  while (!((bits >> bit) & 1)) ++bit;
-  return bit;
-#endif
-}
-
 // Tile by tile: its 16 rows as they lie in memory, each 16 outputs x 4 bytes of inputs, then turned, which gives each output 64
 // bytes of its row.
 template <typename Value>
@@ -286,7 +280,6 @@ void unpack_typed(const Weight& w, std::uint8_t* bitmask, Value* values) {
 template <typename Value>
 void check_contents_typed(const Weight& w) {
   const std::int64_t block_bytes = w.tiles * tile_bitmap_bytes(w.type);
-  const std::int64_t bitmap_bytes = tile_bitmap_bytes(w.type) / kTileRows, group = group_inputs(w.type);
   if (w.offsets[0] != 0) fail("the first offset is not 0");
   // In order first, then the counts: after this loop no offset leaves the values.
   for (std::int64_t block = 0; block < w.blocks; ++block) {
@@ -296,8 +289,20 @@ void check_contents_typed(const Weight& w) {
       fail("the population count of block " + std::to_string(block) + " is not the number of its values");
     }
   }
+  check_bitmap_edges(w);
+  for (std::uint64_t i = 0; i < w.offsets[w.blocks]; ++i) {
+    Value value;
+    std::memcpy(&value, w.values + i * sizeof(Value), sizeof(value));
+    check_value(value);
+  }
+}
+
+}  // namespace
+
+void check_bitmap_edges(const Weight& w) {
+  const std::int64_t bitmap_bytes = tile_bitmap_bytes(w.type) / kTileRows, group = group_inputs(w.type);
   for (std::int64_t block = 0; block < w.blocks; ++block) {
-    const std::uint8_t* bitmap = w.bitmaps + block * block_bytes;
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(w.type);
     for (std::int64_t k = 0; k < w.tiles * kTileRows * group; k += group, bitmap += bitmap_bytes) {
       const bool edge = k + group > w.in_features || (block + 1) * kBlock > w.out_features;
       if (!edge) continue;
@@ -309,17 +314,10 @@ void check_contents_typed(const Weight& w) {
       }
     }
   }
-  for (std::uint64_t i = 0; i < w.offsets[w.blocks]; ++i) {
-    Value value;
-    std::memcpy(&value, w.values + i * sizeof(Value), sizeof(value));
-    check_value(value);
-  }
 }
 
-}  // namespace
-
 std::size_t packed_bytes(ValueType type, std::int64_t out_features, std::int64_t in_features, std::int64_t nonzeros) {
-  return layout_of(type, out_features, in_features, nonzeros).total;
+  return layout_of({type, out_features, in_features, nonzeros, nonzeros}).total;
 }
 
 std::int64_t count_nonzeros(ValueType type, const void* dense, std::int64_t out_features, std::int64_t in_features,
@@ -342,7 +340,7 @@ void pack_dense(ValueType type, const void* dense, std::int64_t out_features, st
 void pack_bitmask(ValueType type, const std::uint8_t* bitmask, std::size_t bitmask_bytes, const void* values,
                   std::int64_t value_count, std::int64_t out_features, std::int64_t in_features, std::uint8_t* packed,
                   std::size_t size) {
-  layout_of(type, out_features, in_features, value_count);
+  layout_of({type, out_features, in_features, value_count, value_count});
   const std::size_t expected = static_cast<std::size_t>(out_features) * static_cast<std::size_t>(ceil_div(in_features, 8));
   if (bitmask_bytes != expected) {
     fail("the bitmask has " + std::to_string(bitmask_bytes) + " bytes, expected " + std::to_string(expected));
@@ -369,6 +367,10 @@ void unpack(const Weight& weight, std::uint8_t* bitmask, void* values) {
 }
 
 void expand_block(const Weight& weight, std::int64_t block, void* target) {
+  if (is_int4(weight.type)) {
+    expand_int4_block(weight, block, static_cast<std::int8_t*>(target));
+    return;
+  }
   const std::int64_t width = weight.tiles * tile_inputs(weight.type);
   if (weight.type == ValueType::kBf16) {
     expand_block_typed(weight, block, static_cast<std::uint16_t*>(target), width);
@@ -384,29 +386,43 @@ Weight open_packed(const std::uint8_t* packed, std::size_t size) {
   std::memcpy(&header, packed, sizeof(header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) fail("this is not a packed weight");
   constexpr std::uint64_t kLimit = std::uint64_t{1} << 62;
-  if (header.out_features > kLimit || header.in_features > kLimit || header.nonzeros > kLimit) fail("the header is damaged");
-  const auto out_features = static_cast<std::int64_t>(header.out_features);
-  const auto in_features = static_cast<std::int64_t>(header.in_features);
-  const Layout layout = layout_of(header.type, out_features, in_features, static_cast<std::int64_t>(header.nonzeros));
+  for (const std::uint64_t number :
+       {header.out_features, header.in_features, header.nonzeros, header.value_count, header.group_size}) {
+    if (number > kLimit) fail("the header is damaged");
+  }
+  if (header.has_order > 1) fail("the header is damaged");
+  const auto whole = [](std::uint64_t number) { return static_cast<std::int64_t>(number); };
+  const Shape shape{header.type, whole(header.out_features), whole(header.in_features), whole(header.nonzeros),
+                    whole(header.value_count), whole(header.group_size), header.has_order == 1};
+  const Layout layout = layout_of(shape);
   if (header.offsets_at != layout.offsets_at || header.bitmaps_at != layout.bitmaps_at ||
-      header.values_at != layout.values_at || header.total_bytes != layout.total || size != layout.total) {
+      header.groups_at != layout.groups_at || header.order_at != layout.order_at || header.values_at != layout.values_at ||
+      header.total_bytes != layout.total || size != layout.total) {
     fail("the packed weight has " + std::to_string(size) + " bytes, its header asks for " + std::to_string(layout.total));
   }
-  Weight weight;
-  weight.type = header.type;
-  weight.out_features = out_features;
-  weight.in_features = in_features;
+  Weight weight{};
+  weight.type = shape.type;
+  weight.out_features = shape.out_features;
+  weight.in_features = shape.in_features;
   weight.blocks = layout.blocks;
   weight.tiles = layout.tiles;
+  weight.nonzeros = shape.nonzeros;
   weight.offsets = reinterpret_cast<const std::uint64_t*>(packed + layout.offsets_at);
   weight.bitmaps = packed + layout.bitmaps_at;
   weight.values = packed + layout.values_at;
-  if (weight.offsets[weight.blocks] != header.nonzeros) fail("the last offset is not the number of nonzeros");
+  weight.group_size = shape.group_size;
+  weight.group_count = layout.group_count;
+  weight.group_rows = layout.group_count > 1 ? shape.group_size / group_inputs(shape.type) : layout.tiles * kTileRows;
+  weight.groups = reinterpret_cast<const QuantGroup*>(packed + layout.groups_at);
+  weight.order = shape.has_order ? reinterpret_cast<const std::int32_t*>(packed + layout.order_at) : nullptr;
+  if (weight.offsets[weight.blocks] != header.value_count) fail("the last offset is not the number of values");
   return weight;
 }
 
 void check_contents(const Weight& weight) {
-  if (weight.type == ValueType::kBf16) {
+  if (is_int4(weight.type)) {
+    check_int4_contents(weight);
+  } else if (weight.type == ValueType::kBf16) {
     check_contents_typed<std::uint16_t>(weight);
   } else {
     check_contents_typed<std::int8_t>(weight);

@@ -142,10 +142,12 @@ def test_the_clamp_and_the_mask_matter_in_these_problems():
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_the_base_layer_computes_is_subtracted(grid, masked, panels):
     x, weight, _, lora_B, lora_A, grid = problem(grid=GRIDS[grid])
-    arguments = (x, weight, None, lora_B, lora_A, masked, grid, "weight")
-    found, expected = gradients(effective_linear, *arguments), gradients(naive_linear, *arguments)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    others = [random_grid(weight, **GRIDS[name]) for name in ("2 bits", "act-order")]
+    for minus in ("weight", *others, *([] if grid is None else [grid])):
+        arguments = (x, weight, None, lora_B, lora_A, masked, grid, minus)
+        found, expected = gradients(effective_linear, *arguments), gradients(naive_linear, *arguments)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 3), (0, 3), (2, 1, 2)], ids=str)

@@ -44,14 +44,16 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
-from .format import VALUE_DTYPES, decompress, verify
+from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
 from .sparse_linear import SparseLinear
 
 
 METHOD = "peft_elastic"  # transformers prints it where the package was not imported
 _VERSION = 1
 _LINEAR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED = {"weight_bitmask": torch.uint8, "weight_values": None, "weight_scales": torch.float32}
+_STORED = ("weight_bitmask", "weight_values", "weight_scales", "weight_zeros", "weight_g_idx")
+_SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}  # of int4
+_VALUE_DTYPES = VALUE_DTYPES | {"int4": torch.uint8}
 # of safetensors, for the types that a stored layer has
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
 _ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -62,8 +64,9 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
     """What `config.json` says of the sparse layers.
 
     Args:
-        layers (`dict`): by the path of the layer: `out_features`, `in_features`, `nnz` (int), `value_dtype` ("bf16" or "int8"),
-            `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name).
+        layers (`dict`): by the path of the layer: `out_features`, `in_features`, `nnz` (int), `value_dtype` ("bf16", "int8" or
+            "int4"), `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name). int4 has also
+            `group_size` (int), `sparse` (bool; false: all values are stored) and `scale_dtype` ("float16" or "float32").
         version (`int`): of this description.
     """
 
@@ -84,18 +87,24 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: layers must be an object, got {type(self.layers).__name__}.")
         for name, entry in self.layers.items():
             keys = {"out_features", "in_features", "nnz", "value_dtype", "linear_dtype", "crc32"}
+            int4 = isinstance(entry, dict) and entry.get("value_dtype") == "int4"
+            keys |= {"group_size", "sparse", "scale_dtype"} if int4 else set()
             if not isinstance(entry, dict) or set(entry) != keys:
                 raise ValueError(f"quantization_config: layer {name!r} must have {sorted(keys)}, got {entry!r:.200}.")
-            if not isinstance(entry["value_dtype"], str) or entry["value_dtype"] not in VALUE_DTYPES:
+            if not isinstance(entry["value_dtype"], str) or entry["value_dtype"] not in _VALUE_DTYPES:
                 raise ValueError(
-                    f"{name}: value_dtype is {entry['value_dtype']!r:.50}; allowed are {sorted(VALUE_DTYPES)} (quantization_config)."
+                    f"{name}: value_dtype is {entry['value_dtype']!r:.50}; allowed are {sorted(_VALUE_DTYPES)} (quantization_config)."
+                )
+            if int4 and (not isinstance(entry["scale_dtype"], str) or entry["scale_dtype"] not in _SCALE_DTYPES):
+                raise ValueError(
+                    f"{name}: scale_dtype is {entry['scale_dtype']!r:.50}; allowed are {sorted(_SCALE_DTYPES)} (quantization_config)."
                 )
             if not isinstance(entry["linear_dtype"], str) or entry["linear_dtype"] not in _LINEAR_DTYPES:
                 raise ValueError(
                     f"{name}: linear_dtype is {entry['linear_dtype']!r:.50}; allowed are {sorted(_LINEAR_DTYPES)} "
                     "(quantization_config)."
                 )
-            sums, wanted = entry["crc32"], _stored_names(entry["value_dtype"])
+            sums, wanted = entry["crc32"], list(_stored_dtypes(entry))
             if (
                 not isinstance(sums, dict)
                 or set(sums) != set(wanted)
@@ -111,8 +120,7 @@ class _StoredLinear(nn.Module):
         super().__init__()
         self.entry = entry
         self.weight_values: nn.Parameter
-        for name in _stored_names(entry["value_dtype"]):
-            dtype = _STORED[name] or VALUE_DTYPES[entry["value_dtype"]]
+        for name, dtype in _stored_dtypes(entry).items():
             # not on the meta device: nothing of it is left to be filled in if the checkpoint lacks the tensor
             setattr(self, name, nn.Parameter(torch.empty(0, dtype=dtype, device="meta"), requires_grad=False))
         self.bias = bias
@@ -122,9 +130,12 @@ class _StoredLinear(nn.Module):
 
     def verified(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors on the CPU. ValueError that names the one that is missing, damaged or of another layer."""
-        tensors = {key: getattr(self, key).detach().cpu() for key in _stored_names(self.entry["value_dtype"])}
+        tensors = {key: getattr(self, key).detach().cpu() for key in _stored_dtypes(self.entry)}
         shape = {key: self.entry[key] for key in ("out_features", "in_features", "nnz")}
-        verify(name, tensors, **shape, dtype=self.entry["value_dtype"])
+        if self.entry["value_dtype"] == "int4":
+            verify_int4(name, tensors, **shape, **{key: self.entry[key] for key in ("group_size", "sparse")})
+        else:
+            verify(name, tensors, **shape, dtype=self.entry["value_dtype"])
         for key, tensor in tensors.items():
             if _crc32(tensor) != self.entry["crc32"][key]:
                 raise ValueError(
@@ -136,7 +147,7 @@ class _StoredLinear(nn.Module):
 
     def clear(self) -> None:
         """Let go of the tensors, whose packed form has been made."""
-        for key in _stored_names(self.entry["value_dtype"]):
+        for key in _stored_dtypes(self.entry):
             setattr(self, key, None)
 
 
@@ -195,18 +206,33 @@ class SparseQuantizer(HfQuantizer):
         def load(item: tuple[str, _StoredLinear]) -> nn.Module:
             name, module = item
             tensors, entry = module.verified(name), module.entry
-            dtype, scales = _LINEAR_DTYPES[entry["linear_dtype"]], tensors.get("weight_scales")
-            bitmask, values = tensors["weight_bitmask"], tensors["weight_values"]
+            dtype, in_features, int4 = (
+                _LINEAR_DTYPES[entry["linear_dtype"]],
+                entry["in_features"],
+                entry["value_dtype"] == "int4",
+            )
+            scales = None if int4 else tensors.get("weight_scales")
             device = module.weight_values.device
             module.clear()
-            if self._stays_dense:
-                weight = decompress(bitmask, values, scales, entry["in_features"], dtype)
-                return _dense(weight.to(device), module.bias)
             try:
-                packed = ops.pack(bitmask, values, entry["in_features"])
+                if self._stays_dense:
+                    if int4:
+                        weight = decompress_int4(tensors, in_features, entry["group_size"], dtype)
+                    else:
+                        weight = decompress(
+                            tensors["weight_bitmask"], tensors["weight_values"], scales, in_features, dtype
+                        )
+                    return _dense(weight.to(device), module.bias)
+                if int4:
+                    packed = ops.pack_int4(tensors, in_features, entry["group_size"])
+                else:
+                    packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
             except ValueError as error:
                 raise ValueError(f"{name}.weight_values: {error}") from None
-            return SparseLinear(packed, scales, module.bias, dtype)
+            layer = SparseLinear(packed, scales, module.bias, dtype)
+            if layer.nnz != entry["nnz"]:  # of dense int4 nothing else says it
+                raise ValueError(f"{name}: nnz is {entry['nnz']}, but there are {layer.nnz} nonzeros.")
+            return layer
 
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             for (name, _), layer in zip(stored, pool.map(load, stored), strict=True):
@@ -298,19 +324,35 @@ def check_safetensors(file: str | os.PathLike[str]) -> None:
             raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
 
 
-def _stored_names(dtype: str) -> list[str]:
-    return [name for name in _STORED if name != "weight_scales" or dtype == "int8"]
+def _stored_dtypes(entry: dict[str, Any]) -> dict[str, torch.dtype]:
+    """The tensors of a layer that an entry describes, by their names on disk."""
+    kind = entry["value_dtype"]
+    dtypes = {"weight_bitmask": torch.uint8, "weight_values": _VALUE_DTYPES[kind]}
+    if kind == "int8":
+        dtypes["weight_scales"] = torch.float32
+    if kind == "int4":
+        dtypes |= {"weight_scales": _SCALE_DTYPES[entry["scale_dtype"]], "weight_zeros": torch.uint8}
+        if isinstance(entry["crc32"], dict) and "weight_g_idx" in entry["crc32"]:
+            dtypes["weight_g_idx"] = torch.int32
+        if not entry["sparse"]:
+            del dtypes["weight_bitmask"]
+    return dtypes
 
 
 def _describe(layer: SparseLinear) -> dict[str, Any]:
-    return {
+    tensors = layer.stored_tensors()
+    entry = {
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "nnz": layer.nnz,
         "value_dtype": layer.value_dtype,
         "linear_dtype": str(layer.linear_dtype).removeprefix("torch."),
-        "crc32": {key: _crc32(tensor) for key, tensor in layer.stored_tensors().items()},
+        "crc32": {key: _crc32(tensor) for key, tensor in tensors.items()},
     }
+    if layer.value_dtype == "int4":
+        entry |= {"group_size": layer.group_size, "sparse": layer.has_bitmask}
+        entry["scale_dtype"] = str(tensors["weight_scales"].dtype).removeprefix("torch.")
+    return entry
 
 
 def _crc32(tensor: torch.Tensor) -> int:

@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .format import order_of_groups
 
 
 _C = _native._C
 _VALUE_TYPES = {torch.bfloat16: 0, torch.int8: 1}  # ValueType in csrc/format.h
 _VALUE_DTYPES = (torch.bfloat16, torch.int8)
+_VALUE_NAMES = ("bf16", "int8", "int4", "int4")  # of the ValueTypes
+_INT4_DENSE = 3
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 FLOAT_DTYPES = tuple(_FLOAT_TYPES)
 
@@ -44,7 +47,10 @@ class PackedInfo(NamedTuple):
     out_features: int
     in_features: int
     nnz: int
-    dtype: str  # "bf16" or "int8"
+    dtype: str  # "bf16", "int8" or "int4"
+    group_size: int = 0  # int4 only
+    has_bitmask: bool = True  # all but dense int4
+    has_order: bool = False  # int4 whose groups lie scattered over the inputs
 
 
 def is_available() -> bool:
@@ -134,11 +140,88 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return bitmask, values
 
 
+def pack_int4(tensors: dict[str, Tensor], in_features: int, group_size: int) -> Tensor:
+    """The in-memory form of an int4 weight, scales, zeros and the order of its inputs included.
+
+    Args:
+        tensors: as on disk (`peft_elastic.deploy.format`): `weight_values`, `weight_scales`, `weight_zeros`, `weight_bitmask` unless
+            all values are stored, `weight_g_idx` if the inputs are not in the order of their groups.
+        in_features, group_size: of the weight.
+
+    Returns:
+        uint8 [bytes], with a header of its own.
+
+    Raises:
+        ValueError: if lengths, the population count, stray bits, values or groups do not agree.
+    """
+    extension = _extension()
+    bitmask, g_idx = tensors.get("weight_bitmask"), tensors.get("weight_g_idx")
+    values, zeros = tensors["weight_values"].contiguous(), tensors["weight_zeros"].contiguous()
+    scales = tensors["weight_scales"].to(torch.float32).contiguous()
+    _check_matrix("weight_values", values, (torch.uint8,), 1)
+    _check_matrix("weight_scales", scales, (torch.float32,), 2)
+    groups = -(-in_features // group_size) if in_features > 0 and group_size > 0 else 0
+    _check_matrix("weight_zeros", zeros, (torch.uint8,), 2)
+    if scales.shape[1] != groups or zeros.shape != scales.shape:
+        raise ValueError(
+            f"`weight_scales` {tuple(scales.shape)} and `weight_zeros` {tuple(zeros.shape)} must both be (out, {groups})."
+        )
+    if bitmask is not None:
+        _check_matrix("weight_bitmask", bitmask, (torch.uint8,), 2)
+        bitmask = bitmask.contiguous()
+    order = None if g_idx is None else order_of_groups("`weight_g_idx`", g_idx, in_features, group_size)
+    source = (
+        scales.shape[0],
+        in_features,
+        group_size,
+        0 if bitmask is None else bitmask.data_ptr(),
+        0 if bitmask is None else bitmask.numel(),
+        values.data_ptr(),
+        values.numel(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        0 if order is None else order.data_ptr(),
+    )
+    packed = _new_packed(extension.packed_int4_bytes(source))
+    extension.pack_int4(source, packed.data_ptr(), packed.numel())
+    return packed
+
+
+def unpack_int4(packed: Tensor) -> dict[str, Tensor]:
+    """The inverse of `pack_int4`, scales as float32. ValueError if `packed` is damaged."""
+    info = describe(packed)
+    if info.dtype != "int4":
+        raise ValueError(f"`packed` holds {info.dtype} values, not int4.")
+    out_features, groups = info.out_features, -(-info.in_features // info.group_size)
+    count = info.nnz if info.has_bitmask else out_features * info.in_features
+    tensors = {
+        "weight_values": torch.empty((count + 1) // 2, dtype=torch.uint8),
+        "weight_scales": torch.empty(out_features, groups, dtype=torch.float32),
+        "weight_zeros": torch.empty(out_features, groups, dtype=torch.uint8),
+    }
+    if info.has_bitmask:
+        tensors["weight_bitmask"] = torch.empty(out_features, (info.in_features + 7) // 8, dtype=torch.uint8)
+    order = torch.empty(info.in_features if info.has_order else 0, dtype=torch.int32)
+    _extension().unpack_int4(
+        packed.data_ptr(),
+        packed.numel(),
+        tensors["weight_bitmask"].data_ptr() if info.has_bitmask else 0,
+        *(tensors[f"weight_{name}"].data_ptr() for name in ("values", "scales", "zeros")),
+        order.data_ptr() if info.has_order else 0,
+    )
+    if info.has_order:
+        tensors["weight_g_idx"] = torch.empty_like(order)
+        tensors["weight_g_idx"][order.long()] = torch.arange(info.in_features, dtype=torch.int32) // info.group_size
+    return tensors
+
+
 def describe(packed: Tensor) -> PackedInfo:
     """What the header says; ValueError if it does not fit the length of the tensor."""
     _check_matrix("packed", packed, (torch.uint8,), 1)
-    kind, out_features, in_features, nnz = _extension().describe(packed.data_ptr(), packed.numel())
-    return PackedInfo(out_features, in_features, nnz, ("bf16", "int8")[kind])
+    kind, out_features, in_features, nnz, group_size, has_order = _extension().describe(
+        packed.data_ptr(), packed.numel()
+    )
+    return PackedInfo(out_features, in_features, nnz, _VALUE_NAMES[kind], group_size, kind != _INT4_DENSE, has_order)
 
 
 def to_dense(
@@ -227,8 +310,8 @@ def sparse_linear(
 
     Args:
         x: [..., in_features], float32, bfloat16 or float16, any strides.
-        packed: what `pack` returned for W [out_features, in_features].
-        scales: float32 [out_features] for int8 values, None for bfloat16.
+        packed: what `pack` or `pack_int4` returned for W [out_features, in_features].
+        scales: float32 [out_features] for int8 values, else None (those of int4 are packed).
         bias: [out_features] of any of the three types, or None.
         out_features: rows of W.
         activations: "float", or "int8" (int8 weights only): each row of x is rounded to int8, symmetric.

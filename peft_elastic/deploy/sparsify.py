@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import QuantizedLinear
+from ..quantization.saving import GridQuantizer, unguard_saving
 from . import checkpoint, ops, timing
-from .format import check_dtype
+from .format import check_dtype, check_int4
 from .sparse_linear import SparseLinear
 
 
@@ -48,6 +50,7 @@ class SwapDecision:
         reason (`str`): why, or why not.
         dense_seconds, sparse_seconds (`float`, *optional*): of one row of activations, where they were measured.
         dense_bytes, bytes (`int`): of its weight, before and now.
+        values (`str`): of the sparse layer: "bf16", "int8", "int4", "int4 dense" (all values stored); empty if it was not swapped.
     """
 
     name: str
@@ -60,6 +63,7 @@ class SwapDecision:
     sparse_seconds: float | None
     dense_bytes: int
     bytes: int
+    values: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class SwapReport:
 
     Args:
         decisions (`tuple[SwapDecision, ...]`): one for each linear layer, in the order of the model.
-        dtype (`str`): of the values of the sparse layers.
+        dtype (`str`): of the values of the sparse layers, but for those that were quantized already, which are int4.
         level (`str` or None): instruction set that the kernels run on.
         threads (`int`): that the measurements hold for.
     """
@@ -89,21 +93,23 @@ class SwapReport:
         for decision in self.decisions:
             kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", decision.name)
             shape = f"{decision.out_features}x{decision.in_features}"
-            groups.setdefault((kind, shape, decision.swapped, decision.reason), []).append(decision)
-        table = [("layer", "out x in", "layers", "zeros", "dense us", "sparse us", "MB", "now", "swapped")]
-        for (kind, shape, swapped, reason), group in groups.items():
-            table.append((kind, shape, str(len(group)), *_figures(group), f"{'yes' if swapped else 'no'}: {reason}"))
+            groups.setdefault((kind, shape, decision.values, decision.swapped, decision.reason), []).append(decision)
+        table = [("layer", "out x in", "layers", "zeros", "dense us", "sparse us", "MB", "now", "values", "swapped")]
+        for (kind, shape, values, swapped, reason), group in groups.items():
+            answer = f"{'yes' if swapped else 'no'}: {reason}"
+            table.append((kind, shape, str(len(group)), *_figures(group), values or "-", answer))
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = [
             "  ".join(
-                cell.ljust(width) if column in (0, 1, 8) else cell.rjust(width)
+                cell.ljust(width) if column in (0, 1, 8, 9) else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in table
         ]
         before, now = (sum(getattr(d, name) for d in self.decisions) / 1e6 for name in ("dense_bytes", "bytes"))
+        found = ", ".join(dict.fromkeys(decision.values for decision in self.decisions if decision.swapped))
         head = (
-            f"{len(self.swapped)} of {len(self.decisions)} linear layers are sparse ({self.dtype}); their weights take "
+            f"{len(self.swapped)} of {len(self.decisions)} linear layers are sparse ({found or self.dtype}); their weights take "
             f"{now:,.1f} MB instead of {before:,.1f} MB. Kernel level {self.level}, {self.threads} thread(s)."
         )
         return "\n".join([head, *lines])
@@ -143,12 +149,17 @@ def sparsify_linears(
     Weights are rounded to `dtype`. transformers models save and load the result: `model.save_pretrained(dir)`, then
     `import peft_elastic; AutoModelForCausalLM.from_pretrained(dir)`.
 
+    A layer that is quantized already, an `nn.Linear` with a method `quantized() -> dict` (`q`, `scales`, `zeros`, `g_idx`,
+    `group_size`, `bits`, as `SparseLinear.from_quantized` takes them), becomes int4 without further rounding if it has at most
+    4 bits, whatever `dtype` is: sparse, or dense int4, which keeps the zeros, whichever is faster; with `when="always"` sparse
+    from `min_sparsity` on.
+
     Left dense: weights that several modules share (such as an lm_head that is tied to the embedding), the output
     embedding unless `lm_head`, and what the model keeps in float32.
 
     Args:
         model (`nn.Module`): any model on the CPU, without adapters (merge or unload them first). Layers that are
-            `nn.Linear` or transformers' `Conv1D` themselves are looked at, subclasses are not.
+            `nn.Linear` or transformers' `Conv1D` themselves are looked at, and subclasses that are quantized as above, but no others.
         dtype (`str`): of the values: "bf16", or "int8" (symmetric, one scale for each output).
         when (`str`): "faster" swaps where the sparse layer is measured to be faster; "always" swaps without measuring.
         min_sparsity (`float`): layers with a smaller share of zeros stay dense. Below about a third there is little to
@@ -188,11 +199,16 @@ def sparsify_linears(
     for name, linear in tqdm(linears, desc="Sparse layers", disable=not progressbar):
         decision = _decide(name, linear, dtype, when, min_sparsity, not_asked.get(name))
         if decision.swapped:
-            sparse = SparseLinear.from_linear(linear, dtype)
+            sparse = _swap(linear, decision.values)
             model.set_submodule(name, sparse)
-            decision = SwapDecision(**{**vars(decision), "bytes": sparse.nbytes})
+            decision = replace(decision, bytes=sparse.nbytes)
         decisions.append(decision)
     if isinstance(model, PreTrainedModel) and any(decision.swapped for decision in decisions):
+        # what stays of the quantized layers is saved as ordinary ones, with the values that they compute with
+        for name, linear in linears:
+            if isinstance(linear, QuantizedLinear) and model.get_submodule(name) is linear:
+                model.set_submodule(name, linear.to_linear())
+        unguard_saving(model)
         checkpoint.mark_sparse(model)
     return SwapReport(tuple(decisions), dtype, ops.level(), torch.get_num_threads())
 
@@ -202,7 +218,7 @@ def find_obstacle(model: nn.Module) -> str:
     if not ops.is_available():
         return "the C++ extension is not there (`peft-elastic info` says how to get it)"
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer, checkpoint.SparseQuantizer):
+    if quantizer is not None and not isinstance(quantizer, (checkpoint.SparseQuantizer, GridQuantizer)):
         method = quantizer.quantization_config.quant_method
         return (
             f"it is quantized by {getattr(method, 'value', method)}, and sparse layers are saved beside no other method "
@@ -230,8 +246,25 @@ def densify_linears(model: nn.Module) -> nn.Module:
 
 def _find_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if name and type(module) in (nn.Linear, Conv1D):
+        if name and (type(module) in (nn.Linear, Conv1D) or _is_quantized(module)):
             yield name, module
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and callable(getattr(module, "quantized", None))
+
+
+def _swap(linear: Any, values: str) -> SparseLinear:
+    if not values.startswith("int4"):
+        return SparseLinear.from_linear(linear, values)
+    grid = linear.quantized()
+    layer = SparseLinear.from_quantized(
+        **{key: grid[key] for key in ("q", "scales", "zeros", "g_idx", "group_size")},
+        bias=linear.bias,
+        linear_dtype=linear.weight.dtype,
+        sparse=values == "int4",
+    )
+    return layer.train(linear.training)
 
 
 def _matches(name: str, entry: str) -> bool:
@@ -273,16 +306,60 @@ def _decide(name: str, linear: Any, dtype: str, when: str, min_sparsity: float, 
     weight = linear.weight
     in_features, out_features = weight.shape if isinstance(linear, Conv1D) else weight.shape[::-1]
     size = weight.numel() * weight.element_size()
-    sparsity, dense, sparse = float("nan"), None, None
-    swapped, reason = False, not_asked
-    if reason is None:
+    sparsity, dense, sparse, values = float("nan"), None, None, dtype
+    swapped, reason, group_size = False, not_asked, None
+    candidates = [dtype]
+    if reason is None and _is_quantized(linear):
+        grid = linear.quantized()
+        reason, group_size = _no_int4(grid), grid["group_size"]
+        sparsity = sparsity if reason else _share_of_zeros(grid)
+        # dense int4 needs no zeros
+        candidates = ["int4", "int4 dense"] if sparsity >= min_sparsity else ["int4 dense"]
+    elif reason is None:
         sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         if sparsity < min_sparsity:
             reason = f"fewer than {min_sparsity:.0%} zeros"
-        elif when == "always":
-            swapped, reason = True, "asked for"
-        else:
-            dense, sparse = timing.measure(out_features, in_features, sparsity, dtype, weight.dtype)
-            swapped = dense > _CLEARLY_FASTER * sparse
-            reason = f"{dense / sparse:.2f} times as fast as dense"
-    return SwapDecision(name, out_features, in_features, sparsity, swapped, reason, dense, sparse, size, size)
+    if reason is None and when == "always":
+        swapped, reason, values = True, "asked for", candidates[0]
+    elif reason is None:
+        groups = [] if group_size is None else [group_size]
+        timed = {
+            each: timing.measure(out_features, in_features, sparsity, each, weight.dtype, *groups)
+            for each in candidates
+        }
+        values = max(timed, key=lambda each: timed[each].dense / timed[each].sparse)
+        dense, sparse = timed[values]
+        swapped = dense > _CLEARLY_FASTER * sparse
+        reason = f"{dense / sparse:.2f} times as fast as dense"
+    return SwapDecision(
+        name,
+        out_features,
+        in_features,
+        sparsity,
+        swapped,
+        reason,
+        dense,
+        sparse,
+        size,
+        size,
+        values if swapped else "",
+    )
+
+
+def _share_of_zeros(grid: dict[str, Any]) -> float:
+    """Of the weights of a quantized layer."""
+    q, zeros, g_idx = grid["q"], grid["zeros"], grid["g_idx"]
+    if g_idx is None:
+        g_idx = torch.arange(q.shape[1]) // grid["group_size"]
+    return int((q == zeros[:, g_idx.long()]).sum()) / q.numel()
+
+
+def _no_int4(grid: dict[str, Any]) -> str | None:
+    """Why a quantized layer cannot be int4."""
+    if grid["bits"] > 4:
+        return f"quantized to {grid['bits']} bits; the kernels take 4 and fewer"
+    try:
+        check_int4(*(grid[key] for key in ("q", "scales", "zeros", "g_idx", "group_size")))
+    except ValueError as error:
+        return f"no int4: {error}"
+    return None

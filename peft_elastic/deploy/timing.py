@@ -29,7 +29,7 @@ from .. import _native, assets
 from ..utils import atomic_write_text
 from ..version import __version__
 from . import ops
-from .format import compress
+from .format import compress, compress_int4
 
 
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 5, 200, 0.2
@@ -52,7 +52,12 @@ def timings_file() -> Path:
 
 
 def measure(
-    out_features: int, in_features: int, sparsity: float, value_dtype: str, linear_dtype: torch.dtype
+    out_features: int,
+    in_features: int,
+    sparsity: float,
+    value_dtype: str,
+    linear_dtype: torch.dtype,
+    group_size: int | None = None,
 ) -> Timing:
     """Time a dense layer of `linear_dtype` against a sparse one with random weights, for one row of activations.
 
@@ -64,17 +69,20 @@ def measure(
     Args:
         out_features, in_features (`int`): of the layer.
         sparsity (`float`): share of zeros, 0 to 1.
-        value_dtype (`str`): "bf16" or "int8".
+        value_dtype (`str`): "bf16", "int8", "int4", or "int4 dense", which stores its zeros and so has one speed for all
+            sparsities.
         linear_dtype (`torch.dtype`): float32, bfloat16 or float16, of the dense layer and the activations.
+        group_size (`int`, *optional*): of int4.
     """
     global _known
-    rounded = round(round(sparsity / _SPARSITY_STEP) * _SPARSITY_STEP, 2)
+    rounded = 0.5 if value_dtype == "int4 dense" else round(round(sparsity / _SPARSITY_STEP) * _SPARSITY_STEP, 2)
     layer = [out_features, in_features, rounded, value_dtype, str(linear_dtype).removeprefix("torch.")]
+    layer += [] if group_size is None else [group_size]
     key = json.dumps([*_machine(), *layer])
     if _known is None:
         _known = _read(timings_file())
     if key not in _known:
-        _known[key] = list(_time(out_features, in_features, rounded, value_dtype, linear_dtype))
+        _known[key] = list(_time(out_features, in_features, rounded, value_dtype, linear_dtype, group_size))
         _write(key, _known[key])
     return Timing(*_known[key])
 
@@ -112,14 +120,29 @@ def _write(key: str, entry: list[float]) -> None:
 
 
 @torch.no_grad()
-def _time(out_features: int, in_features: int, sparsity: float, value_dtype: str, linear_dtype: torch.dtype) -> Timing:
+def _time(
+    out_features: int,
+    in_features: int,
+    sparsity: float,
+    value_dtype: str,
+    linear_dtype: torch.dtype,
+    group_size: int | None,
+) -> Timing:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
     weight *= torch.rand(out_features, in_features, generator=generator) >= sparsity
     x = torch.randn(1, in_features, generator=generator).to(linear_dtype)
-    tensors = compress(weight, value_dtype)
-    packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
-    scales = tensors.get("weight_scales")
+    scales = None
+    if value_dtype in ("bf16", "int8"):
+        tensors = compress(weight, value_dtype)
+        packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
+        scales = tensors.get("weight_scales")
+    else:
+        assert group_size is not None
+        groups = torch.full((out_features, -(-in_features // group_size)), 8)
+        codes = torch.where(weight == 0, 8, torch.randint(9, 16, weight.shape, generator=generator))
+        tensors = compress_int4(codes, groups.float(), groups, None, group_size, sparse=value_dtype == "int4")
+        packed = ops.pack_int4(tensors, in_features, group_size)
 
     def dense(copy: torch.Tensor) -> None:
         torch.nn.functional.linear(x, copy)

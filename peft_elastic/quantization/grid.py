@@ -84,6 +84,7 @@ class Grid(nn.Module):
     scales: torch.Tensor
     zeros: torch.Tensor
     g_idx: torch.Tensor
+    in_order: bool
 
     def __init__(
         self,
@@ -108,13 +109,14 @@ class Grid(nn.Module):
             raise ValueError(
                 f"`zeros` is {zeros.dtype} {tuple(zeros.shape)}; it must be whole numbers {tuple(scales.shape)}."
             )
-        if bool(((zeros < 0) | (zeros >= 2**bits)).any()):
+        if bool(((zeros < 0) | (zeros > 2**bits - 1)).any()):  # 2**bits itself does not fit into uint8
             raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
         groups = scales.shape[1]
         self.bits, self.in_features = bits, in_features
         self.group_size = -(-in_features // groups)
-        in_order = torch.arange(in_features, device=scales.device) // self.group_size
-        if g_idx is not None:
+        if g_idx is None:
+            g_idx = torch.arange(in_features, device=scales.device) // self.group_size
+        else:
             if g_idx.shape != (in_features,) or g_idx.is_floating_point():
                 raise ValueError(
                     f"`g_idx` is {g_idx.dtype} {tuple(g_idx.shape)}; it must be whole numbers ({in_features},)."
@@ -122,11 +124,10 @@ class Grid(nn.Module):
             if bool(((g_idx < 0) | (g_idx >= groups)).any()):
                 raise ValueError(f"`g_idx` must be 0 to {groups - 1}, as there are {groups} groups.")
             g_idx = g_idx.to(scales.device)
-        # None while the groups follow each other and are equal, which is faster
-        self.in_order = (g_idx is None or torch.equal(g_idx.long(), in_order)) and in_features % self.group_size == 0
         self.register_buffer("scales", half.contiguous(), persistent)
         self.register_buffer("zeros", zeros.detach().to(torch.uint8).contiguous(), persistent)
-        self.register_buffer("g_idx", (in_order if g_idx is None else g_idx).to(torch.int32), persistent)
+        self.register_buffer("g_idx", g_idx.to(torch.int32).contiguous(), persistent)
+        self._note_order()
 
     @classmethod
     def copy_of(cls, grid: Grid, persistent: bool = False) -> Grid:
@@ -140,6 +141,23 @@ class Grid(nn.Module):
             g_idx=g_idx,
             persistent=persistent,
         )
+
+    def _note_order(self) -> None:
+        """Whether the groups follow each other and are equal; all is faster then."""
+        g_idx = self.g_idx
+        if not g_idx.is_meta:
+            in_order = torch.arange(self.in_features, device=g_idx.device) // self.group_size
+            self.in_order = torch.equal(g_idx.long(), in_order) and self.in_features % self.group_size == 0
+
+    # Other indices come with the weights of an adapter.
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note_order()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "g_idx":
+            self._note_order()
 
     def equals(self, other: Grid) -> bool:
         """Whether both round every weight to the same values."""

@@ -69,9 +69,7 @@ class GridQuantizer(HfQuantizer):
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
-        for module in model.modules():
-            if isinstance(getattr(module, "hf_quantizer", None), GridQuantizer):
-                del module.hf_quantizer
+        unguard_saving(model)
 
 
 def guard_saving(model: nn.Module) -> None:
@@ -79,6 +77,13 @@ def guard_saving(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "hf_quantizer", None) is None:
             module.hf_quantizer = GridQuantizer()
+
+
+def unguard_saving(model: nn.Module) -> None:
+    """Undo `guard_saving`: for a model whose quantised layers have all been replaced."""
+    for module in model.modules():
+        if isinstance(getattr(module, "hf_quantizer", None), GridQuantizer):
+            del module.hf_quantizer
 
 
 def check_unquantized(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..quantization import Grid, QuantizedLinear, fit_grid
 from ..quantization.gptqmodel import leave_gptqmodel
+from ..quantization.saving import guard_saving
 from .sparse_qa_lora import base_layer as base
 from .sparse_qa_lora.layer import SparseLoraLinear
 
@@ -118,6 +119,8 @@ def merge_and_requantize(
     leave_gptqmodel(tuner.model)  # peft would refuse
     options = {"sparse_kernel": False} if hasattr(tuner, "sample_subnet") else {}
     merged_model = model.merge_and_unload(progressbar=progressbar, adapter_names=adapter_names, **options)
+    if any(isinstance(module, QuantizedLinear) for module in merged_model.modules()):
+        guard_saving(merged_model)
     return merged_model, RequantizationReport(rows)
 
 

@@ -563,11 +563,17 @@ class ElasticLoraModel(LoraModel):
         layers = self._elastic_layers(adapter_name)
         export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
 
-    def _check_merge_allowed(self) -> None:
-        for name in set(self._active_elastic_adapters()) & set(self._elastic_adapters):
-            for path, layer in self._elastic(name).layers.items():
-                self._check_merge_into(layer, name, path)
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """As in peft; what can be refused is refused before any layer is merged."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
+        """Raise a ValueError if merging these adapters, or the active ones, would change what the model computes."""
+        for name in self._active_elastic_adapters() if adapter_names is None else adapter_names:
+            if name in self._elastic_adapters:
+                for path, layer in self._elastic(name).layers.items():
+                    self._check_merge_into(layer, name, path)
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         """Raise a ValueError if merging into this layer would change what the model computes."""
@@ -579,8 +585,16 @@ class ElasticLoraModel(LoraModel):
                 "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
             )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model.__dict__.pop(HOST_ATTRIBUTE, None)
         if self._tagged:
             model.model_tags.remove("lora")

@@ -16,7 +16,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -72,11 +73,49 @@ def computes_plainly(layer: nn.Module) -> bool:
     return known and not hooks and "forward" not in layer.__dict__
 
 
-def replace_weight(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]:
+@dataclass
+class OldWeight:
+    """What a layer computed with before `replace_weight`. It holds no function, so that copies and pickles of a merged model take
+    it along."""
+
+    values: Any  # the data of a parameter in floating point, a parameter of bitsandbytes
+    written: Optional[torch.dtype] = None  # in floating point: of what has replaced it
+    grid: Optional[Grid] = None  # if that has been replaced as well
+    state: tuple[Any, ...] = ()  # what bitsandbytes keeps beside
+
+    def matrix(self, layer: nn.Module) -> torch.Tensor:
+        """The old weight as `weight_of` gives it."""
+        if is_bitsandbytes(layer):
+            scales = SimpleNamespace(SCB=next((scale for scale in self.state[1::2] if scale is not None), None))
+            return _dequantized(self.values, scales)
+        return self._data(layer).T if isinstance(layer, Conv1D) else self._data(layer)
+
+    def put_back(self, layer: nn.Module) -> None:
+        """Bit by bit."""
+        if not is_bitsandbytes(layer):
+            layer.get_parameter("weight").data = self._data(layer)
+            if self.grid is not None:
+                layer.grid = self.grid
+            return
+        layer.weight = self.values
+        if get_bnb_param_type(self.values) == "4bit":
+            (layer.quant_state,) = self.state
+        else:
+            state: Any = layer.state
+            self.values.CB, self.values.SCB, state.CB, state.SCB = self.state
+
+    def _data(self, layer: nn.Module) -> torch.Tensor:
+        weight = layer.get_parameter("weight")
+        if weight.dtype == self.written:
+            return self.values.to(weight.device)
+        return self.values.to(weight)  # the model has been cast in the meantime
+
+
+def replace_weight(layer: nn.Module, weight: torch.Tensor, grid: Optional[Grid] = None) -> OldWeight:
     """Write another weight (out, in), quantised again where the layer is of bitsandbytes.
 
-    Returns:
-        A function that puts the old one back, bit by bit.
+    Args:
+        grid: of the weight, which a `QuantizedLinear` takes over. An ordinary layer gets the values in its own dtype.
     """
     if is_bitsandbytes(layer):
         return _replace_bitsandbytes(layer, weight)
@@ -86,13 +125,14 @@ def replace_weight(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]
             "QuantizedLinear in its place; `peft_elastic.load_gptq` loads a checkpoint with such layers."
         )
     parameter = layer.get_parameter("weight")
-    old_data = parameter.data
+    old = OldWeight(parameter.data)
+    if not isinstance(layer, QuantizedLinear):
+        weight = weight.to(parameter.dtype)
+    elif grid is not None and not grid.equals(layer.grid):
+        old.grid, layer.grid = layer.grid, Grid.copy_of(grid)
     parameter.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-
-    def restore() -> None:
-        parameter.data = old_data
-
-    return restore
+    old.written = parameter.dtype
+    return old
 
 
 def _dequantized(weight: Any, state: Any) -> torch.Tensor:
@@ -109,34 +149,24 @@ def _dequantized(weight: Any, state: Any) -> torch.Tensor:
     return functional.dequantize_4bit(values, unpacked)
 
 
-def _replace_bitsandbytes(layer: nn.Module, weight: torch.Tensor) -> Callable[[], None]:
+def _replace_bitsandbytes(layer: nn.Module, weight: torch.Tensor) -> OldWeight:
     import bitsandbytes as bnb
 
     old: Any = layer.weight
     new: Any
     if get_bnb_param_type(old) == "4bit":
-        old_state = old.quant_state
+        old_weight = OldWeight(old, state=(old.quant_state,))
         options = {
             key: getattr(old, key) for key in ("quant_type", "quant_storage", "compress_statistics", "blocksize")
         }
         new = bnb.nn.Params4bit(weight.to("cpu"), requires_grad=False, module=layer, **options)  # type: ignore[arg-type]
         layer.weight = new.to(old.device)
-
-        def put_back_4bit() -> None:
-            layer.weight = old
-            layer.quant_state = old_state
-
-        return put_back_4bit
+        return old_weight
 
     # An 8-bit layer moves the scales from its weight to its state in its first forward pass.
     state: Any = layer.state
-    scales = old.CB, old.SCB, state.CB, state.SCB
+    old_weight = OldWeight(old, state=(old.CB, old.SCB, state.CB, state.SCB))
     new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
     layer.weight = new.to(old.device)
     state.CB = state.SCB = None
-
-    def put_back_8bit() -> None:
-        layer.weight = old
-        old.CB, old.SCB, state.CB, state.SCB = scales
-
-    return put_back_8bit
+    return old_weight

@@ -30,8 +30,9 @@ _INITS = (True, False, "gaussian", "orthogonal")
 class SparseQALoraConfig(ElasticLoraConfig):
     """
     Configuration of adapters that merge without losing the sparsity or the precision of their base (peft type
-    `SPARSE_QA_LORA`; SQFT, https://huggingface.co/papers/2410.03750). All of [`ElasticLoraConfig`] applies; `elastic_ranks=[r]`
-    gives a fixed rank. Adapted are linear layers and transformers' `Conv1D`.
+    `SPARSE_QA_LORA`; SQFT, https://huggingface.co/papers/2410.03750). All of [`ElasticLoraConfig`] applies, apart from variants
+    of LoRA and initialisations that change the base; `elastic_ranks=[r]` gives a fixed rank. Adapted are linear layers and
+    transformers' `Conv1D`.
 
     What you have and what you want to deploy decides:
 
@@ -98,22 +99,23 @@ class SparseQALoraConfig(ElasticLoraConfig):
         )
         if self.clipping not in CLIPPING:
             raise ValueError(f"`clipping` must be one of {list(CLIPPING)}, got {self.clipping!r}.")
-        if not self.quantization_aware and (self.bits, self.group_size, self.symmetric) != (None, None, None):
+        given = (self.bits, self.group_size, self.symmetric, self.clipping)
+        if not self.quantization_aware and given != (None, None, None, "minmax"):
             raise ValueError(
-                "`bits`, `group_size` and `symmetric` belong to `quantization_aware=True`; set it, or leave them out."
+                "`bits`, `group_size`, `symmetric` and `clipping` belong to `quantization_aware=True`; set it, or leave them out."
             )
-        if self.sparse_adapter or self.quantization_aware:
-            self._check_mergeable()
+        self._check_update()
 
-    def _check_mergeable(self) -> None:
+    def _check_update(self) -> None:
+        """Refuse what makes the update of a layer something else than B A, or changes the base."""
         for name in ("use_dora", "lora_bias", "alora_invocation_tokens", "velora_config", "target_parameters"):
             if getattr(self, name):
                 raise ValueError(
-                    f"`{name}` cannot be combined with `sparse_adapter` or `quantization_aware`, got "
-                    f"{getattr(self, name)!r}. Leave it unset, or use `ElasticLoraConfig`."
+                    f"`{name}` cannot be combined with `SparseQALoraConfig`, got {getattr(self, name)!r}. Leave it unset, or use "
+                    "`ElasticLoraConfig`."
                 )
         if self.init_lora_weights not in _INITS:
             raise ValueError(
-                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with `sparse_adapter` or "
-                f"`quantization_aware`; allowed are {list(_INITS)}. Others change the base weights, zeros included."
+                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with `SparseQALoraConfig`; allowed are "
+                f"{list(_INITS)}. Others change the base weights, zeros included."
             )

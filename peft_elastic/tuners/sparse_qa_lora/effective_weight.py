@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import torch
+import torch.utils.checkpoint
 
 from ... import _native
 from ...quantization import Grid
@@ -88,7 +89,8 @@ def effective_linear(
             and rounded once.
         bias: (out,) or None.
         weight: may be None where `read` gives it, in each pass anew.
-        minus: "weight" for (E - W), which is the masked update itself without a grid; a grid for E - round(W), rounded to it; None for E.
+        minus: "weight" for E - W, which is the masked update itself without a grid; a grid for E less W rounded to it; None for
+            E.
 
     Returns:
         (..., out), of the dtype of the products.
@@ -96,7 +98,11 @@ def effective_linear(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return _EffectiveLinear.apply(x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype, read)
+    arguments = x, weight, bias, lora_B, lora_A, masked, grid, minus, dtype, read
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # otherwise the compiler sees that both passes make E, and keeps it
+        return torch.utils.checkpoint.checkpoint(_EffectiveLinear.apply, *arguments, use_reentrant=False)
+    return _EffectiveLinear.apply(*arguments)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -123,8 +129,12 @@ class _EffectiveLinear(torch.autograd.Function):
             if weight is None:
                 weight = read()  # type: ignore[misc]
             inputs = x.reshape(-1, x.shape[-1]).to(dtype)
-            output = inputs.new_empty(inputs.shape[0], weight.shape[0])
             update = _Update(weight, lora_B, lora_A, *ctx.options)
+            if torch.compiler.is_compiling():  # which knows no slices as `out`
+                panel = update.rows(slice(0, weight.shape[0])).to(dtype)
+                output = torch.nn.functional.linear(inputs, panel, None if bias is None else bias.to(dtype))
+                return output.view(*x.shape[:-1], weight.shape[0])
+            output = inputs.new_empty(inputs.shape[0], weight.shape[0])
             for rows in _slices(weight, _PANEL_ELEMENTS):
                 panel = update.rows(rows).to(dtype)
                 if bias is None:
@@ -187,6 +197,8 @@ class _EffectiveLinear(torch.autograd.Function):
 def _slices(matrix: torch.Tensor, elements: int) -> Iterator[slice]:
     """The rows of a matrix, so many elements at a time."""
     count, length = matrix.shape
+    if torch.compiler.is_compiling():
+        return iter((slice(0, count),))  # a loop would be unrolled; the compiler makes blocks of its own
     step = max(16, elements // max(1, length))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
@@ -223,23 +235,26 @@ class _Update:
     def rows(self, rows: slice, slopes: Optional[torch.Tensor] = None) -> torch.Tensor:
         """These rows, (len(rows), in). `slopes`, of that shape, is filled with 1 where they follow the update and with 0
         where they are constant."""
-        self._panel = self._space(self._panel, rows)
-        panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
+        if torch.compiler.is_compiling():
+            panel = self.lora_B[rows] @ self.lora_A
+        else:
+            self._panel = self._space(self._panel, rows)
+            panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
         if self._has_kernel():
             self._fill_by_kernel(panel, rows, slopes)
         else:
             for part in _slices(panel, _BLOCK_ELEMENTS):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 self._fill(panel[part], here, None if slopes is None else slopes[part])
-        if self.grid is not None and self.minus == "weight":
-            panel.sub_(self.weight[rows])
-        elif isinstance(self.minus, Grid):
+        if isinstance(self.minus, Grid):
             panel.sub_(self.minus.round_rows(self.weight[rows].to(self.dtype), rows))
+        elif self.minus == "weight" and self._adds:
+            panel.sub_(self.weight[rows])
         return panel
 
     @property
     def _adds(self) -> bool:
-        return self.grid is not None or self.minus is None
+        return self.grid is not None or self.minus != "weight"
 
     def _fill(self, block: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> None:
         weight, grid = self.weight[rows].to(self.dtype), self.grid

@@ -20,6 +20,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import transpose
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,8 +44,10 @@ class SparseLoraLinear(lora.Linear):
     adapter_layer_names = (*lora.Linear.adapter_layer_names, "lora_grid")
     other_param_names = (*lora.Linear.other_param_names, "masked")
 
-    # Puts the base weight back as it was before the merge.
-    _restore: Optional[Callable[[], None]] = None
+    # Whether `get_delta_weight` leaves out the mask and the rounding, for what puts them on again.
+    unmasked_delta = False
+    # The base weight as it was before the merge.
+    _old: Optional[base.OldWeight] = None
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: SparseQALoraConfig, **kwargs: Any
@@ -77,7 +80,7 @@ class SparseLoraLinear(lora.Linear):
         if self._is_one_product(names):
             weight, read = self._weight_or_reader()
             bias = self.get_base_layer().bias
-            return effective_linear(x, weight, bias, *self._factors(names), *self._kind(names), read=read)
+            return effective_linear(x, weight, bias, *self._factors(names), *self.kind(names), read=read)
         result = self.base_layer(x, *args, **kwargs)
         return self._add_updates(result, x, names)
 
@@ -97,7 +100,10 @@ class SparseLoraLinear(lora.Linear):
             return False
         if base.is_bitsandbytes(self.base_layer) or not base.computes_plainly(self.base_layer):
             return False
-        masked, grid = self._kind(names)
+        weight = self.base_layer._parameters.get("weight")
+        if weight is not None and weight.requires_grad:
+            return False  # its gradient comes from the base layer
+        masked, grid = self.kind(names)
         if grid is None and base.is_rounded(self.base_layer):
             return False  # and the update is not
         return len({self.masked[name] for name in names}) == 1 and (masked or grid is not None)
@@ -105,10 +111,10 @@ class SparseLoraLinear(lora.Linear):
     def _add_updates(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         dtype = result.dtype
         # rounding does not distribute over several updates
-        groups = [names] if self._kind(names)[1] is not None else [[name] for name in names]
+        groups = [names] if self.kind(names)[1] is not None else [[name] for name in names]
         dropouts: Any = self.lora_dropout
         for group in groups:
-            masked, grid = self._kind(group)
+            masked, grid = self.kind(group)
             dropped = dropouts[group[0]](x)
             if masked or grid is not None:
                 weight, read = self._weight_or_reader()
@@ -137,7 +143,7 @@ class SparseLoraLinear(lora.Linear):
             return lora_B[0], lora_A[0]
         return torch.cat(lora_B, dim=1), torch.cat(lora_A, dim=0)
 
-    def _kind(self, names: list[str]) -> tuple[bool, Optional[Grid]]:
+    def kind(self, names: list[str]) -> tuple[bool, Optional[Grid]]:
         """Whether these adapters together are masked, and the grid they round to.
 
         Raises:
@@ -160,11 +166,16 @@ class SparseLoraLinear(lora.Linear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to what the base layer computes with: masked, and with the rounding. As stored in the base
         layer: (out, in), or (in, out) for `Conv1D`."""
+        if self.unmasked_delta:
+            lora_B, lora_A = self._factors([adapter])
+            return transpose(lora_B @ lora_A, self.fan_in_fan_out)
         base_layer = self.get_base_layer()
-        weight = base.weight_of(base_layer)
-        own = base.grid_of(base_layer)
-        before = weight if own is None else own.round(weight)
-        delta = self._merged_weight([adapter], weight) - before
+        before, own = self._weight_before(), base.grid_of(base_layer)
+        if self._old is not None and self._old.grid is not None:
+            own = self._old.grid
+        if own is not None:
+            before = own.round(before)
+        delta = self._merged_weight([adapter]) - before
         return delta.T.contiguous() if isinstance(base_layer, Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
@@ -179,40 +190,42 @@ class SparseLoraLinear(lora.Linear):
             return
         together = [*self.merged_adapters, *names]
         self.check_merge(together)
-        merged_before, restore = list(self.merged_adapters), self._restore
-        if restore is not None:
-            restore()  # to the base weight, which is where all of them start from
-        try:
-            self._restore = self._write_merged(together, safe_merge)
-        except Exception:
-            if merged_before:
-                self._restore = self._write_merged(merged_before, safe_merge=False)
-            raise
+        merged = self._merged_weight(together)  # starting from the base weight, whatever is merged
+        if safe_merge:
+            self._check_finite(merged, names)
+        old = base.replace_weight(self.get_base_layer(), merged, self.kind(together)[1])
+        if self._old is None:
+            self._old = old
         self.merged_adapters.extend(names)
 
-    def check_merge(self, names: list[str]) -> None:
-        """ValueError if the merged layer would not compute what these adapters do."""
-        grid = self._kind(names)[1]
-        if base.grid_of(self.get_base_layer()) is not None and grid is None:
+    def check_merge(self, names: list[str], safe_merge: bool = False) -> None:
+        """ValueError if the merged layer would not compute what these adapters do, or, with `safe_merge`, nothing finite."""
+        grid = self.kind(names)[1]
+        if grid is None and base.is_rounded(self.get_base_layer()):
             raise ValueError(
                 f"The base layer is quantised and the adapters {names} are not quantisation-aware, so the merged weight would "
                 "be rounded to other values than they were trained with. `peft_elastic.merge_and_requantize(model)` does "
                 "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
             )
+        if safe_merge:
+            self._check_finite(self._merged_weight(names), names)
 
-    def _write_merged(self, names: list[str], safe_merge: bool) -> Callable[[], None]:
-        base_layer = self.get_base_layer()
-        merged = self._merged_weight(names, base.weight_of(base_layer))
-        if safe_merge and not torch.isfinite(merged).all():
+    @staticmethod
+    def _check_finite(merged: torch.Tensor, names: list[str]) -> None:
+        if not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
-        return base.replace_weight(base_layer, merged)
 
-    def _merged_weight(self, names: list[str], weight: torch.Tensor) -> torch.Tensor:
+    def _weight_before(self) -> torch.Tensor:
+        """W, (out, in), with or without a merge."""
+        base_layer = self.get_base_layer()
+        return base.weight_of(base_layer) if self._old is None else self._old.matrix(base_layer)
+
+    def _merged_weight(self, names: list[str]) -> torch.Tensor:
         with torch.no_grad():
-            masked, grid = self._kind(names)
+            masked, grid = self.kind(names)
+            weight = original = self._weight_before()
             if grid is not None or len({self.masked[name] for name in names}) == 1:
                 return effective_weight(weight, *self._factors(names), masked, grid)
-            original = weight
             for name in names:  # some masked by the zeros of the base, some not
                 delta = effective_weight(original, *self._factors([name]), self.masked[name], None) - original
                 weight = weight + delta
@@ -220,11 +233,11 @@ class SparseLoraLinear(lora.Linear):
 
     def unmerge(self) -> None:
         """As in peft; the base weight is what it was, to the last bit."""
-        if self._restore is None:
+        if self._old is None:
             super().unmerge()  # warns that there is nothing to do
             return
-        self._restore()
-        self._restore = None
+        self._old.put_back(self.get_base_layer())
+        self._old = None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -236,12 +249,14 @@ class SparseLoraLinear(lora.Linear):
             self.base_layer = to_quantized_linear(self.get_base_layer(), dtype=self._adapter_dtype())
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self._restore = None  # lets go of the old weight
-        base_layer = self.get_base_layer()
-        grid = self._kind(self.merged_adapters)[1] if self.merged_adapters else None
-        if grid is None or isinstance(base_layer, QuantizedLinear):
-            return base_layer
-        return QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
+        base_layer: Any = self.get_base_layer()
+        grid = self.kind(self.merged_adapters)[1] if self.merged_adapters else None
+        if grid is not None and not isinstance(base_layer, QuantizedLinear):
+            merged = self._merged_weight(self.merged_adapters)  # in a dtype that holds all values of the grid
+            base_layer = QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
+            base_layer.weight.data = merged
+        self._old = None  # lets go of the old weight
+        return base_layer
 
     def _adapter_dtype(self) -> torch.dtype:
         return next(iter(self.lora_A.values())).weight.dtype

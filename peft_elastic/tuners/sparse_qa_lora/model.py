@@ -22,7 +22,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...quantization import Grid, QuantizedLinear
 from ...quantization.gptqmodel import leave_gptqmodel
+from ...quantization.saving import guard_saving
 from ..elastic_lora import ElasticLoraModel
 from . import base_layer as base
 from .config import SparseQALoraConfig
@@ -81,6 +83,46 @@ class SparseQALoraModel(ElasticLoraModel):
             )
         super().export_lora(save_directory, adapter_name)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in `ElasticLoraModel`. The combined update is masked, or rounded on the same grid, as those of the adapters.
+
+        Raises:
+            ValueError: if these differ in that.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, SparseLoraLinear)]
+        if adapter_name not in self.peft_config:
+            kinds = {(c.sparse_adapter, c.quantization_aware) for n, c in self.peft_config.items() if n in adapters}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"The adapters {adapters} cannot be combined: `sparse_adapter` or `quantization_aware` differ."
+                )
+            for layer in layers:
+                names = [name for name in adapters if name in layer.lora_A]
+                if names:
+                    layer.kind(names)
+        try:
+            for layer in layers:
+                layer.unmasked_delta = True
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.unmasked_delta = False
+        for layer in layers:
+            grids: list[Any] = [layer.lora_grid[name] for name in adapters if name in layer.lora_grid]
+            if grids and adapter_name in layer.lora_grid:
+                layer.lora_grid[adapter_name] = Grid.copy_of(grids[0], persistent=True)
+
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
+        super()._check_merge(adapter_names, safe_merge)
+        for module in self.model.modules():
+            if isinstance(module, SparseLoraLinear):
+                names = module.active_adapters if adapter_names is None else adapter_names
+                new = [name for name in names if name in module.lora_A and name not in module.merged_adapters]
+                if new:
+                    module.check_merge([*module.merged_adapters, *new], safe_merge)
+
     def _check_merge_allowed(self) -> None:
         # peft refuses to merge into any model that GPTQModel quantised; `_check_merge_into` knows which layers lose by it
         method = self.model.__dict__.get("quantization_method")
@@ -96,6 +138,8 @@ class SparseQALoraModel(ElasticLoraModel):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
             leave_gptqmodel(model)
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                guard_saving(model)
         return model
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
@@ -106,6 +150,8 @@ class SparseQALoraModel(ElasticLoraModel):
 
 def _note_grid(config: SparseQALoraConfig, grids: list[Any]) -> None:
     """Write what was taken over from the base into the configuration, so that the adapter loads on any base."""
+    if config.group_size is None and all(grid.scales.shape[1] == 1 for grid in grids):
+        config.group_size = -1
     for option in ("bits", "group_size", "symmetric"):
         values = {getattr(grid, option) for grid in grids}
         if getattr(config, option) is None and len(values) == 1:
