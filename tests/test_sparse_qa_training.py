@@ -119,6 +119,28 @@ def test_layers_keep_no_tensor_of_the_size_of_their_weight(kind):
         assert kept and max(kept) < min(sizes) == 512
 
 
+@pytest.mark.parametrize("kind", ["sparse", "sparse and quantised"])
+def test_resumed_training(tmp_path, kind):
+    """The grid comes back from the checkpoint as well: that of the model that resumes is another one."""
+
+    def run(folder, shift, resume=None, **settings):
+        model = adapted(**ALL_KINDS[kind])
+        for layer in layers(model).values():
+            for grid in layer.lora_grid.values():
+                grid.scales.mul_(shift)
+        trainer = make_trainer(
+            model, folder, [SubnetSamplingCallback()], save_strategy="steps", save_steps=2, **settings
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    expected = run(tmp_path, 1.25)
+    found = run(tmp_path / "resumed", 1.0, resume=str(tmp_path / "checkpoint-2"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 # -- torch.compile -------------------------------------------------------------------------------------------------
 
 
