@@ -23,6 +23,11 @@
 namespace peft_elastic {
 namespace {
 
+// Fetches what lies further on: the processor's own prefetching alone is slower.
+PE_INLINE void fetch_ahead(const std::uint8_t* values) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(values) + 4096), _MM_HINT_T0);
+}
+
 // For each byte of a bitmap the control of VPSHUFB: 8 bytes, the n-th value into the byte of the n-th set bit; into the others the
 // zero of their output, which for the first four is the 8th byte of the source, for the last four the 9th.
 struct CodeShuffles {
@@ -57,6 +62,7 @@ inline const std::uint8_t* expand_codes(const std::uint8_t* bitmap, const std::u
     bytes += (static_cast<std::int64_t>(_mm_popcnt_u64(bits)) + 1) >> 1;
   }
   for (std::int64_t i = 0; i < bytes; i += 16) {
+    fetch_ahead(values + i);
     const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
     const __m256i codes = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(0x0f));
     _mm256_store_si256(reinterpret_cast<__m256i*>(panel.packed + 2 * i), codes);
@@ -123,6 +129,7 @@ void multiply_codes(const std::uint8_t* codes, std::int64_t rows, const QuantGro
     }
     for (std::int64_t end = rows > kShortRows ? rows - kShortRows : 0; rows > end; --rows, quads += step) {
       __m256i left, right;
+      if constexpr (kDense) fetch_ahead(codes);
       load_codes<kDense>(codes, left, right);
       codes += kDense ? kInt4DenseRowBytes : 64;
 #pragma GCC unroll 2

@@ -245,7 +245,7 @@ void unpack_int4(const Weight& w, std::uint8_t* bitmask, std::uint8_t* values, f
   const bool dense = w.type == ValueType::kInt4Dense;
   const std::vector<std::int32_t> places = places_of(w.order, w.in_features);
   const std::int64_t count = dense ? w.out_features * w.in_features : w.nonzeros;
-  std::memset(values, 0, static_cast<std::size_t>((count + 1) / 2));
+  if (count) std::memset(values, 0, static_cast<std::size_t>((count + 1) / 2));
   if (!dense) std::memset(bitmask, 0, static_cast<std::size_t>(w.out_features * row_bytes));
   std::vector<std::int8_t> codes(static_cast<std::size_t>(kBlock * width));
   std::int64_t next = 0;

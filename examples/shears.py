@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ Accuracy = Callable[[Any], float]
 
 
 def parse_args(description: str, **defaults: Any) -> argparse.Namespace:
-    """The command line of both examples; `defaults` are what differs between them."""
+    """The command line of the examples; `defaults` are what differs between them."""
+    return make_parser(description, **defaults).parse_args()
+
+
+def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="yahma/llama-7b-hf", help="hub name or folder of a causal language model")
     parser.add_argument("--train", help="training data: hub name (name or name:config) or a .json/.jsonl file")
@@ -74,15 +79,31 @@ def parse_args(description: str, **defaults: Any) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--smoke", action="store_true", help="a minute on a laptop: tiny random model, a few examples")
     parser.set_defaults(**defaults)
-    return parser.parse_args()
+    return parser
 
 
-def run(
+@dataclass
+class Prepared:
+    """What both kinds of examples start from."""
+
+    tokenizer: Any
+    model: Any
+    encoded: list[dict[str, list[int]]]  # training examples
+    collator: Any
+    validation_accuracy: Accuracy
+    test_accuracy: Accuracy
+    test_examples: int
+
+    def calibration(self, samples: int) -> Any:
+        return torch.utils.data.DataLoader(self.encoded[:samples], 8, collate_fn=self.collator)
+
+
+def prepare(
     args: argparse.Namespace,
     to_example: Callable[[dict[str, Any]], tasks.Example],
     make_accuracy: Callable[[Any, list[tasks.Example], argparse.Namespace], Accuracy],
-) -> dict[str, Any]:
-    """Run the pipeline; returns, and writes to `args.out`/results.json, the accuracies on the test data."""
+) -> Prepared:
+    """Read the data and load the dense model."""
     set_seed(args.seed)
     train_records, test_records = tasks.read(args.train, "train"), tasks.read(args.test, "test")
     if args.smoke:
@@ -99,27 +120,19 @@ def run(
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map="auto")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    encoded = [features for example in train if (features := encode(tokenizer, example, args.max_length))]
-    collator = DataCollatorForSeq2Seq(tokenizer)
-    validation_accuracy = make_accuracy(tokenizer, validation, args)
-    test_accuracy = make_accuracy(tokenizer, test, args)
-    results: dict[str, Any] = {"test examples": len(test), "dense": test_accuracy(model)}
-
-    calibration = torch.utils.data.DataLoader(encoded[: args.calibration_samples], 8, collate_fn=collator)
-    print(prune(model, WandaConfig(sparsity=args.sparsity), calibration=calibration))
-    results["pruned"] = test_accuracy(model)
-
-    config = ElasticLoraConfig(
-        r=args.r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.dropout,
-        elastic_ranks=args.ranks,
-        rank_groups=GROUPS,
-        target_modules=[name for group in GROUPS for name in group],
-        task_type="CAUSAL_LM",
+    return Prepared(
+        tokenizer,
+        model,
+        [features for example in train if (features := encode(tokenizer, example, args.max_length))],
+        DataCollatorForSeq2Seq(tokenizer),
+        make_accuracy(tokenizer, validation, args),
+        make_accuracy(tokenizer, test, args),
+        len(test),
     )
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
+
+
+def fit(model: Any, data: Prepared, args: argparse.Namespace) -> None:
+    """Train the adapter, another subnet in each step."""
     Trainer(
         model=model,
         args=TrainingArguments(
@@ -133,29 +146,67 @@ def run(
             ddp_find_unused_parameters=False,
             report_to=[],
         ),
-        train_dataset=encoded,
-        data_collator=collator,
+        train_dataset=data.encoded,
+        data_collator=data.collator,
         callbacks=[SubnetSamplingCallback()],
     ).train()
     model.save_pretrained(args.out / "adapter")
 
-    result = model.search_subnet(validation_accuracy, n_evals=args.evals, save_dir=args.out / "search", seed=args.seed)
+
+def search(model: Any, data: Prepared, args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Search for the best subnet on the validation data, measure it and the plain choices, and leave it active."""
+    result = model.search_subnet(
+        data.validation_accuracy, n_evals=args.evals, save_dir=args.out / "search", seed=args.seed
+    )
     result.plot(args.out / "pareto.png")
     for name in ("max", "heuristic", "min"):
         model.set_subnet(name)
-        results[f"tuned, {name} subnet"] = test_accuracy(model)
+        results[f"tuned, {name} subnet"] = data.test_accuracy(model)
     model.set_subnet(result.best())
-    results["tuned, searched subnet"] = test_accuracy(model)
+    results["tuned, searched subnet"] = data.test_accuracy(model)
     print(model.subnet_summary().describe())
     model.save_pretrained(args.out / "adapter")
-    model.export_lora(args.out / "lora")
 
+
+def report(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write and print the accuracies."""
     args.out.joinpath("results.json").write_text(json.dumps(results, indent=2))
-    print(f"\nTest accuracy ({len(test)} examples):")
+    print(f"\nTest accuracy ({results['test examples']} examples):")
     for name, value in results.items():
         if isinstance(value, float):
             print(f"  {name:<24} {100 * value:5.1f}%")
-    return results
+
+
+def run(
+    args: argparse.Namespace,
+    to_example: Callable[[dict[str, Any]], tasks.Example],
+    make_accuracy: Callable[[Any, list[tasks.Example], argparse.Namespace], Accuracy],
+) -> None:
+    """Run the pipeline; writes the accuracies on the test data to `args.out`/results.json."""
+    data = prepare(args, to_example, make_accuracy)
+    results: dict[str, Any] = {"test examples": data.test_examples, "dense": data.test_accuracy(data.model)}
+    calibration = data.calibration(args.calibration_samples)
+    print(prune(data.model, WandaConfig(sparsity=args.sparsity), calibration=calibration))
+    results["pruned"] = data.test_accuracy(data.model)
+
+    model = get_peft_model(data.model, ElasticLoraConfig(**adapter_settings(args)))
+    model.print_trainable_parameters()
+    fit(model, data, args)
+    search(model, data, args, results)
+    model.export_lora(args.out / "lora")
+    report(results, args)
+
+
+def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "r": args.r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.dropout,
+        "elastic_ranks": args.ranks,
+        "rank_groups": GROUPS,
+        "target_modules": [name for group in GROUPS for name in group],
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def encode(tokenizer: Any, example: tasks.Example, max_length: int) -> dict[str, list[int]] | None:

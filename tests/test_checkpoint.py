@@ -306,7 +306,7 @@ def test_tensors_that_do_not_fit(saved, change, match):
         (lambda c: c.update(layers=[]), "layers must be an object"),
         (lambda c: c["layers"].update({LAYER: 3}), f"layer '{LAYER}' must have"),
         (lambda c: c["layers"][LAYER].pop("nnz"), f"layer '{LAYER}' must have"),
-        (lambda c: c["layers"][LAYER].update(value_dtype="int4"), f"{LAYER}: value_dtype is 'int4'"),
+        (lambda c: c["layers"][LAYER].update(value_dtype="int3"), f"{LAYER}: value_dtype is 'int3'"),
         (lambda c: c["layers"][LAYER].update(value_dtype=["bf16"]), f"{LAYER}: value_dtype is \\['bf16'\\]"),
         (lambda c: c["layers"][LAYER].update(linear_dtype="int8"), f"{LAYER}: linear_dtype is 'int8'"),
         (lambda c: c["layers"][LAYER].update(crc32={}), f"{LAYER}: crc32 must have"),

@@ -579,7 +579,10 @@ def test_shapes_that_do_not_fit_are_refused():
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_sanitizers(tmp_path):
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ["decode", "linear", "pack", "threads", "level_portable"]]
+    sources = [
+        ROOT / "csrc" / f"{name}.cpp"
+        for name in ["decode", "linear", "pack", "pack_int4", "threads", "level_portable"]
+    ]
     program = tmp_path / "program"
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     options = ["-std=c++17", "-O1", "-g", "-w", *sanitize, f"-I{ROOT / 'csrc'}", "-pthread"]

@@ -46,6 +46,29 @@ def test_smoke_mode(script, train, test, shared_data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "pipeline, more, merged",
+    [
+        ("qa-sparsepeft", [], "gptq"),
+        ("sparsepeft", ["--ranks", "8"], "dense"),
+        ("sqft", [], None),
+        pytest.param("shears", [], None, marks=pytest.mark.slow),
+    ],
+)
+def test_sqft_smoke_mode(pipeline, more, merged, shared_data, tmp_path):
+    command = [sys.executable, EXAMPLES / "sqft_gsm8k.py", "--smoke", "--out", tmp_path / "out", *more]
+    command += ["--pipeline", pipeline, "--train", shared_data / "gsm8k_train.jsonl"]
+    command += ["--test", shared_data / "gsm8k_test.jsonl"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"dense", "pruned", "tuned" if more else "tuned, searched subnet"} <= set(results)
+    assert ("merged" in results) == (merged is not None)
+    if merged is not None:
+        config = json.loads((tmp_path / "out" / "merged" / "config.json").read_text())
+        assert ("quantization_config" in config) == (merged == "gptq")
+
+
+@pytest.mark.parametrize(
     "text, number",
     [
         ("#### 72", 72.0),

@@ -73,7 +73,9 @@ def run(program, *arguments):
 
 @needs_compiler
 def test_every_level_in_the_software_model(tmp_path):
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in [*LEVELS, "pack"]] + [ROOT / "tests/csrc/test_levels.cpp"]
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in [*LEVELS, "pack", "pack_int4"]] + [
+        ROOT / "tests/csrc/test_levels.cpp"
+    ]
     program = build(tmp_path, sources, "-DPEFT_ELASTIC_SOFTWARE_MODEL", f"-I{simde_headers()}")
     for seed in range(2):
         result = run(program, seed)
@@ -84,9 +86,8 @@ def test_every_level_in_the_software_model(tmp_path):
 def test_fuzzing(tmp_path):
     """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000."""
     count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "5000"))
-    program = build(
-        tmp_path, [ROOT / "csrc/pack.cpp", ROOT / "csrc/level_portable.cpp", ROOT / "tests/csrc/fuzz_pack.cpp"]
-    )
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("pack", "pack_int4", "level_portable")]
+    program = build(tmp_path, [*sources, ROOT / "tests/csrc/fuzz_pack.cpp"])
     result = run(program, count, count)
     assert result.returncode == 0, result.stderr
     refused, accepted = map(int, re.findall(r"\d+", result.stdout))

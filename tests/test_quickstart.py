@@ -20,16 +20,16 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from peft_elastic import SearchResult, SparseLinear, Subnet, assets
+from peft_elastic import SearchResult, SparseLinear, Subnet, assets, load_gptq
 from peft_elastic.cli import _data, _report, main
 from peft_elastic.cli._journal import Journal
 from peft_elastic.cli.quickstart import movie_examples
 
 
-STAGES = ["data", "dense", "prune", "train", "search", "tuned", "merge", "reload", "deploy", "serve"]
+STAGES = ["data", "dense", "prune", "train", "search", "tuned", "merge", "reload", "deploy", "quantize", "serve"]
 ROWS = [
     "dense",
     "pruned",
@@ -38,6 +38,7 @@ ROWS = [
     "tuned, searched subnet",
     "merged, reloaded",
     "deployed (sparse bf16)",
+    "deployed (sparse int4)",
 ]
 
 
@@ -61,11 +62,10 @@ def test_results(finished):
     assert [row["name"] for row in found["table"]] == ROWS
     rows = {row["name"]: row for row in found["table"]}
     assert all(0 <= row["accuracy"] <= 1 and row["accuracy_standard_error"] > 0 for row in rows.values())
-    assert [rows[name]["zeros"] for name in ROWS[:5]] == pytest.approx([0, 0.5, 0.5, 0.5, 0.5], abs=1e-3)
-    assert rows["merged, reloaded"]["zeros"] < 0.1
-    assert rows["deployed (sparse bf16)"]["zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert [rows[name]["zeros"] for name in ROWS[:7]] == pytest.approx([0, *[0.5] * 6], abs=1e-3)
+    assert rows["deployed (sparse int4)"]["zeros"] >= 0.5 - 1e-3  # rounding makes some more
     adapters = [rows[name]["adapter_parameters"] for name in ROWS]
-    assert adapters[0] == adapters[1] == adapters[5] == adapters[6] == 0 < adapters[3] < adapters[2]
+    assert adapters[0] == adapters[1] == adapters[5] == adapters[6] == adapters[7] == 0 < adapters[3] < adapters[2]
     base = rows["dense"]["parameters"]
     assert all(row["parameters"] == base + row["adapter_parameters"] for row in rows.values())
     weights = (finished / "merged" / "model.safetensors").stat().st_size
@@ -74,9 +74,10 @@ def test_results(finished):
         == rows["pruned"]["bytes"]
         == weights
         > rows["deployed (sparse bf16)"]["bytes"]
+        > rows["deployed (sparse int4)"]["bytes"]
     )
     serving = {name: row["serving"] for name, row in rows.items() if row["serving"]}
-    assert list(serving) == ["dense", "deployed (sparse bf16)"]
+    assert list(serving) == ["dense", "deployed (sparse bf16)", "deployed (sparse int4)"]
     for each in found["deployment"]["serving"].values():
         assert each["tokens_per_second"] > 0 and each["load_seconds"] > 0 and each["peak_bytes"] > 2**20
     assert serving["deployed (sparse bf16)"]["optimized"] and not serving["dense"]["optimized"]
@@ -98,12 +99,15 @@ def test_what_is_left_behind(finished):
         expected = model(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(finished / "merged").eval()
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=0)
-        pruned = AutoModelForCausalLM.from_pretrained(finished / "pruned")
-        exported = PeftModel.from_pretrained(pruned, finished / "lora").eval()
-        torch.testing.assert_close(exported(ids).logits, expected, atol=1e-5, rtol=0)
         deployed = AutoModelForCausalLM.from_pretrained(finished / "deployed").eval()
         assert sum(isinstance(module, SparseLinear) for module in deployed.modules()) == 14
         torch.testing.assert_close(deployed(ids).logits, expected, atol=0.1, rtol=0)
+        quantized = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter-int4").eval()
+        assert quantized.active_subnet == searched
+        expected = quantized(ids).logits
+        for folder in ("gptq-int4", "deployed-int4"):
+            load = load_gptq if folder == "gptq-int4" else AutoModelForCausalLM.from_pretrained
+            torch.testing.assert_close(load(finished / folder).eval()(ids).logits, expected, atol=1e-4, rtol=0)
     assert (finished / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
 

@@ -70,7 +70,7 @@ def serving_legend(serving: Mapping[str, Mapping[str, Any]], tokens: Sequence[in
     """What the columns of serving mean, and how much of the speed is not the sparse layers'."""
     lines = [
         f"tokens/s: {tokens[1]} new tokens after a prompt of {tokens[0]}, one sequence, on the CPU; load s, peak MB: of a fresh",
-        "process; medians of turns. The deployed model runs with `optimize_generation`, the dense one as transformers runs it;",
+        "process; medians of turns. The deployed models run with `optimize_generation`, the dense one as transformers runs it;",
     ]
     for name, found in serving.items():
         if name.startswith("dense,") and found["optimized"]:
@@ -89,8 +89,8 @@ def legend(examples: Mapping[str, int]) -> str:
             f"accuracy, label loss: on {examples['test']} held-out examples, used for this table alone; ± is one standard error",
             "perplexity: of the text of 100 of their prompts at most; training was on labels alone",
             "parameters: of the base and of the active subnet; in adapter: of the active subnet",
-            "zeros: in the linear layers of the blocks. A merged LoRA update fills the layers it changes, so the merged model is",
-            "pruned once more to be deployed. On disk a zero takes a bit in the deployed model, elsewhere as much as any value.",
+            "zeros: in the linear layers of the blocks; on disk a zero takes a bit in the deployed models, elsewhere as much as",
+            "any value",
         ]
     )
 

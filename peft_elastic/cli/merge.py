@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_elastic import Subnet, sparsify_linears
+from peft_elastic import Subnet, save_gptq, sparsify_linears
 
 from . import _common
 
@@ -31,11 +31,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Merge the active subnet of an adapter into its base model, and save that as an ordinary checkpoint that\n"
         "transformers loads without this package; or export the subnet as a plain LoRA adapter, which peft\n"
         "and other programs load without this package. With --sparse, layers that are still sparse are stored\n"
-        "compressed and run on the sparse CPU kernel; that checkpoint loads where peft_elastic is imported.",
+        "compressed and run on the sparse CPU kernel; that checkpoint loads where peft_elastic is imported.\n"
+        "Adapters that were trained with --bits are merged into integers of so many bits: --gptq writes these as a\n"
+        "GPTQ checkpoint, and --sparse stores them as they are.",
         epilog="examples:\n"
         "  peft-elastic merge --adapter adapter --out merged\n"
         "  peft-elastic merge --adapter adapter --subnet search/subnet.json --out merged --export-lora lora\n"
         "  peft-elastic merge --adapter adapter --out deployed --sparse bf16\n"
+        "  peft-elastic merge --adapter adapter --out quantized --gptq\n"
         "  peft-elastic merge --adapter adapter --subnet heuristic --export-lora lora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,6 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         choices=("bf16", "int8"),
         help="swap in sparse layers with values of this type where they are faster on this machine (default: none)",
     )
+    parser.add_argument(
+        "--gptq", action="store_true", help="write a GPTQ checkpoint, of an adapter that was trained with --bits"
+    )
     parser.set_defaults(run=run)
 
 
@@ -60,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing to do: give `--out`, `--export-lora` or both.")
     if args.sparse and args.out is None:
         raise ValueError("`--sparse` goes with `--out`: a plain LoRA adapter has no sparse layers.")
+    if args.gptq and (args.out is None or args.sparse):
+        raise ValueError("`--gptq` goes with `--out` and without `--sparse`.")
     for option, folder in (("--out", args.out), ("--export-lora", args.export_lora)):
         if folder is not None:
             _common.check_new_folder(folder, option)
@@ -69,6 +77,11 @@ def run(args: argparse.Namespace) -> int:
     base = _common.base_model_name(args.model, args.adapter)
     tokenizer = _common.load_tokenizer(base, required=False)
     model = _common.load_adapter(_common.load_model(base, args.dtype, args.device), args.adapter)
+    quantized = any(getattr(config, "quantization_aware", False) for config in model.peft_config.values())
+    if args.gptq and not quantized:
+        raise ValueError(
+            "`--gptq`: the adapter was not trained with `--bits`, so there is nothing to write as integers."
+        )
     if subnet is not None:
         model.set_subnet(subnet)
     print(model.subnet_summary().describe())
@@ -86,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         if after < before - 0.01:
             print(
                 f"Zeros in the merged layers: {before:.1%} before, {after:.1%} after. A LoRA update has no zeros, so a merged "
-                "model is dense; keep base and adapter apart to keep the sparsity."
+                "model is dense; `train --sparse-adapter` trains one that keeps them."
             )
         loads_with = "AutoModelForCausalLM.from_pretrained(...)"
         if args.sparse:
@@ -94,8 +107,12 @@ def run(args: argparse.Namespace) -> int:
             print(report)
             if report.swapped:
                 loads_with = f"import peft_elastic; {loads_with}"
-        with _common.new_folder(args.out) as folder:
-            _common.save_model(merged, tokenizer, folder)
+        if args.gptq:
+            save_gptq(merged, args.out, tokenizer=tokenizer)
+            loads_with = "peft_elastic.load_gptq(...), or AutoModelForCausalLM.from_pretrained(...) with GPTQModel"
+        else:
+            with _common.new_folder(args.out) as folder:
+                _common.save_model(merged, tokenizer, folder)
         written.append((args.out, f"merged model: {loads_with}"))
     _common.say_written(written)
     return 0

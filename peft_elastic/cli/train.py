@@ -27,7 +27,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
-from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback
+from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCallback
 
 from . import _common, _data
 
@@ -43,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter\n"
         "  peft-elastic train --model pruned --dataset stanfordnlp/sst2 --template 'Review: {}\\nSentiment:' \\\n"
         "      --r 32 --ranks 32 24 16 --groups q_proj,k_proj,v_proj up_proj,gate_proj down_proj --out adapter\n"
+        "  peft-elastic train --model pruned --dataset train.jsonl --sparse-adapter --bits 4 --out adapter\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,6 +75,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "tied in each block, such as: q_proj,k_proj,v_proj up_proj,gate_proj down_proj (default: module)",
     )
 
+    adapter.add_argument(
+        "--sparse-adapter",
+        action="store_true",
+        help="mask the update by the zeros of the pruned model, which merging then keeps (SparsePEFT)",
+    )
+    adapter.add_argument(
+        "--bits",
+        type=int,
+        choices=(2, 4, 8),
+        help="train with the rounding to so many bits, which merging then keeps exactly (QA-SparsePEFT)",
+    )
+    adapter.add_argument(
+        "--group-size", type=int, metavar="N", help="inputs that share a scale, with --bits (default: 128)"
+    )
+
     training = parser.add_argument_group("training")
     training.add_argument(
         "--strategy",
@@ -95,7 +111,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = ElasticLoraConfig(
+    if args.group_size is not None and args.bits is None:
+        raise ValueError("`--group-size` goes with `--bits`.")
+    config_class, options = ElasticLoraConfig, {}
+    if args.sparse_adapter or args.bits is not None:
+        config_class, options = SparseQALoraConfig, {"sparse_adapter": args.sparse_adapter}
+        if args.bits is not None:
+            options |= {"quantization_aware": True, "bits": args.bits, "group_size": args.group_size}
+    config = config_class(
         r=args.r,
         elastic_ranks=args.ranks,
         lora_alpha=2 * args.r if args.alpha is None else args.alpha,
@@ -103,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         target_modules=args.targets[0] if args.targets == ["all-linear"] else args.targets,
         rank_groups=parse_groups(args.groups),
         task_type="CAUSAL_LM",
+        **options,
     )
     _common.check_new_folder(args.out)
     checkpoints = args.out.with_name(f"{args.out.name}-checkpoints")

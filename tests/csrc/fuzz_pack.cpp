@@ -16,6 +16,7 @@
 // through unpacking and every kernel of the portable level. Built with sanitizers by test_levels.py.
 // Usage: fuzz_pack COUNT SEED
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -39,7 +40,24 @@ using Buffer = std::unique_ptr<std::uint8_t, Free>;
 
 Buffer allocate(std::size_t bytes) { return Buffer(static_cast<std::uint8_t*>(::operator new(bytes ? bytes : 1, std::align_val_t{64}))); }
 
+void use_int4(const Weight& w) {
+  const bool dense = w.type == ValueType::kInt4Dense;
+  const auto count = static_cast<std::size_t>(dense ? w.out_features * w.in_features : w.nonzeros);
+  std::vector<std::uint8_t> bitmask(static_cast<std::size_t>(w.out_features * ((w.in_features + 7) / 8)));
+  std::vector<std::uint8_t> values((count + 1) / 2 + 1), zeros(static_cast<std::size_t>(w.out_features * w.group_count));
+  std::vector<float> scales(zeros.size());
+  unpack_int4(w, dense ? nullptr : bitmask.data(), values.data(), scales.data(), zeros.data());
+  std::vector<float> x(static_cast<std::size_t>(w.tiles * 64), 1.0f), sums(static_cast<std::size_t>(w.blocks * 16));
+  Buffer scratch = allocate(kScratchBytes);
+  const Kernel kernel = dense ? portable_kernels()->int4_dense_float : portable_kernels()->int4_float;
+  kernel(w, x.data(), w.tiles * 64, 1, 0, w.blocks, sums.data(), w.blocks * 16, scratch.get());
+}
+
 void use(const Weight& w) {
+  if (is_int4(w.type)) {
+    use_int4(w);
+    return;
+  }
   const bool bf16 = w.type == ValueType::kBf16;
   std::vector<std::uint8_t> bitmask(static_cast<std::size_t>(w.out_features * ((w.in_features + 7) / 8)));
   std::vector<std::uint16_t> values(w.offsets[w.blocks] + 1);
@@ -50,6 +68,65 @@ void use(const Weight& w) {
   kernel(w, x.data(), w.tiles * tile_inputs(w.type), 1, 0, w.blocks, sums.data(), w.blocks * 16, scratch.get());
 }
 
+// One mutated int4 weight: on disk, or packed.
+void try_int4(std::mt19937& random) {
+  const bool dense = random() % 2;
+  const auto out = static_cast<std::int64_t>(1 + random() % 40), in = static_cast<std::int64_t>(1 + random() % 140);
+  std::int64_t group_size = 4 * (1 + static_cast<std::int64_t>(random() % 40));
+  const std::int64_t groups = (in + group_size - 1) / group_size, row_bytes = (in + 7) / 8;
+  std::vector<std::uint8_t> bitmask(static_cast<std::size_t>(out * row_bytes)), zeros(static_cast<std::size_t>(out * groups), 3);
+  std::vector<float> scales(zeros.size(), 0.5f);
+  std::size_t count = static_cast<std::size_t>(out * in);
+  if (!dense) {
+    count = 0;
+    for (std::int64_t i = 0; i < out * in; ++i) {
+      if (random() % 2) continue;
+      bitmask[static_cast<std::size_t>(i / in * row_bytes + i % in / 8)] |= static_cast<std::uint8_t>(1u << (i % in % 8));
+      ++count;
+    }
+  }
+  std::vector<std::uint8_t> values((count + 1) / 2, 0x75);
+  if (count % 2) values.back() = 5;
+  std::vector<std::int32_t> order(static_cast<std::size_t>(in));
+  for (std::size_t i = 0; i < order.size(); ++i) order[order.size() - 1 - i] = static_cast<std::int32_t>(i);
+  const bool on_disk = random() % 2, with_order = random() % 2;
+  std::int64_t claimed_in = in;
+  if (on_disk) {
+    switch (random() % 8) {
+      case 0: bitmask[random() % bitmask.size()] ^= static_cast<std::uint8_t>(1u << random() % 8); break;
+      case 1: if (!values.empty()) values[random() % values.size()] = static_cast<std::uint8_t>(random()); break;
+      case 2: values.resize(random() % (values.size() + 1)); break;
+      case 3: bitmask.resize(random() % bitmask.size() + 1); break;
+      case 4: zeros[random() % zeros.size()] = static_cast<std::uint8_t>(random()); break;
+      case 5: order[random() % order.size()] = static_cast<std::int32_t>(random()); break;
+      case 6: group_size = static_cast<std::int64_t>(random() % 8) ? group_size : -group_size; break;
+      default: scales[random() % scales.size()] = random() % 2 ? INFINITY : 1.0f; break;
+    }
+    // scales and zeros are of the size that the caller has checked; all other lengths are checked here
+    if (group_size < 0) claimed_in = -1;
+  }
+  const Int4Source source{out, claimed_in, group_size, dense ? nullptr : bitmask.data(), bitmask.size(), values.data(),
+                          values.size(), scales.data(), zeros.data(), with_order ? order.data() : nullptr};
+  std::size_t size = packed_int4_bytes(source);
+  Buffer packed = allocate(size);
+  pack_int4(source, packed.get(), size);
+  if (!on_disk) {
+    for (unsigned flips = 1 + random() % 3; flips; --flips) {
+      const std::size_t limit = random() % 2 ? sizeof(Header) : size;
+      packed.get()[random() % limit] ^= static_cast<std::uint8_t>(1u << random() % 8);
+    }
+    if (random() % 4 == 0) {
+      size = random() % size;
+      Buffer shorter = allocate(size);
+      std::memcpy(shorter.get(), packed.get(), size);
+      packed = std::move(shorter);
+    }
+  }
+  const Weight w = open_packed(packed.get(), size);
+  check_contents(w);
+  use(w);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -57,6 +134,15 @@ int main(int argc, char** argv) {
   std::mt19937 random(argc > 2 ? static_cast<unsigned>(std::atol(argv[2])) : 0);
   long refused = 0, accepted = 0;
   for (long round = 0; round < count; ++round) {
+    if (random() % 2) {
+      try {
+        try_int4(random);
+        ++accepted;
+      } catch (const std::invalid_argument&) {
+        ++refused;
+      }
+      continue;
+    }
     const auto type = static_cast<ValueType>(random() % 2);
     const auto out_features = static_cast<std::int64_t>(1 + random() % 40);
     const auto in_features = static_cast<std::int64_t>(1 + random() % 140);

@@ -45,6 +45,19 @@ inline simde__m512i expand(simde__m512i target, std::uint64_t mask, simde__m512i
   return target;
 }
 
+// Unsigned bytes to 16 or 32 bits each.
+template <typename To, typename Source>
+inline simde__m512i widen_bytes(Source source) {
+  std::uint8_t from[sizeof(source)];
+  To to[64 / sizeof(To)];
+  static_assert(sizeof(from) == 64 / sizeof(To), "as many as there are");
+  std::memcpy(from, &source, sizeof(from));
+  for (std::size_t i = 0; i < sizeof(from); ++i) to[i] = from[i];
+  simde__m512i target;
+  std::memcpy(&target, to, 64);
+  return target;
+}
+
 inline float widen(std::uint16_t bits) {
   const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16;
   float value;
@@ -150,10 +163,14 @@ inline Tiles& tiles() {
 
 }  // namespace software_model
 
+#undef _mm512_cvtepu8_epi16
+#undef _mm512_cvtepu8_epi32
 #undef _mm512_mask_expand_epi16
 #undef _mm512_mask_expand_epi8
 #undef _mm512_dpbf16_ps
 #undef _mm512_dpbusd_epi32
+#define _mm512_cvtepu8_epi16(source) software_model::widen_bytes<std::uint16_t>(source)
+#define _mm512_cvtepu8_epi32(source) software_model::widen_bytes<std::uint32_t>(source)
 #define _mm512_mask_expand_epi16(target, mask, source) software_model::expand<std::uint16_t>(target, mask, source)
 #define _mm512_mask_expand_epi8(target, mask, source) software_model::expand<std::uint8_t>(target, mask, source)
 #define _mm512_dpbf16_ps(sum, a, b) software_model::dot_bf16(sum, a, b)

@@ -94,7 +94,7 @@ struct Linear {
     const float size = 1.0f / std::sqrt(static_cast<float>(in));
     if (type == ValueType::kInt8) scales.assign(static_cast<std::size_t>(out), size / 64);
     for (std::size_t i = 0; i < count; ++i) {
-      if (between(0, 1)) continue;
+      if (is_int4(type) || between(0, 1)) continue;
       if (type == ValueType::kBf16) {
         bf16[i] = to_bf16(2 * size * uniform());
         weight[i] = from_bf16(bf16[i]);
@@ -103,11 +103,30 @@ struct Linear {
         weight[i] = static_cast<double>(int8[i]) * scales[0];
       }
     }
-    const void* dense = type == ValueType::kBf16 ? static_cast<const void*>(bf16.data()) : int8.data();
-    const std::int64_t nonzeros = count_nonzeros(type, dense, out, in, in);
-    const std::size_t bytes = packed_bytes(type, out, in, nonzeros);
-    packed.reset(static_cast<std::uint8_t*>(::operator new(bytes, std::align_val_t{64})));
-    pack_dense(type, dense, out, in, in, packed.get(), bytes);
+    std::size_t bytes;
+    if (is_int4(type)) {
+      // groups of 4, in the order of the inputs or from last to first
+      const std::int64_t groups = (in + 3) / 4;
+      std::vector<float> steps(static_cast<std::size_t>(out * groups), size / 4);
+      std::vector<std::uint8_t> zeros(steps.size(), 6), values((count + 1) / 2, 0);
+      std::vector<std::int32_t> order;
+      for (std::int64_t k = in; k-- > 0;) order.push_back(static_cast<std::int32_t>(k));
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::int64_t code = between(0, 15);
+        weight[i] = static_cast<double>(size / 4) * static_cast<double>(code - 6);
+        values[i / 2] |= static_cast<std::uint8_t>(code << (i % 2 * 4));
+      }
+      const Int4Source source{out, in, 4, nullptr, 0, values.data(), values.size(), steps.data(), zeros.data(),
+                              between(0, 1) ? order.data() : nullptr};
+      bytes = packed_int4_bytes(source);
+      packed.reset(static_cast<std::uint8_t*>(::operator new(bytes, std::align_val_t{64})));
+      pack_int4(source, packed.get(), bytes);
+    } else {
+      const void* dense = type == ValueType::kBf16 ? static_cast<const void*>(bf16.data()) : int8.data();
+      bytes = packed_bytes(type, out, in, count_nonzeros(type, dense, out, in, in));
+      packed.reset(static_cast<std::uint8_t*>(::operator new(bytes, std::align_val_t{64})));
+      pack_dense(type, dense, out, in, in, packed.get(), bytes);
+    }
     if (with_bias) {
       for (std::int64_t i = 0; i < out; ++i) bias.push_back(uniform());
     }
@@ -149,7 +168,7 @@ struct Layer {
 // One random model and step. Returns the distance from double precision, relative to what the layers add.
 double round_trip() {
   const FloatType type = between(0, 1) ? FloatType::kFloat32 : FloatType::kBfloat16;
-  const ValueType value_type = between(0, 1) ? ValueType::kBf16 : ValueType::kInt8;
+  const ValueType types[] = {ValueType::kBf16, ValueType::kInt8, ValueType::kInt4Dense}, value_type = types[between(0, 2)];
   const std::int64_t batch = between(1, 3), length = between(0, 70), capacity = length + between(1, 5);
   const std::int64_t dim = 2 * between(1, 20), kv_heads = between(1, 3), group = between(1, 3), heads = kv_heads * group;
   const std::int64_t hidden = between(1, 70), inner = between(1, 90), count = between(1, 3);

@@ -15,6 +15,7 @@
 // Every level on the same packed bytes, through the software model, against double precision. Built by test_levels.py, also
 // with sanitizers: every buffer ends where the interface says.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -55,9 +56,16 @@ float from_bf16(std::uint16_t value) {
   return result;
 }
 
+// int4 rounds activations to 24 bits of the largest one of their group: what a product may be off by besides.
+struct Coarse {
+  std::vector<std::int64_t> group_of;
+  std::vector<double> sizes;  // [out, groups]: sum |w|
+  std::int64_t groups = 0;
+};
+
 template <typename X>
 void check(const char* level, const char* name, Kernel kernel, const Weight& w, const std::vector<double>& dense,
-           std::int64_t rows, std::mt19937& random) {
+           std::int64_t rows, std::mt19937& random, const Coarse& coarse = {}, const std::int32_t* order = nullptr) {
   if (!kernel) return;
   std::normal_distribution<float> normal;
   const std::int64_t width = w.tiles * tile_inputs(w.type), stride = w.blocks * 16;
@@ -69,7 +77,7 @@ void check(const char* level, const char* name, Kernel kernel, const Weight& w, 
   for (std::int64_t m = 0; m < rows; ++m) {
     for (std::int64_t k = 0; k < w.in_features; ++k) {
       const float value = normal(random);
-      double& as_double = exact[static_cast<std::size_t>(m * width + k)];
+      double& as_double = exact[static_cast<std::size_t>(m * width + (order ? order[k] : k))];
       if constexpr (sizeof(X) == 4) {
         inputs[m * width + k] = value;
         as_double = value;
@@ -99,6 +107,14 @@ void check(const char* level, const char* name, Kernel kernel, const Weight& w, 
         expected += product;
         size += std::fabs(product);
       }
+      for (std::int64_t g = 0; g < coarse.groups; ++g) {
+        double largest = 0;
+        for (std::int64_t k = 0; k < w.in_features; ++k) {
+          if (coarse.group_of[static_cast<std::size_t>(k)] != g) continue;
+          largest = std::fmax(largest, std::fabs(exact[static_cast<std::size_t>(m * width + k)]));
+        }
+        size += 0.1 * largest * coarse.sizes[static_cast<std::size_t>(n * coarse.groups + g)];  // 2^-23 is 0.06 of the tolerance
+      }
       const float got = reinterpret_cast<const float*>(sums.data)[m * stride + n];
       const double error = std::fabs(got - expected) / (size + 1e-30);
       if (error > worst) worst = error;
@@ -111,12 +127,69 @@ void check(const char* level, const char* name, Kernel kernel, const Weight& w, 
   }
 }
 
+struct Level {
+  const char* name;
+  const Kernels* kernels;
+};
+
+const Level kLevels[] = {{"portable", portable_kernels()}, {"avx2", avx2_kernels()}, {"avx512", avx512_kernels()},
+                         {"avx512_bf16", avx512_bf16_kernels()}, {"amx", amx_kernels()}};
+
+void check_int4(std::int64_t out, std::int64_t in, std::int64_t group_size, double sparsity, bool dense, bool scattered,
+                std::mt19937& random) {
+  const std::int64_t groups = (in + group_size - 1) / group_size, row_bytes = (in + 7) / 8;
+  std::vector<std::int32_t> order(static_cast<std::size_t>(in));
+  for (std::int64_t k = 0; k < in; ++k) order[static_cast<std::size_t>(k)] = static_cast<std::int32_t>(k);
+  if (scattered) std::shuffle(order.begin(), order.end(), random);
+  Coarse coarse;
+  coarse.groups = groups;
+  coarse.group_of.resize(static_cast<std::size_t>(in));
+  coarse.sizes.assign(static_cast<std::size_t>(out * groups), 0);
+  for (std::int64_t place = 0; place < in; ++place) {
+    coarse.group_of[static_cast<std::size_t>(order[static_cast<std::size_t>(place)])] = place / group_size;
+  }
+  std::vector<float> scales;
+  std::vector<std::uint8_t> zeros, codes, bitmask(static_cast<std::size_t>(out * row_bytes), 0);
+  for (std::int64_t i = 0; i < out * groups; ++i) {
+    scales.push_back(std::normal_distribution<float>()(random));
+    zeros.push_back(static_cast<std::uint8_t>(random() % 16));
+  }
+  std::vector<double> exact(static_cast<std::size_t>(out * in), 0);
+  for (std::int64_t n = 0; n < out; ++n) {
+    for (std::int64_t k = 0; k < in; ++k) {
+      const auto at = static_cast<std::size_t>(n * groups + coarse.group_of[static_cast<std::size_t>(k)]);
+      unsigned code = random() % 16;
+      if (std::uniform_real_distribution<double>()(random) < sparsity) code = zeros[at];
+      exact[static_cast<std::size_t>(n * in + k)] = static_cast<double>(scales[at]) * (static_cast<int>(code) - zeros[at]);
+      coarse.sizes[at] += std::fabs(exact[static_cast<std::size_t>(n * in + k)]);
+      if (code != zeros[at]) bitmask[static_cast<std::size_t>(n * row_bytes + k / 8)] |= static_cast<std::uint8_t>(1u << (k % 8));
+      if (dense || code != zeros[at]) codes.push_back(static_cast<std::uint8_t>(code));
+    }
+  }
+  std::vector<std::uint8_t> values((codes.size() + 1) / 2, 0);
+  for (std::size_t i = 0; i < codes.size(); ++i) values[i / 2] |= static_cast<std::uint8_t>(codes[i] << (i % 2 * 4));
+  const Int4Source source{out, in, group_size, dense ? nullptr : bitmask.data(), bitmask.size(), values.data(), values.size(),
+                          scales.data(), zeros.data(), scattered ? order.data() : nullptr};
+  Aligned packed(packed_int4_bytes(source));
+  pack_int4(source, packed.data, packed.size);
+  const Weight w = open_packed(packed.data, packed.size);
+  check_contents(w);
+  std::vector<std::uint8_t> bits_again(bitmask.size()), values_again(values.size()), zeros_again(zeros.size());
+  std::vector<float> scales_again(scales.size());
+  unpack_int4(w, bits_again.data(), values_again.data(), scales_again.data(), zeros_again.data());
+  if ((!dense && bits_again != bitmask) || values_again != values || scales_again != scales || zeros_again != zeros) {
+    std::printf("int4 %lld x %lld is another after packing\n", static_cast<long long>(out), static_cast<long long>(in));
+    ++failures;
+  }
+  for (const auto& level : kLevels) {
+    for (const std::int64_t rows : {1, 2, 3, 8, 9, 32}) {
+      const Kernel kernel = dense ? level.kernels->int4_dense_float : level.kernels->int4_float;
+      check<float>(level.name, dense ? "dense int4" : "int4", kernel, w, exact, rows, random, coarse, w.order);
+    }
+  }
+}
+
 void check_shape(std::int64_t out_features, std::int64_t in_features, double sparsity, std::mt19937& random) {
-  const struct {
-    const char* name;
-    const Kernels* kernels;
-  } levels[] = {{"portable", portable_kernels()}, {"avx2", avx2_kernels()}, {"avx512", avx512_kernels()},
-                {"avx512_bf16", avx512_bf16_kernels()}, {"amx", amx_kernels()}};
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<double> uniform;
   const auto count = static_cast<std::size_t>(out_features * in_features);
@@ -138,7 +211,7 @@ void check_shape(std::int64_t out_features, std::int64_t in_features, double spa
     pack_dense(type, dense, out_features, in_features, in_features, packed.data, packed.size);
     const Weight w = open_packed(packed.data, packed.size);
     check_contents(w);
-    for (const auto& level : levels) {
+    for (const auto& level : kLevels) {
       if (!level.kernels) {
         std::printf("%s is missing\n", level.name);
         ++failures;
@@ -164,6 +237,12 @@ int main(int argc, char** argv) {
   const std::int64_t shapes[][2] = {{1, 1}, {16, 32}, {17, 33}, {33, 64}, {48, 65}, {50, 200}, {15, 127}};
   for (const auto& shape : shapes) {
     for (const double sparsity : {0.0, 0.5, 0.7, 1.0}) check_shape(shape[0], shape[1], sparsity, random);
+  }
+  const std::int64_t int4_shapes[][3] = {{1, 1, 4}, {17, 33, 4}, {33, 64, 32}, {16, 70, 70}, {20, 200, 64}, {35, 260, 128}, {5, 300, 512}};
+  for (const auto& shape : int4_shapes) {
+    for (const double sparsity : {0.0, 0.5, 1.0}) {
+      for (int kind = 0; kind < 4; ++kind) check_int4(shape[0], shape[1], shape[2], sparsity, kind & 1, kind & 2, random);
+    }
   }
   std::printf("largest error %g of sum |x||w|, %d failures\n", worst, failures);
   return failures ? 1 : 0;
