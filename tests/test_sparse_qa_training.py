@@ -244,6 +244,18 @@ def test_exported_programs(kind):
     torch.testing.assert_close(program.module()(x), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_calls(kind):
+    """With other weights of the base too."""
+    model, other = (two_layers(**KINDS[kind]) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * (parameter != 0))
+    x = torch.randn(5, 32)
+    weights = {name: p.detach() for name, p in other.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, weights, (x,)), other(x))
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
