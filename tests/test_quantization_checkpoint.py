@@ -347,6 +347,7 @@ def test_layers_that_differ(tmp_path):
         r"-:^model\.layers\.\d+\.self_attn\.o_proj$": {},
         r"-:^model\.layers\.0\.self_attn\.q_proj$": {},
     }
+    assert set(entry["modules_in_block_to_quantize"][0]) == quantized_layers(model).keys()
     loaded = load_gptq(tmp_path / "mixed")
     assert_same_layers(model, loaded)
     assert type(loaded.model.layers[0].self_attn.o_proj) is nn.Linear

@@ -67,7 +67,8 @@ def save_gptq(
 
     Args:
         model: from `quantize` or `load_gptq`, or a merged model, without adapters. Layers may differ in bits and group size;
-            what differs from most is written as GPTQModel's `dynamic` rules.
+            what differs from most is written as GPTQModel's `dynamic` rules. transformers does not read these: it fails on
+            layers that differ. Layers in floating point may be among them.
         save_directory: a new folder, or an old one whose model is replaced.
         checkpoint_format: "gptq" stores zero points minus one, "gptq_v2" as they are. By default "gptq" where all zero points
             are in the middle, as any reader knows it, and "gptq_v2" otherwise: GPTQModel takes "gptq" with other zero points
@@ -179,13 +180,13 @@ def describe(model: nn.Module, layers: Mapping[str, QuantizedLinear], checkpoint
     if rules:
         description["dynamic"] = rules
     if left_out and len(stacks) == 1:
-        # The same for readers that know no `dynamic`, if all blocks are alike.
+        # The same for readers that know no `dynamic`, transformers among them: ends of the names of what is quantised.
         relative = {
             block: [n.removeprefix(f"{block}.") for n in layers if n.startswith(f"{block}.")] for block in blocks
         }
         kinds = list(relative.values())
-        if kinds[0] and all(kind == kinds[0] for kind in kinds):
-            description["modules_in_block_to_quantize"] = [kinds[0]]
+        alike = kinds[0] and all(kind == kinds[0] for kind in kinds)
+        description["modules_in_block_to_quantize"] = [kinds[0] if alike else [n for n in inside if n not in left_out]]
     return description
 
 

@@ -161,12 +161,13 @@ def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, 
         after = base.weight_of(base_layer).float()
     else:
         if refit:
-            in_order = grid.in_order and wanted.shape[1] % grid.group_size == 0
-            grid = fit_grid(wanted, grid.bits, grid.group_size if in_order else -1, grid.symmetric, "mse")
+            grid = _refit(wanted, grid)
         else:
             grid = Grid.copy_of(grid)
         after = grid.round(wanted)
         bias = getattr(base_layer, "bias", None)
+        if bias is not None and not isinstance(bias, nn.Parameter):  # a buffer, in a layer of GPTQModel
+            bias = nn.Parameter(bias, requires_grad=False)
         merged = QuantizedLinear(nn.Parameter(after, requires_grad=False), bias, grid).train(base_layer.training)
     error = (after - wanted).norm()
     return merged, {
@@ -175,3 +176,13 @@ def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, 
         "zeros_before": 1 - int(before.count_nonzero()) / before.numel(),
         "zeros_after": 1 - int(after.count_nonzero()) / after.numel(),
     }
+
+
+def _refit(weight: torch.Tensor, grid: Grid) -> Grid:
+    """A grid for another weight, with the same groups if these are of one size."""
+    if bool((torch.bincount(grid.g_idx, minlength=grid.scales.shape[1]) != grid.group_size).any()):
+        return fit_grid(weight, grid.bits, -1, grid.symmetric, "mse")
+    by_group = weight[:, grid.g_idx.argsort(stable=True)]
+    new = fit_grid(by_group, grid.bits, grid.group_size, grid.symmetric, "mse")
+    g_idx = None if grid.in_order else grid.g_idx.clone()
+    return Grid(new.scales, new.zeros, in_features=grid.in_features, bits=grid.bits, g_idx=g_idx)

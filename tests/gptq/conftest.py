@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import GROUP_SIZE, SHAPE
 from models import VOCABULARY, tiny_llama
 
 
@@ -30,10 +31,6 @@ from models import VOCABULARY, tiny_llama
 if find_spec("gptqmodel") is not None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
-
-# Its kernels want multiples of 32: the number of outputs too, of which the keys and values have 2 / 4.
-SHAPE = {"hidden_size": 64, "intermediate_size": 128}
-GROUP_SIZE = 32
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,6 +66,13 @@ def dense_folder(tmp_path_factory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(dense_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(dense_folder)
 
 
 @pytest.fixture(scope="session")

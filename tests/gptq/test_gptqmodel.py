@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import KINDS, SHAPE, load, name_of
 from models import outputs, randomize, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from peft_elastic import ElasticLoraConfig
 from peft_elastic.search.cost import CostModel
@@ -30,32 +30,9 @@ from peft_elastic.search.cost import CostModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-KINDS = [
-    {},
-    {"form": "gptq_v2"},
-    {"desc_act": True},
-    {"sym": False},
-    {"sym": False, "desc_act": True, "form": "gptq_v2"},
-    {"bits": 8},
-    {"bits": 2, "sym": False, "form": "gptq_v2"},
-]
 # The plain one, and what GPTQModel chooses on a CPU if it is asked for one that can train: for 4 bits only.
 BACKENDS = ["gptq_torch", "gptq_torch_aten"]
-
-
-def name_of(kind):
-    return "-".join(f"{key}={value}" for key, value in kind.items()) or "plain"
-
-
-def load(folder: Path, dtype=torch.float32, backend="gptq_torch"):
-    """As a user would, but for the kernel: of those that GPTQModel chooses by itself some refuse training, and where the
-    processor has AVX512-BF16 it compiles one for minutes before it chooses. This one takes every kind of checkpoint."""
-    from transformers import GPTQConfig
-
-    config = GPTQConfig(bits=4, backend=backend)  # the backend is all that is taken from it, even for 8 bits
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config).eval()
 
 
 def elastic(model, **settings):
@@ -190,11 +167,11 @@ def test_as_stock_lora(quantized_folder):
 
 
 def test_merging_is_refused(quantized_folder):
-    """By peft. The model is left as it was."""
+    """The model is left as it was."""
     model = elastic(load(quantized_folder()))
     before = outputs(model, tokens())
     for sparse_kernel in ("auto", False):
-        with pytest.raises(ValueError, match="Cannot merge LORA layers when the model is gptq quantized"):
+        with pytest.raises(ValueError, match="is quantised and adapter .* merge_and_requantize"):
             model.merge_and_unload(sparse_kernel=sparse_kernel)
     assert torch.equal(outputs(model, tokens()), before)
 
