@@ -30,7 +30,7 @@ from checkpoints import (
     own_layers,
     pruned,
 )
-from models import outputs, randomize, tiny_llama, tiny_qwen2, tokens
+from models import outputs, randomize, tiny_qwen2, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from training import arguments, dataset
 from transformers import Trainer
