@@ -138,3 +138,18 @@ def test_crossover(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(json.loads((tmp_path / "crossover.json").read_text())["rows"]) == 4
     assert "| 64x96 | bf16 | 1 | 16 |" in result.stdout
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="this processor has no AVX2")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_int4(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(BENCHMARKS / "int4.py"), "--smoke", "--levels", "avx2", "--out", str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert {row["engine"] for row in json.loads((tmp_path / "int4.json").read_text())["rows"]} >= {
+        "sparse int4, groups of 128",
+        "dense int4, groups of 32",
+        "torch bf16",
+    }
+    assert "| sparse int4, groups of 128 70% (avx2) |" in result.stdout

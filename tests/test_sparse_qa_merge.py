@@ -20,6 +20,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from models import ARCHITECTURES, default_dtype, outputs, randomize, tiny_gpt2, tiny_llama, tokens
 from peft import get_peft_model
 from sparse_qa import (
@@ -484,3 +485,103 @@ def test_all_architectures_have_adapters_of_this_kind():
         before = outputs(model, inputs)
         merged = model.merge_and_unload(sparse_kernel=False)
         torch.testing.assert_close(outputs(merged, inputs), before, rtol=1e-4, atol=1e-4)
+
+
+# -- bitsandbytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes_llama(tmp_path_factory):
+    """A function that loads a pruned model in 4 or 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("bitsandbytes")
+    pruned(tiny_llama(hidden_size=64, intermediate_size=128)).save_pretrained(folder)
+
+    def load(bits):
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
+        quantization = transformers.BitsAndBytesConfig(**options)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, device_map="cpu"
+        ).eval()
+
+    return load
+
+
+def dense(layer):
+    """The weight that a layer of bitsandbytes multiplies with, read off its output for the unit matrix."""
+    with torch.no_grad():
+        return layer(torch.eye(layer.in_features)).T
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["sparse", "plain"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_bitsandbytes(bitsandbytes_llama, bits, kind, dropout):
+    plain = bitsandbytes_llama(bits)
+    weights = {n: dense(m) for n, m in plain.named_modules() if n.endswith(("q_proj", "v_proj", "down_proj"))}
+    before = outputs(plain, tokens())
+    model = adapted(bitsandbytes_llama(bits), lora_dropout=dropout, **ALL_KINDS[kind])
+    tolerance = {"rtol": 0.03, "atol": 0.03}  # 8-bit layers round their inputs too
+    assert len(layers(model)) == len(weights) == 6
+    for path, weight in weights.items():
+        layer = layers(model)[f"base_model.model.{path}"]
+        delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        if kind == "sparse":
+            assert 0.3 < weight.eq(0).float().mean() < 0.7
+            delta = delta * (weight != 0)
+        found = dense(layer)
+        torch.testing.assert_close(found, weight + delta.detach(), **tolerance)
+        if kind == "sparse":
+            assert found[weight == 0].abs().max() < 1e-5
+    with model.disable_adapter():
+        torch.testing.assert_close(outputs(model, tokens()), before)
+    unmerged = outputs(model, tokens())
+    # a fresh one: no gradient goes through a 4-bit layer of bitsandbytes that has been used in evaluation mode on a CPU
+    fresh = adapted(bitsandbytes_llama(bits), lora_dropout=dropout, **ALL_KINDS[kind]).train()
+    fresh(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in fresh.parameters() if p.requires_grad)
+    torch.testing.assert_close(outputs(fresh.eval(), tokens()), unmerged)
+    # merging rounds again, which bitsandbytes does in its own way; unmerging gives back every bit
+    for _ in range(2):
+        model.merge_adapter()
+        merged = outputs(model, tokens())
+        assert (merged - unmerged).norm() < 0.5 * (unmerged - before).norm()
+        model.unmerge_adapter()
+        assert torch.equal(outputs(model, tokens()), unmerged)
+    unloaded = model.merge_and_unload(sparse_kernel=False)
+    torch.testing.assert_close(outputs(unloaded, tokens()), merged)
+    if kind == "sparse":
+        for path, weight in weights.items():
+            assert dense(unloaded.get_submodule(path))[weight == 0].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_two_adapters_are_merged_into_bitsandbytes(bitsandbytes_llama, bits):
+    model = adapted(bitsandbytes_llama(bits))
+    model.add_adapter("other", config())
+    randomize(model, seed=7, adapter_name="other")
+    model.base_model.set_adapter(["default", "other"])
+    model.eval()
+    before = outputs(model, tokens())
+    model.merge_adapter()
+    at_once = outputs(model, tokens())
+    model.unmerge_adapter()
+    assert torch.equal(outputs(model, tokens()), before)
+    for name in ("default", "other"):
+        model.merge_adapter(adapter_names=[name])
+    torch.testing.assert_close(outputs(model, tokens()), at_once)
+    deltas = [layer.get_delta_weight("default") for layer in layers(model).values()]
+    model.unmerge_adapter()
+    assert torch.equal(outputs(model, tokens()), before)
+    for layer, delta in zip(layers(model).values(), deltas):
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_to_a_grid_on_bitsandbytes_is_refused(bitsandbytes_llama, bits):
+    model = bitsandbytes_llama(bits)
+    with pytest.raises(
+        ValueError, match="is quantised by bitsandbytes, whose values are no grid of scales and zero points"
+    ):
+        get_peft_model(model, config(**QUANTIZED))
+    assert not layers(model)

@@ -38,7 +38,7 @@ from sparse_qa import (
 )
 from torch import nn
 
-from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, WandaConfig, prune
+from peft_elastic import ElasticLoraConfig, SparseLinear, SparseQALoraConfig, WandaConfig, prune
 from peft_elastic.quantization import Grid, QuantizedLinear, fit_grid
 
 
@@ -597,3 +597,36 @@ def test_the_default_group_is_that_of_the_paper():
     assert (grid.bits, grid.group_size, grid.symmetric) == (4, 128, False)
     assert grid.equals(fit_grid(weight, 4, 128))
     assert (model.peft_config["default"].bits, model.peft_config["default"].group_size) == (4, 128)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_generation(merged):
+    model = adapted(**QUANTIZED)
+    ids = tokens(2, 5)
+    expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    if merged:
+        model = model.merge_and_unload(sparse_kernel=False)
+    else:
+        model.merge_adapter()
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_masked_adapters_are_deployed_sparse():
+    """The zeros are still there, so that the sparse layers can be swapped in without pruning once more."""
+    model = adapted()
+    before, kept = outputs(model, tokens()), len(layers(model))
+    deployed = model.merge_and_unload(sparse_kernel=True)
+    swapped = [module for module in deployed.modules() if isinstance(module, SparseLinear)]
+    assert len(swapped) >= kept
+    torch.testing.assert_close(outputs(deployed, tokens()), before, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_weights_are_refused(kind):
+    """accelerate brings the weight of a base layer for the forward pass of that layer alone."""
+    from accelerate import cpu_offload
+
+    model = adapted(**KINDS[kind])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="accelerate has offloaded the weights of the base"):
+        outputs(model, tokens())

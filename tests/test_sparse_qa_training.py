@@ -49,7 +49,7 @@ def trained(folder, kind, seed=0, **settings):
     return {name: p.detach().clone() for name, p in trainable(model).items()}, losses
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", ["sparse", "sparse and quantised"])
 def test_gradient_checkpointing(tmp_path, kind):
     """With a subnet sampled in each step; weights after four steps."""
     expected, losses = trained(tmp_path, kind)
@@ -78,8 +78,7 @@ def test_gradients_under_checkpointing(kind):
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("kind", "bf16"), [("sparse", False), ("quantised", False), ("sparse and quantised", True)])
 def test_the_trainer(tmp_path, kind, bf16):
     model = adapted(std=0.02, lora_dropout=0.05, **KINDS[kind])
     weights = base_weights(model)
@@ -119,6 +118,28 @@ def test_layers_keep_no_tensor_of_the_size_of_their_weight(kind):
         assert kept and max(kept) < min(sizes) == 512
 
 
+@pytest.mark.parametrize("kind", ["sparse and quantised"])
+def test_resumed_training(tmp_path, kind):
+    """The grid comes back from the checkpoint as well: that of the model that resumes is another one."""
+
+    def run(folder, shift, resume=None, **settings):
+        model = adapted(**ALL_KINDS[kind])
+        for layer in layers(model).values():
+            for grid in layer.lora_grid.values():
+                grid.scales.mul_(shift)
+        trainer = make_trainer(
+            model, folder, [SubnetSamplingCallback()], save_strategy="steps", save_steps=2, **settings
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    expected = run(tmp_path, 1.25)
+    found = run(tmp_path / "resumed", 1.0, resume=str(tmp_path / "checkpoint-2"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 # -- torch.compile -------------------------------------------------------------------------------------------------
 
 
@@ -132,14 +153,16 @@ def two_layers(**settings):
     return adapted(pruned(TwoLayers()), target_modules=["0", "2"], **settings)
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [("sparse", 0.0), ("quantised", 0.0), ("sparse and quantised", 0.0), ("sparse and quantised", 1e-9)],
+)
 def test_compiled_models(kind, dropout):
     torch._dynamo.reset()
     model = two_layers(lora_dropout=dropout, **ALL_KINDS[kind]).train(dropout > 0)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 32)
-    for subnet in ("max", "min", "max"):
+    for subnet in ("max", "min"):
         model.set_subnet(subnet)
         found, expected = (
             torch.autograd.grad(m(x).square().sum(), list(trainable(model).values())) for m in (compiled, model)
@@ -150,7 +173,7 @@ def test_compiled_models(kind, dropout):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", ["sparse and quantised"])
 def test_one_graph_for_each_subnet(kind):
     torch._dynamo.reset()
     model, x = two_layers(**ALL_KINDS[kind]), torch.randn(5, 32)
@@ -165,8 +188,9 @@ def test_one_graph_for_each_subnet(kind):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "hook"), [("sparse", False), ("sparse and quantised", False), ("sparse and quantised", True)]
+)
 def test_compiled_models_keep_no_weights(kind, hook, monkeypatch):
     """A compiler that sees both passes would keep what both of them make. And it must not unroll the loop over panels."""
     monkeypatch.setattr(effective_weight, "_PANEL_ELEMENTS", 100)
@@ -218,6 +242,18 @@ def test_exported_programs(kind):
     expected = outputs(model, x)
     model.set_subnet("max")
     torch.testing.assert_close(program.module()(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_calls(kind):
+    """With other weights of the base too."""
+    model, other = (two_layers(**KINDS[kind]) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * (parameter != 0))
+    x = torch.randn(5, 32)
+    weights = {name: p.detach() for name, p in other.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, weights, (x,)), other(x))
 
 
 # -- several processes ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_elastic
-from peft_elastic import ElasticLoraConfig, ElasticLoraModel
+from peft_elastic import ElasticLoraConfig, ElasticLoraModel, SparseQALoraConfig, SparseQALoraModel
 from peft_elastic.tuners import register
 
 
@@ -36,12 +36,15 @@ def test_the_type_is_registered():
     member = PeftType.ELASTIC_LORA
     assert PeftType("ELASTIC_LORA") is PeftType["ELASTIC_LORA"] is member
     assert member in PeftType and "ELASTIC_LORA" in PeftType.__members__
-    assert list(PeftType)[-1] is member and len(PeftType) == len(PeftType.__members__)
+    assert list(PeftType)[-2:] == [member, PeftType.SPARSE_QA_LORA] and len(PeftType) == len(PeftType.__members__)
     assert member == "ELASTIC_LORA" and isinstance(member, str) and hash(member) == hash("ELASTIC_LORA")
     assert member.name == member.value == "ELASTIC_LORA"
     assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is ElasticLoraConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is ElasticLoraModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "lora_"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SPARSE_QA_LORA] is SparseQALoraConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SPARSE_QA_LORA] is SparseQALoraModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.SPARSE_QA_LORA] == "lora_"
     # and LoRA is what it was
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is peft.LoraConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is peft.LoraModel

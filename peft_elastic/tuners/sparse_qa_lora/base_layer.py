@@ -50,7 +50,8 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     if is_gptqmodel(layer):
         integers, grid = read_layer(layer)
         return grid.dequantize(integers)
-    weight = layer.get_parameter("weight").detach()
+    parameter: Any = layer.weight  # a plain tensor in `torch.func.functional_call`
+    weight: torch.Tensor = parameter.detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 

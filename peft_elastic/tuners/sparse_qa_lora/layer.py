@@ -118,6 +118,11 @@ class SparseLoraLinear(lora.Linear):
             dropped = dropouts[group[0]](x)
             if masked or grid is not None:
                 weight, read = self._weight_or_reader()
+                if weight is not None and weight.is_meta and not x.is_meta:
+                    raise ValueError(
+                        "accelerate has offloaded the weights of the base, which masked and quantisation-aware adapters need "
+                        "to compute. Choose a `device_map` without 'cpu' or 'disk' offloading, or merge the adapter first."
+                    )
                 base_layer = self.get_base_layer()
                 rounded = grid is not None and base.is_rounded(base_layer)
                 minus = base.grid_of(base_layer) if rounded else "weight"
