@@ -164,25 +164,22 @@ class _EffectiveLinear(torch.autograd.Function):
                 grad_A = torch.zeros_like(lora_A, dtype=update.dtype)
             needs_factors = needs_A or needs_B
             for rows in _slices(weight, _PANEL_ELEMENTS):
-                slopes = update.slopes(rows) if needs_factors else None
+                slopes = update.slopes(rows) if needs_factors and update.grid is not None else None
                 panel = update.rows(rows, slopes)
                 part = grad[:, rows]
                 if grad_x is not None:
                     if grad_x.dtype == panel.dtype == ctx.dtype:
-                        grad_x.addmm_(part, panel)
+                        torch.addmm(grad_x, part, panel, beta=int(rows.start > 0), out=grad_x)
                     else:
                         grad_x.add_(part @ panel.to(ctx.dtype))
-                if slopes is not None:
-                    # the gradient of these rows of the weight: formed, masked and contracted at once
-                    # (the panel is free by now)
-                    grad_panel = (
-                        torch.mm(part.T, inputs, out=panel) if panel.dtype == ctx.dtype else torch.mm(part.T, inputs)
-                    )
-                    slopes.mul_(grad_panel)
+                if needs_factors:
+                    # the gradient of these rows of the weight: formed, masked and contracted at once, in the space of the panel
+                    free = panel if panel.dtype == ctx.dtype and not torch.compiler.is_compiling() else None
+                    grad_panel = update.gradient(torch.mm(part.T, inputs, out=free), rows, slopes)
                     if grad_B is not None:
-                        torch.mm(slopes, update.lora_A.T, out=grad_B[rows])
+                        torch.mm(grad_panel, update.lora_A.T, out=grad_B[rows])
                     if grad_A is not None:
-                        grad_A.addmm_(update.lora_B[rows].T, slopes)
+                        grad_A.addmm_(update.lora_B[rows].T, grad_panel)
             if needs_bias:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
             if grad_x is not None:
@@ -240,30 +237,48 @@ class _Update:
         else:
             self._panel = self._space(self._panel, rows)
             panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
-        if self._has_kernel():
-            self._fill_by_kernel(panel, rows, slopes)
-        else:
-            for part in _slices(panel, _BLOCK_ELEMENTS):
-                here = slice(rows.start + part.start, rows.start + part.stop)
-                self._fill(panel[part], here, None if slopes is None else slopes[part])
+        self._go_over(panel, rows, slopes, self._adds, self.grid)
         if isinstance(self.minus, Grid):
             panel.sub_(self.minus.round_rows(self.weight[rows].to(self.dtype), rows))
         elif self.minus == "weight" and self._adds:
             panel.sub_(self.weight[rows])
         return panel
 
+    def gradient(self, gradient: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> torch.Tensor:
+        """The gradient with respect to these rows of the update, given that with respect to what `rows` returned with these
+        `slopes`; both are changed. Without a grid the mask is all there is to it, and slopes are not needed."""
+        gradient = gradient.to(self.dtype)
+        if slopes is not None:
+            return slopes.mul_(gradient)
+        if self.masked:
+            self._go_over(gradient, rows, None, adds=False, grid=None)
+        return gradient
+
     @property
     def _adds(self) -> bool:
         return self.grid is not None or self.minus != "weight"
 
-    def _fill(self, block: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> None:
-        weight, grid = self.weight[rows].to(self.dtype), self.grid
+    def _go_over(
+        self, panel: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor], adds: bool, grid: Optional[Grid]
+    ) -> None:
+        """Mask the panel, add the weight, and round the sum, each as asked for, in place."""
+        if self._has_kernel():
+            self._fill_by_kernel(panel, rows, slopes, adds, grid)
+            return
+        for part in _slices(panel, _BLOCK_ELEMENTS):
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            self._fill(panel[part], here, None if slopes is None else slopes[part], adds, grid)
+
+    def _fill(
+        self, block: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor], adds: bool, grid: Optional[Grid]
+    ) -> None:
+        weight = self.weight[rows].to(self.dtype)
         if self.masked:
             # a mask of floats, as comparisons and products are several times as fast with it as with one of bools
             block.mul_(torch.ne(weight, 0, out=torch.empty_like(block) if slopes is None else slopes))
         elif slopes is not None:
             slopes.fill_(1)
-        if self._adds:
+        if adds:
             block.add_(weight)
         if grid is not None:
             # the gradient passes straight through the rounding, and not where the clamp is constant
@@ -286,9 +301,11 @@ class _Update:
             and (grid is None or grid.in_order)
         )
 
-    def _fill_by_kernel(self, panel: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> None:
+    def _fill_by_kernel(
+        self, panel: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor], adds: bool, grid: Optional[Grid]
+    ) -> None:
         """What `_fill` computes, to the last bit, in one pass."""
-        weight, grid = self.weight[rows], self.grid
+        weight = self.weight[rows]
         scales = zeros = None
         if grid is not None:
             scales, zeros = grid.scales[rows].float().contiguous(), grid.zeros[rows].float().contiguous()
@@ -300,7 +317,7 @@ class _Update:
             panel.data_ptr(),
             0 if slopes is None else slopes.data_ptr(),
             self.masked,
-            self._adds,
+            adds,
             0 if scales is None else scales.data_ptr(),
             0 if zeros is None else zeros.data_ptr(),
             0 if grid is None else grid.group_size,
