@@ -325,6 +325,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/sqft"), help="folder, default %(default)s")
     parser.add_argument("--model", help="path or hub name of a causal language model; default: SmolLM2-135M")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="run these alone (default: all)"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--bits", type=int, default=4)
@@ -340,7 +343,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args.seeds, args.steps, args.batch, args.test, args.calibration, args.group_size = 2, 3, 2, 12, 2, 32
     args.out.mkdir(parents=True, exist_ok=True)
     folder = args.model or str(assets.smollm2_135m())
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "model")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "model", "methods")}
     settings["model"] = "random" if args.smoke else args.model or "SmolLM2-135M"
     file = args.out / "rows.jsonl"
     header, *rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [settings]
@@ -358,7 +361,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     prune(
         model, WandaConfig(sparsity=args.sparsity), calibration(tokenizer, training, args.calibration), progress=False
     )
-    bases = {"pruned": model, "pruned + GPTQ": quantized(model, tokenizer, training, "GPTQ", args)}
+    bases = {"pruned": model}
+    if "qa" in args.methods:
+        bases["pruned + GPTQ"] = quantized(model, tokenizer, training, "GPTQ", args)
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -373,7 +378,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             sizes = {"zeros": zeros(base), "megabytes": megabytes(base)}
             keep({"name": name, "seed": -1, **measure(base, splits["scorer"]), **sizes})
     for seed in range(args.seeds):
-        for method in METHODS:
+        for method in args.methods:
             last = {"lora": "lora merged", "sparse": "sparse merged + GPTQ", "qa": "qa merged"}[method]
             if any((row["name"], row["seed"]) == (last, seed) for row in rows):
                 continue
