@@ -55,7 +55,9 @@ def int4_tensors(weight: Tensor, group_size: int, sparse: bool) -> dict[str, Ten
     scales = (padded.view(outs, groups, group_size).abs().amax(2) / 7).clamp_min(1e-3).half().float()
     q = 8 + torch.round(padded.view(outs, groups, group_size) / scales[:, :, None]).clamp(-8, 7).to(torch.int64)
     zeros = torch.full((outs, groups), 8)
-    q = torch.where((q == 8) & (padded.view_as(q) != 0), 9, q)  # what is not pruned stays so, whatever it is rounded to
+    q = torch.where(
+        (q == 8) & (padded.view_as(q) != 0), 9, q
+    )  # what is not pruned stays so, whatever it is rounded to
     return weight_format.compress_int4(q.view(outs, -1)[:, :ins], scales, zeros, None, group_size, sparse)
 
 
