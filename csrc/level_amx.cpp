@@ -21,7 +21,6 @@
     defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
 #include "avx512_bf16.h"
-#include "avx512_int4.h"
 
 // The intrinsics say nothing to gcc about the memory that they read.
 #define PE_COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
@@ -171,13 +170,13 @@ void int8_int8(const Weight& w, const void* x, std::int64_t x_stride, std::int64
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static constexpr Kernels kKernels = {
+  static const Kernels kKernels = {
       &multiply_rows<Bf16Float>,
       &bf16_bf16,
       &multiply_rows<Int8Float>,
       &int8_int8,
-      &multiply_int4<false>,
-      &multiply_int4<true>,
+      avx512_kernels()->int4_float,  // needs nothing that this level adds
+      avx512_kernels()->int4_dense_float,
   };
   return &kKernels;
 }

@@ -19,18 +19,17 @@
 #if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
 #include "avx512_bf16.h"
-#include "avx512_int4.h"
 
 namespace peft_elastic {
 
 const Kernels* avx512_bf16_kernels() {
-  static constexpr Kernels kKernels = {
+  static const Kernels kKernels = {
       &multiply_rows<Bf16Float>,
       &multiply_rows<Bf16Bf16>,
       &multiply_rows<Int8Float>,
       &multiply_rows<Int8Int8>,
-      &multiply_int4<false>,
-      &multiply_int4<true>,
+      avx512_kernels()->int4_float,  // needs nothing that this level adds
+      avx512_kernels()->int4_dense_float,
   };
   return &kKernels;
 }

@@ -17,7 +17,7 @@
 // Included by the levels, which compile it for their own instructions.
 //
 // A segment of the inputs (a group, or 128 inputs of a longer one) shares a scale, its largest size / kLargest. So an activation
-// is off by at most 2^-24 of the largest one in its segment; the sums of whole numbers are exact.
+// is off by at most 2^-23 of the largest one in its segment; the sums of whole numbers are exact.
 #pragma once
 
 #include <cstring>
