@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..pruning.report import layer_table, mean_over_weights
 from ..quantization import Grid, QuantizedLinear, fit_grid
 from ..quantization.gptqmodel import leave_gptqmodel
 from ..quantization.saving import guard_saving
@@ -37,7 +38,7 @@ class RequantizationReport:
     """What rounding again did to each layer of `merge_and_requantize`; printing it gives a table.
 
     Args:
-        layers (`list[dict]`): one for each merged layer whose base is quantised: `name`, `update_error` (|W_merged - (W +
+        layers (`list[dict]`): one for each merged layer whose base is quantised: `name`, `shape` ([out, in]), `update_error` (|W_merged - (W +
             update)| / |update|, Frobenius norms: 0 kept the update, 1 or more lost it), `weight_error` (the same over |W +
             update|), `zeros_before` and `zeros_after` (fractions of zero weights).
     """
@@ -52,18 +53,19 @@ class RequantizationReport:
     def __str__(self) -> str:
         if not self.layers:
             return "no quantised layer was merged"
-        width = max(len(row["name"]) for row in self.layers)
-        lines = [f"{'layer':<{width}}  error / update  error / weight  zeros before  after"]
-        lines += [
-            f"{row['name']:<{width}}  {row['update_error']:>14.1%}  {row['weight_error']:>14.2%}  {row['zeros_before']:>12.1%}"
-            f"  {row['zeros_after']:>5.1%}"
-            for row in self.layers
-        ]
-        lines.append(
-            f"Rounding has changed the updates by {self.update_error:.0%} of their size on average. "
-            "`SparseQALoraConfig(quantization_aware=True)` trains adapters that merge without any change."
+        columns = ("error / update", "error / weight", "zeros before", "after")
+        return "\n".join(
+            [
+                *layer_table(self.layers, columns, _summary),
+                f"Rounding has changed the updates by {self.update_error:.0%} of their size on average. "
+                "`SparseQALoraConfig(quantization_aware=True)` trains adapters that merge without any change.",
+            ]
         )
-        return "\n".join(lines)
+
+
+def _summary(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    formats = {"update_error": ".1%", "weight_error": ".2%", "zeros_before": ".1%", "zeros_after": ".1%"}
+    return tuple(format(mean_over_weights(rows, key), how) for key, how in formats.items())
 
 
 @torch.no_grad()
@@ -171,6 +173,7 @@ def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, 
         merged = QuantizedLinear(nn.Parameter(after, requires_grad=False), bias, grid).train(base_layer.training)
     error = (after - wanted).norm()
     return merged, {
+        "shape": list(wanted.shape),
         "update_error": float(error / update.norm().clamp(min=1e-30)),
         "weight_error": float(error / wanted.norm().clamp(min=1e-30)),
         "zeros_before": 1 - int(before.count_nonzero()) / before.numel(),
