@@ -256,6 +256,25 @@ def test_merge_with_sparse_layers(adapter, tmp_path, capsys, monkeypatch):
     assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_adapters_that_merge_without_loss(folder, pruned, logits, tmp_path, bits, capsys):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    options = [] if bits is None else ["--bits", bits, "--group-size", "16"]
+    data = ["--dataset", folder / "train.jsonl", "--steps", "4"]
+    assert run("train", "--model", pruned, *data, *TRAIN, "--sparse-adapter", *options, "--out", adapter) == 0
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(adapter))
+    as_gptq = [] if bits is None else ["--gptq"]
+    assert run("merge", "--model", pruned, "--adapter", adapter, *as_gptq, "--out", merged) == 0
+    assert "has no zeros" not in capsys.readouterr().out
+    model = load_gptq(merged) if bits else AutoModelForCausalLM.from_pretrained(merged)
+    assert all(share >= 0.5 for share in zeros(model).values())
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    AutoTokenizer.from_pretrained(merged)
+    if bits is None:
+        assert run("merge", "--adapter", adapter, "--gptq", "--out", tmp_path / "x") == 2
+        assert "was not trained with `--bits`" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_bench_of_layers(capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(
