@@ -18,6 +18,7 @@ import torch
 from models import outputs, randomize, tiny_llama, tiny_qwen2, tokens
 from peft import LoraConfig, get_peft_model
 from sparse_qa import pruned, quantized
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, merge_and_requantize
 from peft_elastic.quantization import Grid, QuantizedLinear
@@ -142,3 +143,20 @@ def test_what_cannot_be_merged(settings, message):
     assert torch.equal(outputs(model, tokens()), expected)
     with pytest.raises(ValueError, match="must be a PeftModel with LoRA adapters, got Qwen2"):
         merge_and_requantize(base)
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_plain_lora_into_bitsandbytes(options, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pruned(tiny_llama(hidden_size=64, intermediate_size=128)).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+    ).eval()
+    before = outputs(base, tokens())
+    model = adapted(base, LoraConfig(**LORA))
+    tuned = outputs(model, tokens())
+    merged, report = merge_and_requantize(model)
+    assert type(merged.get_submodule(report.layers[0]["name"])).__module__.startswith("bitsandbytes")
+    assert all(0 < row["update_error"] < 1 and row["zeros_after"] < row["zeros_before"] for row in report.layers)
+    found = outputs(merged, tokens())
+    assert (found - tuned).norm() < 0.5 * (tuned - before).norm()
