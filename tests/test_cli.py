@@ -177,8 +177,8 @@ def test_interrupted_training_continues_to_the_same_result(folder, pruned, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, InterruptAtStep6])
         status = run(*command, "--out", tmp_path / "broken")
-    assert last_checkpoint(tmp_path / "broken-checkpoints")
     assert status == 130
+    assert last_checkpoint(tmp_path / "broken-checkpoints")
     assert "--resume" in capsys.readouterr().out and not (tmp_path / "broken").exists()
 
     assert run(*command, "--out", tmp_path / "broken") == 2  # never over a checkpoint without being told

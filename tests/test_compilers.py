@@ -17,12 +17,13 @@ import platform
 import runpy
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import setuptools
-from conftest import REPOSITORY
 
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for path in (REPOSITORY / "csrc").glob("*.cpp") if path.name != "module.cpp")  # needs pybind11
 
 

@@ -105,9 +105,12 @@ def test_what_is_left_behind(finished):
         quantized = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter-int4").eval()
         assert quantized.active_subnet == searched
         expected = quantized(ids).logits
-        for folder in ("gptq-int4", "deployed-int4"):
-            load = load_gptq if folder == "gptq-int4" else AutoModelForCausalLM.from_pretrained
-            torch.testing.assert_close(load(finished / folder).eval()(ids).logits, expected, atol=1e-4, rtol=0)
+        stored = load_gptq(finished / "gptq-int4").eval()
+        torch.testing.assert_close(stored(ids).logits, expected, atol=1e-5, rtol=0)
+        deployed = AutoModelForCausalLM.from_pretrained(finished / "deployed-int4").eval()
+        kinds = {m.value_dtype for m in deployed.modules() if isinstance(m, SparseLinear)}
+        assert kinds == {"int4", "bf16"}  # o_proj gets no adapter, and is rounded to bf16 here
+        torch.testing.assert_close(deployed(ids).logits, expected, atol=0.01, rtol=0)
     assert (finished / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
 
@@ -253,7 +256,7 @@ def test_without_the_extension_nothing_is_deployed(tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "left out: the C++ extension is not there" in out and not (tmp_path / "out" / "deployed").exists()
     found = results(tmp_path / "out")
-    assert [entry["name"] for entry in found["table"]] == ROWS[:-1] and found["table"][0]["serving"]
+    assert [entry["name"] for entry in found["table"]] == ROWS[:-2] and found["table"][0]["serving"]
 
 
 def test_movie_examples():
