@@ -16,6 +16,7 @@
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 import datasets
@@ -171,12 +172,17 @@ class InterruptAtStep6(TrainerCallback):
 
 def test_interrupted_training_continues_to_the_same_result(folder, pruned, tmp_path, capsys, monkeypatch):
     """Ctrl-C once there is a checkpoint, then --resume."""
+    # a shell that starts the tests in the background lets them ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = ["train", "--model", pruned, "--dataset", folder / "train.jsonl", *TRAIN, "--samples", "40"]
     command += ["--steps", "12", "--save-steps", "4"]
     assert run(*command, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, InterruptAtStep6])
-        status = run(*command, "--out", tmp_path / "broken")
+        try:
+            status = run(*command, "--out", tmp_path / "broken")
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert status == 130
     assert last_checkpoint(tmp_path / "broken-checkpoints")
     assert "--resume" in capsys.readouterr().out and not (tmp_path / "broken").exists()
