@@ -17,13 +17,14 @@ its layers are built."""
 from .callback import SubnetSamplingCallback
 from .host import ElasticHost, get_elastic_host
 from .samplers import BalancedSampler, SubnetSampler, UniformSampler
-from .space import Choice, SearchSpace, Subnet
+from .space import Choice, LayerShape, SearchSpace, Subnet
 
 
 __all__ = [
     "BalancedSampler",
     "Choice",
     "ElasticHost",
+    "LayerShape",
     "SearchSpace",
     "Subnet",
     "SubnetSampler",

@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ class Choice:
 
     Args:
         kind (`str`):
-            What the value means: `"rank"` (rank of the adapters of `modules`).
+            What the value means: `"rank"` (of the adapters of `modules`), `"heads"` (attention heads), `"mlp"` (MLP channels)
+            or `"depth"` (1: computed, 0: skipped).
         name (`str`):
             Where it applies, e.g. a module path or a transformer block with the module names it ties.
         options (`tuple[int, ...]`):
@@ -49,7 +50,7 @@ class Choice:
         modules (`tuple[str, ...]`):
             Paths, inside the base model, of the modules that take the value together.
         unit_parameters (`int`):
-            Adapter parameters that one unit of the value stands for, summed over `modules`.
+            Of a rank: adapter parameters that one unit of it stands for at full width, summed over `modules`.
     """
 
     kind: str
@@ -77,6 +78,55 @@ class Choice:
     def key(self) -> str:
         """`"kind:name"`, the key under which a `Subnet` holds the value of this choice."""
         return f"{self.kind}:{self.name}"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A linear layer whose size, or whose presence, depends on the subnet.
+
+    Args:
+        name (`str`): path inside the base model.
+        out_features, in_features (`int`): of the whole layer.
+        bias (`bool`): whether it has one. Other parameters that vanish with a block, its norms say, are the bias of a layer
+            without inputs.
+        width (`str`, *optional*): key of the choice that narrows the layer; `value / full_width` of it is active.
+        full_width (`int`): the value of that choice at which the layer is whole.
+        narrows (`"out"` or `"in"`): which of its two sides that is.
+        rank (`str`, *optional*): key of the choice of the rank of its adapter.
+        depth (`tuple[str, ...]`): keys of the choices that must all be 1 for the layer to be there.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+    width: str | None = None
+    full_width: int = 1
+    narrows: str = "out"
+    rank: str | None = None
+    depth: tuple[str, ...] = ()
+
+    def size(self, subnet: Mapping[str, int]) -> tuple[int, int]:
+        """(out, in) features that are active in a subnet; (0, 0) where the layer is skipped."""
+        if not all(subnet[key] for key in self.depth):
+            return 0, 0
+        out_features, in_features = self.out_features, self.in_features
+        if self.width is not None:
+            if self.narrows == "out":
+                out_features = out_features * subnet[self.width] // self.full_width
+            else:
+                in_features = in_features * subnet[self.width] // self.full_width
+        return out_features, in_features
+
+    def parameters(self, subnet: Mapping[str, int]) -> int:
+        """Active parameters of the layer itself."""
+        out_features, in_features = self.size(subnet)
+        return out_features * in_features + self.bias * out_features
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Keys of all choices it depends on."""
+        return tuple(key for key in (self.width, self.rank, *self.depth) if key is not None)
 
 
 class Subnet(Mapping[str, int]):
@@ -178,13 +228,15 @@ class SearchSpace:
 
     Args:
         choices (`Iterable[Choice]`): the elastic dimensions; their keys must differ.
+        layers (`Iterable[LayerShape]`): the layers of the base model that width and depth change.
 
     Raises:
-        ValueError: if there are no choices or two share a key.
+        ValueError: if there are no choices, two share a key, or a layer depends on a choice that is not there.
     """
 
-    def __init__(self, choices: Iterable[Choice]) -> None:
+    def __init__(self, choices: Iterable[Choice], layers: Iterable[LayerShape] = ()) -> None:
         self.choices: tuple[Choice, ...] = tuple(choices)
+        self.layers: tuple[LayerShape, ...] = tuple(layers)
         if not self.choices:
             raise ValueError("`choices` is empty: a search space needs at least one choice.")
         self._by_key = {choice.key: choice for choice in self.choices}
@@ -192,6 +244,9 @@ class SearchSpace:
             keys = [choice.key for choice in self.choices]
             twice = sorted({key for key in keys if keys.count(key) > 1})
             raise ValueError(f"`choices` holds several choices with the same key: {twice}.")
+        unknown = sorted({key for layer in self.layers for key in layer.choices} - set(self._by_key))
+        if unknown:
+            raise ValueError(f"`layers` depend on {unknown}, which are not among the choices.")
 
     # -- the space as a collection ---------------------------------------------------------------------------------
 
@@ -212,7 +267,7 @@ class SearchSpace:
         return True
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SearchSpace) and self.choices == other.choices
+        return isinstance(other, SearchSpace) and (self.choices, self.layers) == (other.choices, other.layers)
 
     def __hash__(self) -> int:
         return hash(self.choices)
@@ -332,7 +387,15 @@ class SearchSpace:
 
     def count_parameters(self, subnet: Mapping[str, int]) -> int:
         """Number of adapter parameters that are active in `subnet`."""
-        return sum(subnet[choice.key] * choice.unit_parameters for choice in self.choices)
+        total = sum(subnet[choice.key] * choice.unit_parameters for choice in self.choices)
+        for layer in self.layers:
+            if layer.rank is not None:  # what narrowing has taken from A and B
+                total -= subnet[layer.rank] * (layer.out_features + layer.in_features - sum(layer.size(subnet)))
+        return total
+
+    def count_base_parameters(self, subnet: Mapping[str, int]) -> int:
+        """Number of parameters of the base model that are active in `subnet`, of those in `layers`."""
+        return sum(layer.parameters(subnet) for layer in self.layers)
 
     # -- JSON ------------------------------------------------------------------------------------------------------
 
@@ -348,7 +411,10 @@ class SearchSpace:
             }
             for choice in self.choices
         ]
-        return json.dumps({"format": _SPACE_FORMAT, "version": _VERSION, "choices": choices}, indent=2)
+        data = {"format": _SPACE_FORMAT, "version": _VERSION, "choices": choices}
+        if self.layers:
+            data["layers"] = [asdict(layer) for layer in self.layers]
+        return json.dumps(data, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SearchSpace:
@@ -358,8 +424,9 @@ class SearchSpace:
             ValueError: if the text is not JSON, not a search space, or of a newer version.
         """
         rows = _parse(text, _SPACE_FORMAT, "search space", "choices", list)
+        layers = json.loads(text).get("layers", [])
         try:
-            return cls(
+            choices = [
                 Choice(
                     kind=row["kind"],
                     name=row["name"],
@@ -368,9 +435,10 @@ class SearchSpace:
                     unit_parameters=row["unit_parameters"],
                 )
                 for row in rows
-            )
+            ]
+            return cls(choices, [LayerShape(**{**row, "depth": tuple(row["depth"])}) for row in layers])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a search space: a choice is incomplete ({error!r})") from error
+            raise ValueError(f"not a search space: a choice or a layer is incomplete ({error!r})") from error
 
 
 def _parse(text: str, expected_format: str, what: str, field: str, field_type: type) -> Any:
