@@ -54,10 +54,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from peft_elastic.pruning import MagnitudeConfig, PruningConfig, WandaConfig, measure_sparsity, prune
-from peft_elastic.pruning.calibration import calibration_batches, calibration_mode
-from peft_elastic.pruning.layers import find_stacks, linear_layers, weight_matrix
 from peft_elastic.pruning.masks import lowest_mask, pruning_mask
-from peft_elastic.pruning.sequential import BlockWalker
+from peft_elastic.structure.calibration import calibration_batches, calibration_mode
+from peft_elastic.structure.modules import find_stacks, linear_layers, weight_matrix
+from peft_elastic.structure.sequential import BlockWalker
 
 
 VOCAB = 60

@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from peft_elastic.pruning import MagnitudeConfig, measure_sparsity, prune
-from peft_elastic.pruning.layers import weight_matrix
 from peft_elastic.quantization import (
     GPTQConfig,
     QuantizationConfig,
@@ -37,6 +36,7 @@ from peft_elastic.quantization import (
     quantize,
 )
 from peft_elastic.quantization.gptq import gptq, inverse_factor, output_error
+from peft_elastic.structure.modules import weight_matrix
 
 
 # --- references, written from the formulas, in float64 -------------------------------------------------------------------

@@ -21,54 +21,15 @@ from collections import Counter
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """
-    The linear layers of a model by name: `nn.Linear`, `Conv1D` of transformers, and packed quantised layers.
-
-    A layer wrapped by a peft adapter appears as its base layer under the name of the wrapper; the adapter's own matrices
-    are left out.
-    """
-    layers: dict[str, nn.Module] = {}
-    wrapped: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if wrapped and name.startswith(wrapped):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            wrapped += (f"{name}.",)
-            module = module.get_base_layer()
-        if isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight"):
-            layers[name] = module
-    return layers
-
-
-def weight_matrix(layer: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as (out, in), whatever its storage order: a view, so writing to it changes the layer."""
-    weight = layer.get_parameter("weight").detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
-
-
-def replace_layers(model: nn.Module, replacements: list[tuple[nn.Module, nn.Module]]) -> None:
-    """Puts the second module of each pair in the place, or the places, of the first; base layers of adapters included."""
-    by_id = {id(old): new for old, new in replacements}
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is not None and id(child) in by_id:
-                module._modules[key] = by_id[id(child)]
-
-
-def zero_fraction(layer: nn.Module) -> float:
-    """Fraction of the weights of a linear layer that are zero."""
-    weight = layer.get_parameter("weight")
-    return 1 - weight.count_nonzero().item() / weight.numel()
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The output embeddings (lm_head) of a transformers model that has some."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+from ..structure.modules import (
+    enclosing_names,
+    find_stacks,
+    linear_layers,
+    output_head,
+    weight_matrix,
+    zero_fraction,
+)
 
 
 def measure_sparsity(model: nn.Module) -> dict[str, float]:
@@ -86,43 +47,6 @@ def measure_sparsity(model: nn.Module) -> dict[str, float]:
         for name, layer in linear_layers(model).items()
         if not hasattr(layer, "qweight") and layer.get_parameter("weight").is_floating_point()
     }
-
-
-def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """
-    The stacks of transformer blocks of a model, each as {block name: block}, in the order of their definition.
-
-    A stack is an outermost list of modules (`nn.ModuleList` or `nn.Sequential`) of which at least one holds several linear
-    layers and none holds exactly one: blocks do, lists of heads or of the layers of one MLP do not.
-    """
-    linears = linear_layers(model)
-    # Number of linear layers below each module name.
-    below = Counter(prefix for name in linears for prefix in enclosing_names(name))
-    stacks: list[dict[str, nn.Module]] = []
-    found: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if found and name.startswith(found):
-            continue
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        blocks = {f"{name}.{key}".lstrip("."): block for key, block in module.named_children()}
-        counts = [0 if block in linears else below[block] for block in blocks]
-        nested = any(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for block in blocks.values())
-        if (
-            not nested
-            and not any(block in linears for block in blocks)
-            and 1 not in counts
-            and max(counts, default=0) > 1
-        ):
-            stacks.append(blocks)
-            found += (f"{name}.",) if name else ("",)
-    return stacks
-
-
-def enclosing_names(name: str) -> list[str]:
-    """The names of the modules that contain the module called `name`, the outermost first, the model itself left out."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..structure.modules import weight_matrix
 from .config import MagnitudeConfig
-from .layers import weight_matrix
 from .masks import pruning_mask
 
 

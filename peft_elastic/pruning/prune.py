@@ -21,8 +21,9 @@ from typing import Any
 
 from torch import nn
 
+from ..structure.modules import weight_matrix, zero_fraction
 from .config import MagnitudeConfig, PruningConfig, WandaConfig
-from .layers import check_prunable, select_layers, warn_of_fused_experts, weight_matrix, zero_fraction
+from .layers import check_prunable, select_layers, warn_of_fused_experts
 from .magnitude import prune_magnitude
 from .report import PruningReport
 from .wanda import prune_wanda

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .calibration import calibration_batches, calibration_mode
+from ..structure.calibration import calibration_batches, calibration_mode
+from ..structure.inputs import InputCollector, is_encoder_decoder
+from ..structure.modules import weight_matrix
+from ..structure.sequential import BlockWalker, Unit
 from .config import WandaConfig
-from .inputs import InputCollector, is_encoder_decoder
-from .layers import weight_matrix
 from .masks import pruning_mask
-from .sequential import BlockWalker, Unit
 
 
 def prune_wanda(

@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
-from ..pruning.layers import enclosing_names, find_stacks, linear_layers, output_head, replace_layers, weight_matrix
+from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head, replace_layers, weight_matrix
 from ..utils import atomic_write_text
 from ..version import __version__
 from .gptq_format import FORMATS, TENSORS, check_packable, pack_gptq, unpack_gptq

@@ -85,6 +85,8 @@ class Grid(nn.Module):
     zeros: torch.Tensor
     g_idx: torch.Tensor
     in_order: bool
+    # The last part that was taken, and which one it is.
+    _taken: tuple[Any, Grid] | None
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Grid(nn.Module):
             raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
         groups = scales.shape[1]
         self.bits, self.in_features = bits, in_features
+        self.__dict__["_taken"] = None  # no submodule
         self.group_size = -(-in_features // groups)
         if g_idx is None:
             g_idx = torch.arange(in_features, device=scales.device) // self.group_size
@@ -141,6 +144,31 @@ class Grid(nn.Module):
             g_idx=g_idx,
             persistent=persistent,
         )
+
+    def take(self, outputs: tuple[tuple[int, int], ...] | None, inputs: tuple[tuple[int, int], ...] | None) -> Grid:
+        """The grid of a part of the layer, given as runs (start, stop) of its outputs and inputs; None for all."""
+        key = outputs, inputs, self.scales.data_ptr()
+        if self._taken is None or self._taken[0] != key:  # asked for in every forward
+            scales, zeros, g_idx = self.scales, self.zeros, self.g_idx
+            if outputs is not None:
+                scales, zeros = (torch.cat([t[a:b] for a, b in outputs]) for t in (scales, zeros))
+            if inputs is not None:
+                g_idx = torch.cat([g_idx[a:b] for a, b in inputs])
+                last = int(g_idx.max()) + 1
+                scales, zeros = scales[:, :last], zeros[:, :last]
+            grid = Grid(scales, zeros, in_features=len(g_idx), bits=self.bits, g_idx=g_idx)
+            self.__dict__["_taken"] = key, grid
+        taken: tuple[Any, Grid] = self.__dict__["_taken"]
+        return taken[1]
+
+    def permute(self, side: str, index: torch.Tensor) -> None:
+        """Put the outputs (`side` "out") or the inputs ("in") into another order: number i becomes what `index[i]` was."""
+        index = index.to(self.scales.device)
+        if side == "out":
+            self.scales, self.zeros = self.scales[index].contiguous(), self.zeros[index].contiguous()
+        else:
+            self.g_idx = self.g_idx[index].contiguous()
+        self.__dict__["_taken"] = None
 
     def _note_order(self) -> None:
         """Whether the groups follow each other and are equal; all is faster then."""

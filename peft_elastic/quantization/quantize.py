@@ -26,16 +26,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..pruning.calibration import calibration_batches, calibration_mode
-from ..pruning.inputs import InputCollector, is_encoder_decoder
-from ..pruning.layers import (
-    check_changeable,
-    replace_layers,
-    select_layers,
-    warn_of_fused_experts,
-    weight_matrix,
-)
-from ..pruning.sequential import BlockWalker
+from ..pruning.layers import check_changeable, select_layers, warn_of_fused_experts
+from ..structure.calibration import calibration_batches, calibration_mode
+from ..structure.inputs import InputCollector, is_encoder_decoder
+from ..structure.modules import replace_layers, weight_matrix
+from ..structure.sequential import BlockWalker
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .gptq import Rounded, gptq, output_error
 from .grid import Grid, check_group_size, fit_grid

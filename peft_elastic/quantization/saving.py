@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..pruning.layers import replace_layers
+from ..structure.modules import replace_layers
 from .layer import QuantizedLinear
 
 

@@ -15,27 +15,24 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...quantization import Grid, QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel, read_layer
+from ...structure.bitsandbytes import dequantize, is_bitsandbytes
+from ...structure.narrow import plain_class
 
 
 def is_float(layer: nn.Module) -> bool:
     """Whether the weight is a parameter in floating point."""
     return isinstance(layer, (nn.Linear, Conv1D)) and not get_bnb_param_type(layer.weight)
-
-
-def is_bitsandbytes(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and bool(get_bnb_param_type(layer.weight))
 
 
 def is_supported(layer: nn.Module) -> bool:
@@ -46,7 +43,7 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     """The weight (out, in): a view of the parameter of a layer in floating point (before rounding, for a `QuantizedLinear`),
     dequantised anew otherwise."""
     if is_bitsandbytes(layer):
-        return _dequantized(layer.weight, getattr(layer, "state", None))
+        return dequantize(layer.weight, getattr(layer, "state", None))
     if is_gptqmodel(layer):
         integers, grid = read_layer(layer)
         return grid.dequantize(integers)
@@ -70,7 +67,7 @@ def grid_of(layer: nn.Module) -> Optional[Grid]:
 def computes_plainly(layer: nn.Module) -> bool:
     """Whether a forward pass is x W^T + b with `weight_of`, or its rounding, and nobody watches it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    known = type(layer) in (nn.Linear, Conv1D, QuantizedLinear) or is_gptqmodel(layer)
+    known = plain_class(layer) in (nn.Linear, Conv1D, QuantizedLinear) or is_gptqmodel(layer)
     return known and not hooks and "forward" not in layer.__dict__
 
 
@@ -88,7 +85,7 @@ class OldWeight:
         """The old weight as `weight_of` gives it."""
         if is_bitsandbytes(layer):
             scales = SimpleNamespace(SCB=next((scale for scale in self.state[1::2] if scale is not None), None))
-            return _dequantized(self.values, scales)
+            return dequantize(self.values, scales)
         return self._data(layer).T if isinstance(layer, Conv1D) else self._data(layer)
 
     def put_back(self, layer: nn.Module) -> None:
@@ -134,20 +131,6 @@ def replace_weight(layer: nn.Module, weight: torch.Tensor, grid: Optional[Grid] 
     parameter.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
     old.written = parameter.dtype
     return old
-
-
-def _dequantized(weight: Any, state: Any) -> torch.Tensor:
-    quant_state: Any = getattr(weight, "quant_state", None)
-    if not getattr(quant_state, "packing_format_for_cpu", False):
-        return dequantize_bnb_weight(weight, state=state)
-    # From its first forward pass in evaluation mode on, bitsandbytes keeps 4 bits in another order on some processors.
-    from bitsandbytes import functional
-
-    unpacked: Any = copy.copy(quant_state)
-    unpacked.original_nested = False
-    values, unpacked = functional._convert_weight_packed_for_cpu_inverse(weight.data, unpacked)
-    unpacked.absmax = quant_state.absmax.T.reshape(-1).float().contiguous()  # which that function leaves in its order
-    return functional.dequantize_4bit(values, unpacked)
 
 
 def _replace_bitsandbytes(layer: nn.Module, weight: torch.Tensor) -> OldWeight:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .layers import enclosing_names, find_stacks, output_head
+from .modules import enclosing_names, find_stacks, output_head
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,398 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The blocks of a model: what can be narrowed and what can be skipped, by the layouts of `layouts.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import EncoderDecoderCache
+from transformers.pytorch_utils import Conv1D
+
+from .layouts import AttentionLayout, BlockLayout, Skip, layouts
+from .modules import find_stacks
+
+
+# Runs of one dimension of a weight, as (start, stop).
+Ranges = tuple[tuple[int, int], ...]
+KINDS = ("heads", "mlp")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The side of a layer that a width narrows. Each of its parts is cut into as many equal pieces as there are units; the
+    first pieces of every part are kept.
+
+    Args:
+        path (`str`): of the layer in the base model.
+        side (`"out"` or `"in"`): which of its features.
+        parts (`tuple`): (start, length) of each part.
+    """
+
+    path: str
+    side: str
+    parts: tuple[tuple[int, int], ...]
+
+    def ranges(self, kept: int, units: int) -> Ranges:
+        """What is active when `kept` of `units` are."""
+        return tuple((start, start + length * kept // units) for start, length in self.parts)
+
+    def index(self, order: torch.Tensor) -> torch.Tensor:
+        """Where each feature comes from, int64 (features,), when unit i is to be what unit `order[i]` was."""
+        size = max(start + length for start, length in self.parts)
+        index = torch.arange(size)
+        for start, length in self.parts:
+            pieces = torch.arange(start, start + length).view(len(order), -1)
+            index[start : start + length] = pieces[order].flatten()
+        return index
+
+
+@dataclass(frozen=True)
+class Order:
+    """Layers whose units can be put into another order together, without a change to what the model computes.
+
+    Args:
+        name (`str`): path of the attention, or of the block whose MLP it is.
+        slots (`tuple[Slot, ...]`): the layers.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention in the base model.
+
+    Args:
+        path (`str`): of the module that splits the projections into heads.
+        layout (`AttentionLayout`): how it is built.
+        heads, kv_heads, head_dim (`int`): of the whole attention.
+    """
+
+    path: str
+    layout: AttentionLayout
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def set_heads(self, module: nn.Module, heads: int) -> None:
+        """Tell the attention module how many query heads it has."""
+        kv_heads = heads * self.kv_heads // self.heads
+        values = dict.fromkeys(self.layout.heads, heads)
+        values |= dict.fromkeys(self.layout.kv_heads, kv_heads)
+        values |= dict.fromkeys(self.layout.features, heads * self.head_dim)
+        for name, value in values.items():
+            if name in module.__dict__:
+                module.__dict__[name] = value
+        if self.layout.reads_config:
+            config: Any = module.config
+            config = config.whole if isinstance(config, ConfigOfPart) else config
+            whole = heads == self.heads
+            numbers = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+            module.__dict__["config"] = config if whole else ConfigOfPart(config, numbers)
+
+
+class ConfigOfPart:
+    """A configuration in which some numbers are those of one narrowed module."""
+
+    def __init__(self, whole: Any, numbers: dict[str, int]) -> None:
+        self.whole, self.numbers = whole, numbers
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("whole", "numbers"):
+            raise AttributeError(name)  # asked for while it is being copied
+        return self.numbers[name] if name in self.numbers else getattr(self.whole, name)
+
+
+@dataclass(frozen=True)
+class Width:
+    """Heads or MLP channels of one block, or of all blocks of a stack whose heads are tied.
+
+    Args:
+        kind (`"heads"` or `"mlp"`): query heads or MLP channels.
+        name (`str`): path of the block or of the stack.
+        full (`int`): how many there are.
+        units (`int`): in how many pieces they move: key and value groups, or channels.
+        orders (`tuple[Order, ...]`): what is narrowed, by what is sorted together.
+        attentions (`tuple[Attention, ...]`): the attentions that must know the number of heads.
+    """
+
+    kind: str
+    name: str
+    full: int
+    units: int
+    orders: tuple[Order, ...]
+    attentions: tuple[Attention, ...] = ()
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        return (slot for order in self.orders for slot in order.slots)
+
+    @property
+    def unit(self) -> int:
+        """Heads or channels of a unit."""
+        return self.full // self.units
+
+
+@dataclass
+class Block:
+    """A transformer block of the base model.
+
+    Args:
+        path (`str`): of the block.
+        stack (`str`): path of the list that it is in.
+        index (`int`): its place there.
+        layout (`BlockLayout`): how it is built.
+        attentions (`list[Attention]`): its attentions.
+        skips (`dict[str, dict[str, Skip]]`): what may be skipped, "block", "attention" and "mlp" -> path of the module -> what
+            it returns then.
+        problems (`dict[str, str]`): "heads" or "mlp" -> why that cannot be narrowed.
+        removed (`set[str]`): which of "attention" and "mlp" are not there any more.
+    """
+
+    path: str
+    stack: str
+    index: int
+    layout: BlockLayout
+    attentions: list[Attention] = field(default_factory=list)
+    skips: dict[str, dict[str, Skip]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+
+
+class Removed(nn.Module):
+    """Stands where a part of a block has been removed for good.
+
+    Args:
+        module (`nn.Module`): what it stands for; plain attributes are taken over, as other modules may read them.
+        skip (`Skip`): what it returns.
+        cache_layers (`tuple[int, ...]`): numbers of the layers of the key-value cache that belong to it.
+    """
+
+    def __init__(self, module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> None:
+        super().__init__()
+        plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
+        self.__dict__.update(plain | {"training": module.training})
+        self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keep_places(kwargs.get("past_key_values"), self.cache_layers, hidden_states)
+        return self.skip(self, hidden_states, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return self.stands_for
+
+
+def keep_places(cache: Any, layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
+    """Note the new tokens in the layers of a key-value cache that nobody fills: positions are counted in one of them."""
+    if cache is None or not layers:
+        return
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    place = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+    for layer in layers:
+        cache.update(place, place, layer)
+
+
+class Structure:
+    """What can be narrowed and skipped in a model.
+
+    Attributes:
+        blocks (`list[Block]`): all blocks that some layout fits, in the order of the model.
+        widths (`list[Width]`): all that can be narrowed, in that order.
+        unknown (`list[str]`): paths of the blocks that no layout fits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks: list[Block] = []
+        self.widths: list[Width] = []
+        self.unknown: list[str] = []
+        for stack in find_stacks(model):
+            found = list(self._read_stack(model, stack))
+            self.blocks += found
+            self.widths += _tied_heads(found) if found and found[0].layout.tied_heads else []
+
+    def _read_stack(self, model: nn.Module, stack: dict[str, nn.Module]) -> Iterator[Block]:
+        for index, (path, module) in enumerate(stack.items()):
+            layout = next((layout for layout in layouts() if _fits(module, layout)), None)
+            if layout is None:
+                self.unknown.append(path)
+                continue
+            block = Block(path, path.rpartition(".")[0], index, layout, removed=_removed_parts(module, layout))
+            for attention_layout in layout.attentions if "attention" not in block.removed else ():
+                attention = _read_attention(module, path, attention_layout)
+                if isinstance(attention, str):
+                    block.problems["heads"] = attention
+                else:
+                    block.attentions.append(attention)
+            if "heads" not in block.problems and block.attentions and not layout.tied_heads:
+                self.widths.append(_heads_of(block.path, block.attentions))
+            if layout.mlp is not None and "mlp" not in block.removed:
+                mlp = _read_mlp(module, block)
+                if isinstance(mlp, str):
+                    block.problems["mlp"] = mlp
+                else:
+                    self.widths.append(mlp)
+            block.skips = _skips(block, index)
+            yield block
+
+    def width(self, key: str) -> Width:
+        """By its kind and name, `"heads:model.layers.0"`."""
+        return next(width for width in self.widths if f"{width.kind}:{width.name}" == key)
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """The layer of the base model at `path`, without the adapters around it."""
+    module = model.get_submodule(path)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def layer_sizes(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, or of an embedding as (columns, rows), with all of its features."""
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, Conv1D):
+        assert weight is not None
+        return weight.shape[1], weight.shape[0]
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _removed_parts(block: nn.Module, layout: BlockLayout) -> set[str]:
+    skips = {"attention": [path for part in layout.attentions for path in part.skip]}
+    skips["mlp"] = [] if layout.mlp is None else list(layout.mlp.skip)
+    modules = dict(block.named_modules())
+    return {part for part, paths in skips.items() if any(isinstance(modules.get(path), Removed) for path in paths)}
+
+
+def _fits(block: nn.Module, layout: BlockLayout) -> bool:
+    for path in layout.paths(_removed_parts(block, layout)):
+        try:
+            layer = layer_at(block, path)
+        except AttributeError:
+            return False
+        if not isinstance(layer, Conv1D) and not hasattr(layer, "in_features"):
+            return False
+    return True
+
+
+def _read_attention(block: nn.Module, path: str, layout: AttentionLayout) -> Attention | str:
+    """The attention, or why its heads cannot be narrowed."""
+    module = block.get_submodule(layout.module)
+    head_dim = next((module.__dict__[name] for name in layout.head_dim if name in module.__dict__), None)
+    features = layer_sizes(layer_at(block, layout.path(layout.out)))[1]
+    rows = [layer_sizes(layer_at(block, layout.path(name)))[0] for name in layout.qkv]
+    where = f"{path}.{layout.module}"
+    if not isinstance(head_dim, int) or features % head_dim:
+        return f"{where} has no attribute {' or '.join(layout.head_dim)} that divides its {features} features"
+    heads = features // head_dim
+    if len(rows) == 1:
+        kv_heads = (rows[0] // head_dim - heads) // 2
+        fits = rows[0] == (heads + 2 * kv_heads) * head_dim
+    else:
+        kv_heads = rows[1] // head_dim
+        fits = rows == [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    if not fits or kv_heads < 1 or heads % kv_heads or (layout.interleaved and kv_heads != heads):
+        return f"the projections of {where} have {rows} rows, which are no {heads} heads of {head_dim}"
+    known = {layout.path(name) for name in (*layout.qkv, layout.out, *layout.per_head)}
+    sizes = {heads, kv_heads, heads * head_dim, kv_heads * head_dim}
+    for name, parameter in module.named_parameters():
+        owner = f"{layout.module}.{name}".rpartition(".")[0]
+        if any(owner == path or owner.startswith(f"{path}.") for path in known) or tuple(parameter.shape) == (
+            head_dim,
+        ):
+            continue
+        if sizes & set(parameter.shape):
+            return f"{where}.{name} {tuple(parameter.shape)} seems to belong to heads, and the layout does not know it"
+    return Attention(where, layout, heads, kv_heads, head_dim)
+
+
+def _order_of(attention: Attention, block_path: str) -> Order:
+    layout, heads, kv_heads, dim = attention.layout, attention.heads, attention.kv_heads, attention.head_dim
+    queries, keys = heads * dim, kv_heads * dim
+    paths = [f"{block_path}.{layout.path(name)}" for name in layout.qkv]
+    if len(paths) == 1:
+        whole = queries + 2 * keys
+        parts = ((0, whole),) if layout.interleaved else ((0, queries), (queries, keys), (queries + keys, keys))
+        slots = [Slot(paths[0], "out", parts)]
+    else:
+        slots = [Slot(path, "out", ((0, length),)) for path, length in zip(paths, (queries, keys, keys))]
+    slots.append(Slot(f"{block_path}.{layout.path(layout.out)}", "in", ((0, queries),)))
+    return Order(attention.path, tuple(slots))
+
+
+def _heads_of(block_path: str, attentions: list[Attention]) -> Width:
+    first = attentions[0]
+    orders = tuple(_order_of(attention, block_path) for attention in attentions)
+    return Width("heads", block_path, first.heads, first.kv_heads, orders, tuple(attentions))
+
+
+def _tied_heads(blocks: list[Block]) -> list[Width]:
+    """One width for the heads of a whole stack. The self-attentions have one order, as they share a bias for each head."""
+    if any("heads" in block.problems for block in blocks):
+        return []
+    attentions = [attention for block in blocks for attention in block.attentions]
+    if len({(attention.heads, attention.kv_heads) for attention in attentions}) > 1:
+        for block in blocks:
+            block.problems["heads"] = (
+                f"the blocks of {block.stack} share their heads, and have different numbers of them"
+            )
+        return []
+    shared: list[Slot] = []
+    orders: list[Order] = []
+    for block in blocks:
+        for attention in block.attentions:
+            order = _order_of(attention, block.path)
+            if attention.layout.cross:
+                orders.append(order)
+                continue
+            shared += order.slots
+            for name in attention.layout.per_head if block.index == 0 else ():
+                shared.append(Slot(f"{block.path}.{attention.layout.path(name)}", "out", ((0, attention.heads),)))
+    stack, first = blocks[0].stack, attentions[0]
+    orders.insert(0, Order(stack, tuple(shared)))
+    return [Width("heads", stack, first.heads, first.kv_heads, tuple(orders), tuple(attentions))]
+
+
+def _read_mlp(module: nn.Module, block: Block) -> Width | str:
+    """The channels, or why they cannot be narrowed."""
+    layout = block.layout.mlp
+    assert layout is not None
+    channels = layer_sizes(layer_at(module, layout.out))[1]
+    parts = tuple((i * channels, channels) for i in range(layout.stacked))
+    for name in layout.inputs:
+        rows = layer_sizes(layer_at(module, name))[0]
+        if rows != layout.stacked * channels:
+            return f"{block.path}.{name} has {rows} rows for {channels} channels"
+    slots = [Slot(f"{block.path}.{name}", "out", parts) for name in layout.inputs]
+    slots.append(Slot(f"{block.path}.{layout.out}", "in", ((0, channels),)))
+    return Width("mlp", block.path, channels, channels, (Order(block.path, tuple(slots)),))
+
+
+def _skips(block: Block, index: int) -> dict[str, dict[str, Skip]]:
+    layout = block.layout
+    skips: dict[str, dict[str, Skip]] = {}
+    if not layout.first_is_fixed or index > 0:
+        skips["block"] = {block.path: layout.skip}
+        attention = {f"{block.path}.{path}": skip for part in layout.attentions for path, skip in part.skip.items()}
+        if attention and "attention" not in block.removed:
+            skips["attention"] = attention
+    if layout.mlp is not None and layout.mlp.skip and "mlp" not in block.removed:
+        skips["mlp"] = {f"{block.path}.{path}": skip for path, skip in layout.mlp.skip.items()}
+    return skips

@@ -1,0 +1,155 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Making a narrowed model physically smaller: plain layers of the active size, and nothing of what is skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..quantization.grid import Grid
+from ..quantization.layer import QuantizedLinear
+from .bitsandbytes import is_bitsandbytes
+from .blocks import Block, Ranges, Removed, Structure
+from .importance import ORDER_ATTRIBUTE
+from .modules import replace_layers
+from .narrow import active_ranges, is_skipped, set_active, take
+
+
+def extract(model: nn.Module, structure: Structure) -> None:
+    """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
+
+    Skipped blocks leave their list, and the layers of the key-value cache are numbered again. A skipped attention or MLP
+    becomes a module without parameters. Layers of bitsandbytes that are narrowed become ordinary ones. The configuration is left
+    alone.
+
+    Args:
+        model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
+        structure (`Structure`): of `model`; it does not fit it any more afterwards.
+
+    Raises:
+        ValueError: if nothing would be left of a stack; nothing is changed then.
+    """
+    stacks: dict[str, list[Block]] = {}
+    for block in structure.blocks:
+        stacks.setdefault(block.stack, []).append(block)
+    for stack, blocks in stacks.items():
+        skipped = sum(is_skipped(model.get_submodule(block.path)) for block in blocks)
+        if skipped == len(model.get_submodule(stack)._modules):
+            raise ValueError(f"Every block of {stack!r} is skipped; at least one must stay.")
+    for block in structure.blocks:
+        for part in ("attention", "mlp"):
+            for path, skip in block.skips.get(part, {}).items():
+                module = model.get_submodule(path)
+                if is_skipped(module):
+                    model.set_submodule(path, Removed(module, skip, module.__dict__["cache_layers"]))
+    for module in list(model.modules()):
+        if isinstance(module, LoraLayer):
+            _cut_adapters(module)
+    replacements = []
+    for layer in list(model.modules()):
+        if active_ranges(layer) != (None, None):
+            replacements.append((layer, _cut(layer)))
+    replace_layers(model, [(old, new) for old, new in replacements if old is not new])
+    for stack, blocks in stacks.items():
+        _remove_blocks(model, stack, blocks)
+    model.__dict__.pop(ORDER_ATTRIBUTE, None)  # what is left of the units has no order of the whole
+
+
+def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> None:
+    entries = model.get_submodule(stack)
+    skipped = {id(module) for block in blocks if is_skipped(module := model.get_submodule(block.path))}
+    old: list[nn.Module] = list(entries.children())
+    kept = [number for number, module in enumerate(old) if id(module) not in skipped]
+    numbers = {before: number for number, before in enumerate(kept)}
+    entries._modules.clear()
+    for before, number in numbers.items():
+        module = old[before]
+        entries._modules[str(number)] = module
+        for part in module.modules():
+            if part.__dict__.get("layer_idx") in numbers:
+                part.__dict__["layer_idx"] = numbers[part.__dict__["layer_idx"]]
+            if "cache_layers" in part.__dict__:
+                part.__dict__["cache_layers"] = tuple(numbers[layer] for layer in part.__dict__["cache_layers"])
+
+
+def _cut_adapters(module: LoraLayer) -> None:
+    outputs, inputs = active_ranges(module.get_base_layer())
+    for factors, dim, ranges in ((module.lora_B, 0, outputs), (module.lora_A, 1, inputs)):
+        if ranges is None:
+            continue
+        for factor in factors.values():
+            size = _cut_parameter(factor._parameters["weight"], dim, ranges)
+            if dim == 0:
+                _cut_parameter(factor._parameters.get("bias"), 0, ranges)
+            factor.__dict__.pop("active_width", None)
+            factor.__dict__["out_features" if dim == 0 else "in_features"] = size
+            module.__dict__["out_features" if dim == 0 else "in_features"] = size
+    grids: Any = getattr(module, "lora_grid", {})
+    for name, grid in list(grids.items()):
+        grids[name] = Grid.copy_of(grid.take(outputs, inputs), persistent=True)
+
+
+def _cut(layer: nn.Module) -> nn.Module:
+    """The layer with its active part alone: itself, or an ordinary one in its place."""
+    outputs, inputs = active_ranges(layer)
+    if is_bitsandbytes(layer):
+        return _ordinary(layer)
+    grid = layer.grid if isinstance(layer, QuantizedLinear) else None
+    set_active(layer, "out", None)
+    set_active(layer, "in", None)
+    out_dim = int(isinstance(layer, (Conv1D, nn.Embedding)))
+    for dim, ranges in ((out_dim, outputs), (1 - out_dim, inputs)):
+        _cut_parameter(layer._parameters["weight"], dim, ranges)
+    _cut_parameter(layer._parameters.get("bias"), 0, outputs)
+    if grid is not None:
+        layer.grid = Grid.copy_of(grid)
+    set_sizes(layer)
+    return layer
+
+
+def set_sizes(layer: nn.Module) -> None:
+    """Let the attributes of a layer follow the shape of its weight."""
+    sizes = layer.get_parameter("weight").shape
+    if isinstance(layer, Conv1D):
+        layer.nx, layer.nf = sizes
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = sizes[1]
+    else:
+        layer.__dict__["out_features"], layer.__dict__["in_features"] = sizes
+
+
+def _ordinary(layer: Any) -> nn.Module:
+    weight = layer.active_weight()
+    bias = layer.bias
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear.train(layer.training)
+
+
+@torch.no_grad()
+def _cut_parameter(parameter: torch.Tensor | None, dim: int, ranges: Ranges | None) -> int:
+    """Keep a part of one dimension, in memory of its own; returns its size."""
+    if parameter is None:
+        return 0
+    if ranges is not None:
+        parameter.data = take(parameter.data, dim, ranges).clone(memory_format=torch.contiguous_format)
+    return parameter.shape[dim]

@@ -1,0 +1,264 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Layers that compute with a part of their features, and modules that are skipped.
+
+Both are a change of class, which is taken back at full width: a model that is not narrowed consists of the very modules that
+it came with. A narrowed layer holds its whole weight as its parameter, and its attribute `weight` is what is active, so that
+whoever reads it (its own forward, adapters around it) computes with less.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..quantization.layer import QuantizedLinear
+from .bitsandbytes import dequantize, is_bitsandbytes
+from .blocks import Block, Ranges, Structure, Width, keep_places, layer_at
+from .layouts import Skip
+
+
+def take(tensor: torch.Tensor, dim: int, ranges: Optional[Ranges]) -> torch.Tensor:
+    """These runs of one dimension: a view if there is one run, a copy if there are several."""
+    if ranges is None:
+        return tensor
+    runs = [tensor.narrow(dim, start, stop - start) for start, stop in ranges]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+
+
+class _Narrow(nn.Module):
+    """Mixin in front of the class of a layer."""
+
+    plain_class: type[nn.Module]
+    # the dimension of the weight that holds the outputs
+    out_dim = 0
+    active_out: Optional[Ranges] = None
+    active_in: Optional[Ranges] = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        full: Any = self._parameters["weight"]
+        return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:  # a parameter goes to nn.Module and never comes here
+        raise ValueError(
+            "The weight of a narrowed layer cannot be replaced by part of it. Call `set_subnet('max')` first."
+        )
+
+    @property
+    def bias(self) -> Optional[torch.Tensor]:
+        full = self._parameters.get("bias")
+        return None if full is None else take(full, 0, self.active_out)
+
+    def extra_repr(self) -> str:
+        shape = tuple(self.weight.shape)
+        return f"{super().extra_repr()}, active={shape}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # copies and pickles are made from the plain class, which takes the ranges along in its state
+        return _new_narrow, (self.plain_class,), self.__dict__
+
+
+def _new_narrow(plain_class: type[nn.Module]) -> nn.Module:
+    cls = _narrow_class(plain_class)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+class _NarrowConv1D(_Narrow):
+    out_dim = 1
+
+    @property
+    def nf(self) -> int:
+        return self.weight.shape[1]
+
+
+class _NarrowEmbedding(_Narrow):
+    """Of whose columns, here called outputs, a part is active."""
+
+    out_dim = 1
+
+
+class _NarrowQuantized(_Narrow):
+    @property
+    def grid(self) -> Any:
+        full: Any = self._modules["grid"]
+        return full.take(self.active_out, self.active_in)
+
+
+class _NarrowBitsAndBytes(_Narrow):
+    """Dequantised as a whole, as its blocks of numbers do not follow the features."""
+
+    @property
+    def weight(self) -> Any:
+        return self._parameters["weight"]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise ValueError("The weight of a narrowed layer cannot be replaced. Call `set_subnet('max')` first.")
+
+    def active_weight(self) -> torch.Tensor:
+        full = dequantize(self._parameters["weight"], getattr(self, "state", None))
+        return take(take(full, 0, self.active_out), 1, self.active_in)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        return nn.functional.linear(x, self.active_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return "narrowed"
+
+
+_MIXINS: dict[type, type] = {
+    nn.Linear: _Narrow,
+    Conv1D: _NarrowConv1D,
+    nn.Embedding: _NarrowEmbedding,
+    QuantizedLinear: _NarrowQuantized,
+}
+
+
+def _mixin(layer: nn.Module) -> type | None:
+    if is_bitsandbytes(layer):
+        return _NarrowBitsAndBytes
+    return _MIXINS.get(plain_class(layer))
+
+
+def check_narrowable(layer: nn.Module, name: str) -> None:
+    """ValueError if this layer cannot compute with a part of its features."""
+    if _mixin(layer) is None:
+        known = ", ".join(sorted(cls.__name__ for cls in _MIXINS))
+        raise ValueError(
+            f"{name!r} is of type {type(layer).__name__}, which cannot be narrowed; known are {known} and the layers of "
+            "bitsandbytes. Load a GPTQ checkpoint with `peft_elastic.load_gptq`."
+        )
+
+
+def plain_class(layer: nn.Module) -> type:
+    """The class of a layer when it is not narrowed."""
+    return layer.plain_class if isinstance(layer, _Narrow) else type(layer)
+
+
+@functools.cache
+def _narrow_class(cls: type[nn.Module], mixin: type | None = None) -> type[nn.Module]:
+    mixin = _MIXINS.get(cls, _NarrowBitsAndBytes) if mixin is None else mixin
+    return type(f"Narrow{cls.__name__}", (mixin, cls), {"plain_class": cls, "__module__": __name__})
+
+
+def set_active(layer: nn.Module, side: str, ranges: Optional[Ranges]) -> None:
+    """Let a layer compute with these features of one of its sides alone; None: with all of them."""
+    attribute = f"active_{side}"
+    if ranges == layer.__dict__.get(attribute):
+        return
+    if ranges is None:
+        del layer.__dict__[attribute]
+    else:
+        layer.__dict__[attribute] = ranges
+    narrowed = "active_out" in layer.__dict__ or "active_in" in layer.__dict__
+    plain = plain_class(layer)
+    layer.__class__ = _narrow_class(plain) if narrowed else plain
+
+
+def active_ranges(layer: nn.Module) -> tuple[Optional[Ranges], Optional[Ranges]]:
+    """The active outputs and inputs of a layer; None for all."""
+    return layer.__dict__.get("active_out"), layer.__dict__.get("active_in")
+
+
+class _Skipped(nn.Module):
+    """Mixin in front of the class of a module that is skipped."""
+
+    plain_class: type[nn.Module]
+    skip_function: Skip
+    # numbers of the layers of the key-value cache that belong to the self-attentions in the module
+    cache_layers: tuple[int, ...]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keep_places(kwargs.get("past_key_values"), self.cache_layers, hidden_states)
+        return type(self).skip_function(self, hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_skipped, (self.plain_class, type(self).skip_function), self.__dict__
+
+
+def _new_skipped(plain: type[nn.Module], skip: Skip) -> nn.Module:
+    cls = _skipped_class(plain, skip)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _skipped_class(cls: type[nn.Module], skip: Skip) -> type[nn.Module]:
+    # The name stays: transformers, accelerate and FSDP find blocks by it.
+    members = {"plain_class": cls, "skip_function": staticmethod(skip), "__module__": cls.__module__}
+    return type(cls.__name__, (_Skipped, cls), members)
+
+
+def is_skipped(module: nn.Module) -> bool:
+    return isinstance(module, _Skipped)
+
+
+def set_skipped(model: nn.Module, block: Block, part: str, skipped: bool) -> None:
+    """Skip `part` ("block", "attention" or "mlp") of a block, or compute it again."""
+    for path, skip in block.skips[part].items():
+        module = model.get_submodule(path)
+        if is_skipped(module) == skipped:
+            continue
+        if skipped:
+            module.__dict__["cache_layers"] = cache_layers(model, block, path)
+            module.__class__ = _skipped_class(type(module), skip)  # type: ignore[arg-type]
+        else:
+            del module.__dict__["cache_layers"]
+            module.__class__ = module.plain_class  # type: ignore[assignment]
+
+
+def cache_layers(model: nn.Module, block: Block, path: str) -> tuple[int, ...]:
+    """Of the self-attentions in the module at `path`."""
+    inside = [a for a in block.attentions if f"{a.path}.".startswith(f"{path}.") and not a.layout.cross]
+    numbers = [getattr(model.get_submodule(attention.path), "layer_idx", None) for attention in inside]
+    return tuple(number for number in numbers if number is not None)
+
+
+def set_width(model: nn.Module, width: Width, value: int) -> None:
+    """Let a block compute with its first `value` heads or channels."""
+    kept = value // width.unit
+    for slot in width.slots:
+        ranges = None if value == width.full else slot.ranges(kept, width.units)
+        set_active(layer_at(model, slot.path), slot.side, ranges)
+    for attention in width.attentions:
+        attention.set_heads(model.get_submodule(attention.path), value)
+
+
+def restore(model: nn.Module, structure: Structure) -> None:
+    """Compute everything at full width again."""
+    for width in structure.widths:
+        set_width(model, width, width.full)
+    for block in structure.blocks:
+        for part in block.skips:
+            set_skipped(model, block, part, False)
+
+
+__all__ = [
+    "active_ranges",
+    "cache_layers",
+    "check_narrowable",
+    "is_skipped",
+    "plain_class",
+    "restore",
+    "set_active",
+    "set_skipped",
+    "set_width",
+    "take",
+]
