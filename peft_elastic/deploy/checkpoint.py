@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A model with sparse layers as an ordinary transformers checkpoint.
+"""A model with sparse layers, or with blocks of different sizes, as an ordinary transformers checkpoint.
 
 `save_pretrained` writes the tensors of `format.py` and a `quantization_config`; transformers hands a checkpoint with that
 config to the quantizer below, which is registered when the package is imported. A checkpoint is untrusted: everything
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -43,6 +43,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..quantization.saving import replace_quantized, state_to_save
+from ..structure.description import apply_description, is_described, put_layer_sizes_back, take_layer_sizes
 from . import ops
 from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
 from .sparse_linear import SparseLinear
@@ -159,10 +161,13 @@ class SparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SparseCheckpointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stays_dense = ""  # why, if it does
+        self._layer_sizes: list[tuple[PreTrainedConfig, Any]] = []
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.quantization_config.layers:
+            return
         devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
         if "disk" in devices:
             raise ValueError('`device_map`: sparse layers cannot be offloaded to "disk"; allowed are "cpu" and GPUs.')
@@ -173,6 +178,11 @@ class SparseQuantizer(HfQuantizer):
         elif devices != {"cpu"}:
             self._stays_dense = f"the sparse kernels run on the CPU alone, and device_map asks for {sorted(devices)}"
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        # The last call before the model is built, which has to happen at full size.
+        self._layer_sizes = take_layer_sizes(config)
+        return config
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         # Says to transformers that the shape of the tensor need not be that of the parameter: `verified` looks at it.
         return param_name.rpartition(".")[2] in _STORED
@@ -181,6 +191,9 @@ class SparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
         self.quantization_config.check()
+        put_layer_sizes_back(self._layer_sizes)
+        if is_described(model.config):
+            apply_description(model, model.config)
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 check_safetensors(file)
@@ -245,12 +258,12 @@ class SparseQuantizer(HfQuantizer):
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # transformers calls this before it writes config.json, so that it describes the layers as they are now.
         self.quantization_config.layers = {
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
-        return None, {}
+        return state_to_save(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -267,11 +280,17 @@ class SparseQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 model.set_submodule(name, module.to_linear().to(dtype))
+        replace_quantized(model)
         return model
 
+    def remove_quantization_config(self, model: Any) -> None:
+        if not is_described(model.config):  # else the configuration alone does not tell how the model is built
+            super().remove_quantization_config(model)
 
-def mark_sparse(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` write the sparse layers that `model` has when it is called."""
+
+def mark_checkpoint(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained` write the sparse layers that `model` has when it is called, and that `from_pretrained` has to
+    follow the sizes of its blocks."""
     if getattr(model, "hf_quantizer", None) is None:
         config = SparseCheckpointConfig()
         model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)

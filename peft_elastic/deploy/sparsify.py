@@ -209,7 +209,7 @@ def sparsify_linears(
             if isinstance(linear, QuantizedLinear) and model.get_submodule(name) is linear:
                 model.set_submodule(name, linear.to_linear())
         unguard_saving(model)
-        checkpoint.mark_sparse(model)
+        checkpoint.mark_checkpoint(model)
     return SwapReport(tuple(decisions), dtype, ops.level(), torch.get_num_threads())
 
 

@@ -41,20 +41,7 @@ class GridQuantizer(HfQuantizer):
         super().__init__(InMemoryConfig(), pre_quantized=True)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        # transformers calls this before it writes anything.
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
-        inexact = [name for name, layer in layers.items() if not layer.exact]
-        if inexact:
-            raise ValueError(
-                f"`save_pretrained` would write the weights of {len(inexact)} quantised layers, such as {inexact[0]}, as they "
-                "were before the rounding, which is another model. Use peft_elastic.save_gptq(model, folder) for the integers, "
-                "or model.dequantize() first for an ordinary checkpoint of the rounded weights."
-            )
-        transposed = {f"{name}.weight" for name, layer in layers.items() if layer.conv1d}
-        if not transposed:
-            return None, {}
-        state = model.state_dict()
-        return {key: value.T if key in transposed else value for key, value in state.items()}, {}
+        return state_to_save(model), {}  # transformers calls this before it writes anything
 
     def is_serializable(self) -> bool:
         return True
@@ -64,12 +51,37 @@ class GridQuantizer(HfQuantizer):
         return True  # adapters beside the layers, whose own weights have no gradient
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-        replace_layers(model, [(layer, layer.to_linear()) for layer in layers])
+        replace_quantized(model)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
         unguard_saving(model)
+
+
+def state_to_save(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The state dict as it belongs on disk, None if it is the model's own.
+
+    Raises:
+        ValueError: if quantised layers would be written as they were before the rounding.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    inexact = [name for name, layer in layers.items() if not layer.exact]
+    if inexact:
+        raise ValueError(
+            f"`save_pretrained` would write the weights of {len(inexact)} quantised layers, such as {inexact[0]}, as they "
+            "were before the rounding, which is another model. Use peft_elastic.save_gptq(model, folder) for the integers, "
+            "or model.dequantize() first for an ordinary checkpoint of the rounded weights."
+        )
+    transposed = {f"{name}.weight" for name, layer in layers.items() if layer.conv1d}
+    if not transposed:
+        return None
+    return {key: value.T if key in transposed else value for key, value in model.state_dict().items()}
+
+
+def replace_quantized(model: nn.Module) -> None:
+    """Put ordinary layers with the rounded weights in the place of the quantised ones."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    replace_layers(model, [(layer, layer.to_linear()) for layer in layers])
 
 
 def guard_saving(model: nn.Module) -> None:

@@ -132,6 +132,7 @@ class Width:
         units (`int`): in how many pieces they move: key and value groups, or channels.
         orders (`tuple[Order, ...]`): what is narrowed, by what is sorted together.
         attentions (`tuple[Attention, ...]`): the attentions that must know the number of heads.
+        numbers (`tuple`): (path of a module, attribute) where the number of channels stands.
     """
 
     kind: str
@@ -140,6 +141,7 @@ class Width:
     units: int
     orders: tuple[Order, ...]
     attentions: tuple[Attention, ...] = ()
+    numbers: tuple[tuple[str, str], ...] = ()
 
     @property
     def slots(self) -> Iterator[Slot]:
@@ -382,7 +384,12 @@ def _read_mlp(module: nn.Module, block: Block) -> Width | str:
             return f"{block.path}.{name} has {rows} rows for {channels} channels"
     slots = [Slot(f"{block.path}.{name}", "out", parts) for name in layout.inputs]
     slots.append(Slot(f"{block.path}.{layout.out}", "in", ((0, channels),)))
-    return Width("mlp", block.path, channels, channels, (Order(block.path, tuple(slots)),))
+    holder = layout.out.rpartition(".")[0]
+    attributes = vars(module.get_submodule(holder))
+    numbers = [
+        (f"{block.path}.{holder}".rstrip("."), name) for name in layout.features if attributes.get(name) == channels
+    ]
+    return Width("mlp", block.path, channels, channels, (Order(block.path, tuple(slots)),), numbers=tuple(numbers))
 
 
 def _skips(block: Block, index: int) -> dict[str, dict[str, Skip]]:

@@ -31,7 +31,7 @@ from .modules import replace_layers
 from .narrow import active_ranges, is_skipped, set_active, take
 
 
-def extract(model: nn.Module, structure: Structure) -> None:
+def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
 
     Skipped blocks leave their list, and the layers of the key-value cache are numbered again. A skipped attention or MLP
@@ -41,6 +41,9 @@ def extract(model: nn.Module, structure: Structure) -> None:
     Args:
         model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
         structure (`Structure`): of `model`; it does not fit it any more afterwards.
+
+    Returns:
+        `dict[str, list[int]]`: path of each stack that lost blocks -> the old numbers of those that are left.
 
     Raises:
         ValueError: if nothing would be left of a stack; nothing is changed then.
@@ -66,14 +69,17 @@ def extract(model: nn.Module, structure: Structure) -> None:
         if active_ranges(layer) != (None, None):
             replacements.append((layer, _cut(layer)))
     replace_layers(model, [(old, new) for old, new in replacements if old is not new])
-    for stack, blocks in stacks.items():
-        _remove_blocks(model, stack, blocks)
+    kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
     model.__dict__.pop(ORDER_ATTRIBUTE, None)  # what is left of the units has no order of the whole
+    return {stack: numbers for stack, numbers in kept.items() if numbers}
 
 
-def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> None:
+def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[int]:
+    """The old numbers of what stays, or nothing if all does."""
     entries = model.get_submodule(stack)
     skipped = {id(module) for block in blocks if is_skipped(module := model.get_submodule(block.path))}
+    if not skipped:
+        return []
     old: list[nn.Module] = list(entries.children())
     kept = [number for number, module in enumerate(old) if id(module) not in skipped]
     numbers = {before: number for number, before in enumerate(kept)}
@@ -86,6 +92,7 @@ def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> None:
                 part.__dict__["layer_idx"] = numbers[part.__dict__["layer_idx"]]
             if "cache_layers" in part.__dict__:
                 part.__dict__["cache_layers"] = tuple(numbers[layer] for layer in part.__dict__["cache_layers"])
+    return kept
 
 
 def _cut_adapters(module: LoraLayer) -> None:

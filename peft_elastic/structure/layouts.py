@@ -142,6 +142,8 @@ class MLPLayout:
         out (`str`): path of the layer that reads them.
         stacked (`int`): how many sets of channels each of `inputs` holds, one after the other: 2 where gate and up are one.
         size (`str`): what the configuration calls the number of channels.
+        features (`tuple[str, ...]`): attributes, of the module that holds `out`, with the number of channels. They follow the
+            active width; those that a module does not have are passed over.
         skip (`Mapping[str, Skip]`): by path of a module, what it returns where the MLP is skipped.
     """
 
@@ -149,6 +151,7 @@ class MLPLayout:
     out: str
     stacked: int = 1
     size: str = "intermediate_size"
+    features: tuple[str, ...] = ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim")
     skip: Mapping[str, Skip] = field(default_factory=dict)
 
 

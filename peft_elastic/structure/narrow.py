@@ -239,6 +239,8 @@ def set_width(model: nn.Module, width: Width, value: int) -> None:
         set_active(layer_at(model, slot.path), slot.side, ranges)
     for attention in width.attentions:
         attention.set_heads(model.get_submodule(attention.path), value)
+    for path, name in width.numbers:
+        model.get_submodule(path).__dict__[name] = value
 
 
 def restore(model: nn.Module, structure: Structure) -> None:
