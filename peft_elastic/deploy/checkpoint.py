@@ -161,7 +161,7 @@ class SparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SparseCheckpointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._stays_dense = ""  # why, if it does
-        self._layer_sizes: list[tuple[PreTrainedConfig, Any]] = []
+        self._layer_sizes: Any = None
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class SparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
         self.quantization_config.check()
-        put_layer_sizes_back(self._layer_sizes)
+        put_layer_sizes_back(model.config, self._layer_sizes)
         if is_described(model.config):
             apply_description(model, model.config)
         for file in checkpoint_files or ():

@@ -22,15 +22,14 @@ does that to a model that was made from such a configuration.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .blocks import Block, Structure
+from .blocks import Block, Removed, Structure
 from .extract import extract
 from .narrow import set_skipped, set_width
 
@@ -130,27 +129,18 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
     extract(model, structure)
 
 
-@contextmanager
-def full_size(config: PreTrainedConfig) -> Iterator[None]:
-    """Without the sizes of single layers, which code that builds a model cannot read yet."""
-    taken = take_layer_sizes(config)
-    try:
-        yield
-    finally:
-        put_layer_sizes_back(taken)
+def take_layer_sizes(config: PreTrainedConfig) -> Any:
+    """Take what `per_layer_config` says out of a configuration, as code that builds a model cannot read it yet; None if it says
+    nothing. `put_layer_sizes_back` undoes it."""
+    return config.get_text_config().__dict__.pop(_LAYERS, None)
 
 
-def take_layer_sizes(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, Any]]:
-    """Take them out of the configuration; returns what `put_layer_sizes_back` needs."""
-    parts = {id(part): part for part in (config, config.get_text_config())}.values()
-    return [(part, part.__dict__.pop(_LAYERS)) for part in parts if _LAYERS in part.__dict__]
-
-
-def put_layer_sizes_back(taken: list[tuple[PreTrainedConfig, Any]]) -> None:
+def put_layer_sizes_back(config: PreTrainedConfig, sizes: Any) -> None:
     """Undo `take_layer_sizes`, and let other code read from the whole configuration what differs between layers."""
-    for part, sizes in taken:
-        part.__dict__[_LAYERS] = sizes
-        part.allow_global_per_layer_attribute_access = True
+    if sizes is not None:
+        text = config.get_text_config()
+        text.__dict__[_LAYERS] = sizes
+        text.allow_global_per_layer_attribute_access = True
 
 
 # -- sizes of blocks -------------------------------------------------------------------------------------------------
@@ -242,7 +232,7 @@ def _as_per_layer_config(config: PreTrainedConfig, structure: Structure, describ
     if not all(_has(text, name) for sizes in described.values() for name in sizes if name != "skip"):
         return False
     text.per_layer_config = {block.index: dict(described[block.path]) for block in structure.blocks}
-    put_layer_sizes_back(take_layer_sizes(config))
+    put_layer_sizes_back(config, take_layer_sizes(config))
     return True
 
 
@@ -278,10 +268,12 @@ def _difference(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """How a model built from this configuration differs from `model`, None if it does not."""
     try:
         own = copy.deepcopy(config)
-        with torch.device("meta"), full_size(own):
+        sizes = take_layer_sizes(own)
+        with torch.device("meta"):
             built = type(model)(own)
+        put_layer_sizes_back(own, sizes)
         if is_described(config):
-            apply_description(built, config)
+            apply_description(built, own)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         return f"building it fails ({error})"
     expected, found = _fingerprint(built), _fingerprint(model)
@@ -295,6 +287,8 @@ def _fingerprint(model: nn.Module) -> dict[str, Any]:
     """Shapes of the parameters, and the numbers that the modules keep about themselves."""
     prints: dict[str, Any] = {}
     for path, module in model.named_modules():
+        if isinstance(module, Removed):
+            continue  # its numbers are those of what was there
         for name, value in module.__dict__.items():
             if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):
                 prints[f"{path}.{name}"] = value

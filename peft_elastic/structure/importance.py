@@ -197,6 +197,50 @@ def reorder(model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> None:
         apply_orders(model, widths, moves)
 
 
+def same_orders(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the units of a model are in these noted orders."""
+    noted = noted_orders(model)
+    return noted.keys() == orders.keys() and all(torch.equal(noted[name], order) for name, order in orders.items())
+
+
+def moves(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """What brings weights that are in noted orders into those of the model: path of a layer -> (side, where each feature comes
+    from)."""
+    noted = noted_orders(model)
+    found: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for width in Structure(model).widths:
+        identity = torch.arange(width.units)
+        for order in width.orders:
+            then, now = orders.get(order.name, identity), noted.get(order.name, identity)
+            if not torch.equal(then, now):
+                step = torch.argsort(then)[now]
+                for slot in order.slots:
+                    found.setdefault(slot.path, []).append((slot.side, slot.index(step)))
+    return found
+
+
+def move_adapter(
+    model: nn.Module, orders: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    """The state dict of an adapter for a base in noted orders, as it is for the base in the order that it has.
+
+    Args:
+        model: the base model.
+        orders: that the adapter belongs to.
+        state_dict: in peft's format.
+        prefix: of its names.
+    """
+    moved = dict(state_dict)
+    for path, steps in moves(model, orders).items():
+        for side, index in steps:
+            factor, dim = ("lora_B", 0) if side == "out" else ("lora_A", 1)
+            for kind in ("weight", "bias") if side == "out" else ("weight",):
+                name = f"{prefix}{path}.{factor}.{kind}"
+                if name in moved:
+                    moved[name] = moved[name].index_select(dim, index.to(moved[name].device))
+    return moved
+
+
 def _permute(module: nn.Module, side: str, index: torch.Tensor) -> None:
     """Put the features of one side of a layer and of the adapters around it into another order, in place."""
     if isinstance(module, LoraLayer):

@@ -19,6 +19,10 @@ from typing import Optional, Union
 from peft import LoraConfig
 from peft.utils import PeftType
 
+from ...structure.blocks import KINDS
+from ...structure.importance import IMPORTANCES
+from ...structure.space import check_width_options
+
 
 # The variants of LoRA that work on any leading part of A and B. The others keep state of their own for each rank
 # (KaSA's singular values, MonteCLoRA's samplers, ...), derive it from all ranks once (Arrow's prototypes) or replace the
@@ -45,6 +49,22 @@ class ElasticLoraConfig(LoraConfig):
             share one. A list of lists of module names ties the named modules within each transformer block, for example
             `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`; a targeted module that is in
             no list keeps a rank of its own.
+        elastic_width (`dict[str, list]`, *optional*):
+            The widths that each transformer block of the base may take (LoNAS, https://huggingface.co/papers/2404.18213):
+            `{"heads": [1.0, 0.75, 0.5], "mlp": [1.0, 0.875, 0.75, 0.5]}`, one of the two or both. Fractions of the heads
+            or MLP channels of the block, or whole numbers of them. Heads move in whole key-value groups: a fraction is
+            rounded to the nearest one, and to the nearest multiple of 8 channels. The first heads and channels are kept, so
+            they must be sorted by importance. Architectures are known by `peft_elastic.structure.register_layout`.
+        elastic_depth (`"all"`, `int`, `str` or a list or `range` of them, *optional*):
+            The transformer blocks that may be skipped: their numbers, `"4-8"`, `"all"`, or paths inside the base model.
+            `".attention"` or `".mlp"` behind one of them, as in `"all.mlp"`, makes that part of it skippable alone.
+        importance (`"activation"`, `"gradient"`, `"magnitude"` or `"none"`):
+            What heads and channels are sorted by before anything is narrowed, see `sort_by_importance`. `"magnitude"`
+            needs no data and is done when the adapter is added. For the first two, call
+            `model.sort_by_importance(calibration)` before the training. `"none"`: the base is sorted already.
+        sorted_base (`bool`):
+            Whether the adapter belongs to a sorted base. Written when it is sorted, and saved with the adapter, whose file
+            holds the order.
         active_subnet (`dict[str, int]`, *optional*):
             The chosen subnet, by choice key; `None` is the maximal one. Written by `model.set_subnet`, saved with the
             adapter and restored when it is loaded.
@@ -65,6 +85,28 @@ class ElasticLoraConfig(LoraConfig):
             "within each transformer block."
         },
     )
+    elastic_width: Optional[dict[str, list[Union[int, float]]]] = field(
+        default=None,
+        metadata={
+            "help": "The widths of a transformer block, {'heads': [1.0, 0.75], 'mlp': [1.0, 0.75, 0.5]}: fractions, or whole "
+            "numbers of heads and channels."
+        },
+    )
+    elastic_depth: Optional[Union[str, int, list[Union[int, str]]]] = field(
+        default=None,
+        metadata={
+            "help": "The blocks that may be skipped: numbers, '4-8', 'all' or paths; '.attention' or '.mlp' behind one of them "
+            "for a part of it."
+        },
+    )
+    importance: str = field(
+        default="activation",
+        metadata={"help": "What heads and channels are sorted by: 'activation', 'gradient', 'magnitude' or 'none'."},
+    )
+    sorted_base: bool = field(
+        default=False,
+        metadata={"help": "Whether the adapter belongs to a sorted base. Set by sorting it."},
+    )
     active_subnet: Optional[dict[str, int]] = field(
         default=None,
         metadata={"help": "The chosen subnet by choice key; None is the maximal one. Set it with model.set_subnet."},
@@ -80,6 +122,7 @@ class ElasticLoraConfig(LoraConfig):
         self._check_lora_options()
         self._check_elastic_ranks()
         self._check_rank_groups()
+        self._check_structure()
         if self.active_subnet is not None and not isinstance(self.active_subnet, dict):
             raise ValueError(
                 f"`active_subnet` must be a dict from choice key to value, got {type(self.active_subnet).__name__}."
@@ -139,6 +182,47 @@ class ElasticLoraConfig(LoraConfig):
         if twice:
             raise ValueError(f"`rank_groups` names {twice} more than once; a module has one rank.")
         self.rank_groups = [list(group) for group in groups]
+
+    def _check_structure(self) -> None:
+        width = self.elastic_width
+        if width is not None:
+            if not isinstance(width, dict) or not width or set(width) - set(KINDS):
+                raise ValueError(
+                    f"`elastic_width` must be a dict with the keys {list(KINDS)} or one of them, got {width!r}."
+                )
+            for kind, options in width.items():
+                check_width_options(kind, options)
+            self.elastic_width = {kind: sorted(set(options), reverse=True) for kind, options in width.items()}
+        depth = self.elastic_depth
+        if depth is not None:
+            entries = list(depth) if isinstance(depth, (list, tuple, range)) else [depth]
+            for entry in entries:
+                if isinstance(entry, bool) or not isinstance(entry, (int, str)) or entry == "":
+                    raise ValueError(
+                        "`elastic_depth` must be 'all', numbers of blocks, '4-8' or paths of blocks, each with '.attention' or "
+                        f"'.mlp' behind it or not, got {depth!r}."
+                    )
+            self.elastic_depth = entries
+        if self.importance not in IMPORTANCES:
+            raise ValueError(f"`importance` must be one of {list(IMPORTANCES)}, got {self.importance!r}.")
+        if not isinstance(self.sorted_base, bool):
+            raise ValueError(f"`sorted_base` must be True or False, got {self.sorted_base!r}.")
+        if self.is_structural:
+            for name in ("use_dora", "velora_config", "layer_replication"):
+                if getattr(self, name, None):
+                    raise ValueError(
+                        f"`{name}` cannot be combined with `elastic_width` or `elastic_depth`. Leave it unset."
+                    )
+
+    @property
+    def depth_entries(self) -> list[Union[int, str]]:
+        """`elastic_depth` as a list."""
+        return self.elastic_depth if isinstance(self.elastic_depth, list) else []
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether subnets differ in width or depth of the base."""
+        return bool(self.elastic_width) or bool(self.elastic_depth)
 
     def rank_options(self, max_rank: int) -> tuple[int, ...]:
         """The ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to

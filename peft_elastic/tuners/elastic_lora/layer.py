@@ -28,6 +28,9 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
+from ...structure.blocks import Ranges
+from ...structure.narrow import take
+
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:
     """The first `kept` entries of each of the `blocks` equal parts of dimension `dim`."""
@@ -43,6 +46,8 @@ class _ElasticWeight(nn.Module):
     rank_dim: int
     blocks: int = 1
     kept: Optional[int] = None
+    # The features of the other dimension that are active, as runs (start, stop), where the base layer is narrowed.
+    active_width: Optional[Ranges] = None
     # What `kept` becomes as soon as another parameter is registered, see `set_rank`.
     kept_when_loaded: Optional[int] = None
 
@@ -54,14 +59,16 @@ class _ElasticWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = self.full_weight
-        if self.kept is None:
+        if self.kept is None and self.active_width is None:
             return full
         if full.is_meta and "_hf_hook" in self.__dict__:
             raise ValueError(
                 "accelerate has offloaded the weights of an elastic adapter, which works with its maximal subnet only. "
                 "Choose a `device_map` without 'cpu' or 'disk' offloading, or merge the adapter first."
             )
-        return _leading(full, self.rank_dim, self.kept, self.blocks)
+        if self.kept is not None:
+            full = _leading(full, self.rank_dim, self.kept, self.blocks)
+        return take(full, 1 - self.rank_dim, self.active_width)
 
     # Assigning a Parameter goes to nn.Module and never comes here.
     @weight.setter
@@ -95,6 +102,11 @@ class ElasticLinearA(_ElasticA, nn.Linear):
 
 class ElasticLinearB(_ElasticB, nn.Linear):
     """`lora_B` of a linear layer: weight (out_features, r), the first k columns active."""
+
+    @property
+    def bias(self) -> Optional[torch.Tensor]:  # type: ignore[override]
+        full = self._parameters.get("bias")
+        return None if full is None else take(full, 0, self.active_width)
 
 
 class ElasticConv1dA(_ElasticA, nn.Conv1d):
@@ -204,6 +216,13 @@ def make_elastic(layer: LoraLayer, adapter_name: str, name: str) -> None:
     # A holds one part for each expert or convolution group. B's rank dimension is already per convolution group, and
     # runs over the ranks first and the experts second.
     lora_A.blocks = _num_experts(layer) * _conv_groups(layer)
+
+
+def set_width(layer: LoraLayer, outputs: Optional[Ranges], inputs: Optional[Ranges]) -> None:
+    """Let all adapters of a linear layer compute with these of its features, those that the base layer computes with."""
+    for factors, ranges in ((layer.lora_B, outputs), (layer.lora_A, inputs)):
+        for factor in factors.values():
+            factor.__dict__["active_width"] = ranges
 
 
 def is_elastic(layer: LoraLayer, adapter_name: str) -> bool:

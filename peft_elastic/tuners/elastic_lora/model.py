@@ -36,11 +36,26 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
 
+from ...deploy.checkpoint import mark_checkpoint
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
+from ...structure.blocks import KINDS, Structure, Width
+from ...structure.description import describe
+from ...structure.extract import extract
+from ...structure.importance import (
+    check_sortable,
+    move_adapter,
+    noted_orders,
+    reorder,
+    same_orders,
+    sort_by_importance,
+)
+from ...structure.narrow import active_ranges, is_skipped
+from ...structure.space import activate, check_narrowable_layers, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -53,6 +68,7 @@ from .layer import (
     is_elastic,
     make_elastic,
     set_rank,
+    set_width,
     zero_inactive,
 )
 
@@ -113,6 +129,8 @@ class SubnetSummary:
 class _ElasticAdapter(NamedTuple):
     layers: dict[str, LoraLayer]
     space: SearchSpace
+    # of the base, if subnets differ in its width or depth
+    structure: Optional[Structure]
 
 
 class _PlanIsComplete(Exception):
@@ -141,6 +159,10 @@ class ElasticLoraModel(LoraModel):
 
     # Layers and search space by adapter.
     _elastic_adapters: dict[str, _ElasticAdapter]
+    # By adapter, the values of the choices of width and depth in its active subnet.
+    _structural_values: dict[str, dict[str, int]]
+    # Tells that the weights of an adapter fit a sorted base only; on the base model, until that is sorted.
+    _order_guard: Any = None
     # During the dry run of an injection: path -> (module to adapt, its maximal rank).
     _plan: Optional[dict[str, tuple[nn.Module, int]]] = None
     # The adapter that `add_weighted_adapter` is about to create.
@@ -168,6 +190,8 @@ class ElasticLoraModel(LoraModel):
         """As in peft. Everything that can be refused is refused before the model is changed; if injection fails all the
         same, the model is put back."""
         config = self.peft_config[adapter_name]
+        if "_elastic_adapters" not in self.__dict__:
+            self._elastic_adapters, self._structural_values = {}, {}
         if adapter_name == self._weighted_adapter:
             config.elastic_ranks = [config.r]
         with self._unchanged_on_error(model, adapter_name):
@@ -183,6 +207,7 @@ class ElasticLoraModel(LoraModel):
             for name, layer in self._find_layers(adapter_name):
                 make_elastic(layer, adapter_name, name)
             self._elastic_adapters = self._find_elastic_adapters(adapter_name)
+            self._settle_order(adapter_name)
             self._activate_chosen(adapter_name, when_loaded=not self._in_peft_model)
         config.initialized_with = config.init_lora_weights
         model.__dict__[HOST_ATTRIBUTE] = self
@@ -215,9 +240,25 @@ class ElasticLoraModel(LoraModel):
         for path, (module, rank) in plan.items():
             self._check_target(module, path, rank, config)
         choices = self._build_choices(trial, {path: rank for path, (_, rank) in plan.items()}, model)
+        choices += self._check_structure(trial, adapter_name, model)
         # with `layer_replication`, the layers that are to come are not known yet
         if config.active_subnet is not None and not config.layer_replication:
             _check_active_subnet(config, adapter_name, choices)
+
+    def _check_structure(self, config: ElasticLoraConfig, adapter_name: str, model: nn.Module) -> list[Choice]:
+        """The choices of width and depth. Raise a ValueError if the base does not allow them."""
+        if not config.is_structural:
+            return []
+        if config.modules_to_save and any("." in name for name in config.modules_to_save):
+            raise ValueError(
+                "`modules_to_save` cannot name modules inside blocks together with elastic width or depth."
+            )
+        structure = Structure(model)
+        choices = structural_choices(structure, config.elastic_width, config.depth_entries)
+        check_narrowable_layers(model, structure, choices)
+        if config.elastic_width and config.importance == "magnitude" and not config.sorted_base:
+            check_sortable(model, _widths(structure, config))
+        return choices
 
     def _check_target(self, module: nn.Module, path: str, rank: int, config: ElasticLoraConfig) -> None:
         """Raise a ValueError if this module could not get an adapter of that maximal rank."""
@@ -275,11 +316,6 @@ class ElasticLoraModel(LoraModel):
         if isinstance(module, nn.MultiheadAttention):
             self._plan[f"{current_key}.out_proj"] = (module.out_proj, rank)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        if self._plan is not None:  # the first thing that peft does after the last module
-            raise _PlanIsComplete
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-
     @contextmanager
     def _unchanged_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
         """Take an injection back if it fails."""
@@ -317,7 +353,7 @@ class ElasticLoraModel(LoraModel):
     def _find_elastic_adapters(self, injected: str) -> dict[str, _ElasticAdapter]:
         """Layers and search space of the adapter that was injected just now and of all others, which another tuner may
         have injected."""
-        found = dict(self.__dict__.get("_elastic_adapters", {}))
+        found = dict(self._elastic_adapters)
         found.pop(injected, None)
         for adapter_name, config in self._elastic_configs().items():
             layers = dict(self._find_layers(adapter_name))
@@ -328,8 +364,15 @@ class ElasticLoraModel(LoraModel):
                 name: sum(weight.numel() // ranks[name] for weight in full_weights(layer, adapter_name))
                 for name, layer in layers.items()
             }
-            space = SearchSpace(self._build_choices(config, ranks, self.model, sizes))
-            found[adapter_name] = _ElasticAdapter(layers, space)
+            choices = self._build_choices(config, ranks, self.model, sizes)
+            structure, shapes = None, []
+            if config.is_structural:
+                structure = Structure(self.model)
+                rank_keys = {name: choice.key for choice in choices for name in choice.modules}
+                structural = structural_choices(structure, config.elastic_width, config.depth_entries)
+                shapes = layer_shapes(self.model, structure, structural, rank_keys)
+                choices += structural
+            found[adapter_name] = _ElasticAdapter(layers, SearchSpace(choices, shapes), structure)
         return found
 
     @staticmethod
@@ -437,7 +480,10 @@ class ElasticLoraModel(LoraModel):
         """
         adapter_name = self._resolve_adapter(adapter_name)
         layers, space = self._elastic_layers(adapter_name), self._elastic(adapter_name).space
-        return Subnet({choice.key: get_rank(layers[choice.modules[0]], adapter_name) for choice in space})
+        ranks = {
+            choice.key: get_rank(layers[choice.modules[0]], adapter_name) for choice in space if choice.kind == "rank"
+        }
+        return Subnet(ranks | self._structural_values.get(adapter_name, {}))
 
     def set_subnet(self, subnet: Subnet | Mapping[str, int] | str, adapter_name: Optional[str] = None) -> None:
         """Choose the subnet that the model computes from now on. The choice is saved with the adapter.
@@ -494,9 +540,143 @@ class ElasticLoraModel(LoraModel):
                 f"Adapter {adapter_name!r} is merged (for example in {merged[0]!r}); call `unmerge_adapter()` before "
                 "choosing another subnet."
             )
+        self._check_sorted(subnet, adapter_name)
         for choice in space:
-            for name in choice.modules:
+            for name in choice.modules if choice.kind == "rank" else ():
                 set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)
+        values = {choice.key: subnet[choice.key] for choice in space if choice.kind != "rank"}
+        if values:
+            self._structural_values[adapter_name] = values
+            self._apply_structure()
+
+    # -- width and depth of the base -------------------------------------------------------------------------------
+
+    def _apply_structure(self) -> None:
+        """Narrow the base, and the adapters on it, to what the active adapter has chosen."""
+        structural = {name for name, adapter in self._elastic_adapters.items() if adapter.structure is not None}
+        if not structural:
+            return
+        enabled = next((not m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer)), False)
+        active = [name for name in self._active_elastic_adapters() if name in structural] if enabled else []
+        chosen = [self._structural_values[name] for name in active if name in self._structural_values]
+        if any(values != chosen[0] for values in chosen[1:]):
+            raise ValueError(
+                f"The adapters {active} cannot be active together: their subnets differ in the width or depth of the base."
+            )
+        structure = self._elastic_adapters[next(iter(structural))].structure
+        assert structure is not None
+        activate(self.model, structure, chosen[0] if chosen else {})
+        for path in {slot.path for width in structure.widths for slot in width.slots}:
+            module = self.model.get_submodule(path)
+            if isinstance(module, LoraLayer):
+                set_width(module, *active_ranges(module.get_base_layer()))
+
+    def _is_narrowed(self) -> bool:
+        """Whether the base computes with less than all of it."""
+        return any(active_ranges(module) != (None, None) or is_skipped(module) for module in self.model.modules())
+
+    def sort_by_importance(
+        self,
+        calibration: Any = None,
+        importance: Optional[str | Mapping[str, torch.Tensor]] = None,
+        *,
+        max_samples: Optional[int] = None,
+        progress: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """Sort the heads and MLP channels of the base, and all adapters along, by falling importance. It does not change what
+        the model computes; call it once, before the training, as trained adapters see other slices afterwards.
+
+        Args:
+            calibration: an iterable of batches, for `"activation"` and `"gradient"`.
+            importance (*optional*): as in `peft_elastic.sort_by_importance`; defaults to that of the configuration.
+            max_samples (`int`, *optional*): number of calibration sequences to use.
+            progress (`bool`): show a progress bar.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the scores in the new order.
+
+        Raises:
+            ValueError: as `peft_elastic.sort_by_importance`, and if no adapter is elastic in width.
+        """
+        configs = [
+            c for name, c in self._elastic_configs().items() if c.elastic_width and name in self._elastic_adapters
+        ]
+        if not configs:
+            raise ValueError("No adapter has an `elastic_width`, so there is nothing to sort for.")
+        if any(layer.merged for layer in self.model.modules() if isinstance(layer, LoraLayer)):
+            raise ValueError("An adapter is merged; call `unmerge_adapter()` before sorting.")
+        kinds = tuple(dict.fromkeys(kind for config in configs for kind in config.elastic_width or {}))
+        with self._whole_base():
+            scores = sort_by_importance(
+                self.model,
+                configs[0].importance if importance is None else importance,
+                calibration,
+                kinds=kinds,
+                max_samples=max_samples,
+                progress=progress,
+            )
+        for config in self._elastic_configs().values():
+            config.sorted_base = bool(noted_orders(self.model))
+        return scores
+
+    @contextmanager
+    def _whole_base(self) -> Iterator[None]:
+        """The base at full width and depth inside."""
+        values, self._structural_values = self._structural_values, {}
+        self._apply_structure()
+        try:
+            yield
+        finally:
+            self._structural_values = values
+            self._apply_structure()
+
+    def _settle_order(self, adapter_name: str) -> None:
+        """Sort the base of a new adapter if that needs no data; demand the order of an adapter that is to be loaded."""
+        config = self.peft_config[adapter_name]
+        if noted_orders(self.model):
+            config.sorted_base = True
+        elif config.sorted_base:
+            if self._order_guard is None:
+                self._order_guard = self.model.register_forward_pre_hook(_demand_order)
+        elif config.elastic_width and config.importance == "magnitude" and not config.inference_mode:
+            structure = self._elastic(adapter_name).structure
+            assert structure is not None
+            kinds = tuple(config.elastic_width)
+            sort_by_importance(self.model, "magnitude", kinds=kinds, progress=False)
+            config.sorted_base = True
+
+    def _check_sorted(self, subnet: Subnet, adapter_name: str) -> None:
+        """Raise a ValueError if the subnet keeps the first heads or channels of a base in which those are any."""
+        config, adapter = self.peft_config[adapter_name], self._elastic(adapter_name)
+        if not config.elastic_width or config.sorted_base or config.importance == "none":
+            return
+        structure = adapter.structure
+        assert structure is not None
+        narrow = [
+            choice.key
+            for choice in adapter.space
+            if choice.kind in KINDS and subnet[choice.key] != structure.width(choice.key).full
+        ]
+        if narrow:
+            raise ValueError(
+                f"{narrow[0]!r} would keep the first of heads or channels that are not sorted by importance, which destroys the "
+                f"model. Call `model.sort_by_importance(calibration)` first (`importance={config.importance!r}`), or set "
+                "`importance='none'` if the base is sorted already."
+            )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if self._plan is not None:  # the first thing that peft does after the last module
+            raise _PlanIsComplete
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._apply_structure()
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self._apply_structure()
+
+    def disable_adapter_layers(self) -> None:
+        super().disable_adapter_layers()
+        self._apply_structure()
 
     def subnet_summary(self, adapter_name: Optional[str] = None) -> SubnetSummary:
         """What is active, as a table when printed.
@@ -592,10 +772,21 @@ class ElasticLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: Optional[list[str]] = None,
     ) -> nn.Module:
+        kept: dict[str, list[int]] = {}
+        narrowed = self._is_narrowed()
         if merge:
             self._check_merge(adapter_names, safe_merge)
+            if narrowed:
+                kept = extract(self.model, Structure(self.model))
+        elif narrowed:
+            self._structural_values = {}
+            self._apply_structure()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model.__dict__.pop(HOST_ATTRIBUTE, None)
+        if not merge:
+            reorder(model, {})
+        elif narrowed and isinstance(model, PreTrainedModel) and not describe(model, kept):
+            mark_checkpoint(model)
         if self._tagged:
             model.model_tags.remove("lora")
             self._tagged = False
@@ -640,9 +831,39 @@ class ElasticLoraModel(LoraModel):
             logger.info("%s", sparsify_linears(model, sparse_dtype, when=when, progressbar=progressbar))
         return model
 
+    def extract_subnet(
+        self,
+        subnet: Optional[Subnet | Mapping[str, int] | str] = None,
+        *,
+        sparse_kernel: str | bool = "auto",
+        sparse_dtype: str = "bf16",
+    ) -> nn.Module:
+        """A copy of the base model that consists of a subnet alone, with the adapter merged: what `merge_and_unload` gives, while
+        the super-network stays as it is.
+
+        Args:
+            subnet (`Subnet`, `Mapping[str, int]` or `str`, *optional*): as in `set_subnet`; the chosen one by default.
+            sparse_kernel, sparse_dtype: as in `merge_and_unload`.
+
+        Returns:
+            `nn.Module`: a smaller ordinary model. Saved with `save_pretrained`, it loads with `from_pretrained`: of a subnet whose
+            blocks are all alike without this package, otherwise after `import peft_elastic`.
+
+        Raises:
+            ValueError: as `set_subnet` and `merge_and_unload`.
+        """
+        copied = copy.deepcopy(self)
+        if subnet is None:
+            copied.restore_subnet()
+        else:
+            copied.set_subnet(subnet)
+        return copied.merge_and_unload(sparse_kernel=sparse_kernel, sparse_dtype=sparse_dtype)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._elastic_adapters.pop(adapter_name, None)
+        self._structural_values.pop(adapter_name, None)
+        self._apply_structure()
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -691,6 +912,9 @@ class ElasticLoraModel(LoraModel):
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         # peft warns of weights that a sharded model left empty for the type LORA only
         _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)
+        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        for name, order in noted_orders(base_model).items():
+            state_dict[f"{_FILE_PREFIX}{name}.{_ORDER}"] = order.to(torch.int32)
         return state_dict
 
     @classmethod
@@ -704,8 +928,12 @@ class ElasticLoraModel(LoraModel):
                     f"Adapter {adapter_name!r} is elastic, but is being loaded by a method that knows fixed ranks only, "
                     "for example X-LoRA. Load what `model.export_lora` writes instead."
                 )
+        state_dict = _follow_order(model, config, adapter_name, state_dict)
         host = getattr(model, HOST_ATTRIBUTE, None)
         if host is not None:
+            if host._order_guard is not None:
+                host._order_guard.remove()
+                host._order_guard = None
             host._activate_chosen(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -749,6 +977,58 @@ class ElasticLoraModel(LoraModel):
         peft_config.elastic_ranks = [peft_config.r + k for k in peft_config.elastic_ranks]
         # what does not depend on the base weights stays: DoRA's magnitudes, `modules_to_save`, biases
         return output_state_dict | converted
+
+
+# What the file of an adapter calls the order of its base.
+_FILE_PREFIX = "base_model.model."
+_ORDER = "elastic_order"
+
+
+def _follow_order(
+    model: nn.Module, config: ElasticLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Bring the base into the order that the file of an adapter says, or the weights of the adapter into that of the base."""
+    orders = {
+        key.removeprefix(_FILE_PREFIX).removesuffix(f".{_ORDER}"): order.long().cpu()
+        for key, order in state_dict.items()
+        if key.endswith(f".{_ORDER}")
+    }
+    state_dict = {key: tensor for key, tensor in state_dict.items() if not key.endswith(f".{_ORDER}")}
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = getattr(base_model, HOST_ATTRIBUTE, None)
+    if not orders and not noted_orders(base_model):
+        if config.sorted_base:
+            raise ValueError(
+                f"Adapter {adapter_name!r} belongs to a sorted base, and its file does not hold the order; it is damaged."
+            )
+        return state_dict
+    others = [c for name, c in getattr(model, "peft_config", {}).items() if name != adapter_name]
+    if not any(getattr(other, "elastic_width", None) for other in others):
+        if host is None:
+            reorder(base_model, orders)
+        else:
+            with host._whole_base():
+                reorder(base_model, orders)
+        config.sorted_base = bool(orders)
+        return state_dict
+    if config.elastic_width and not same_orders(base_model, orders):
+        raise ValueError(
+            f"Adapter {adapter_name!r} sorts the heads or channels of the base in another way than an adapter that is there. Load "
+            "each of them on a base of its own."
+        )
+    config.sorted_base = True
+    return move_adapter(base_model, orders, state_dict, _FILE_PREFIX)
+
+
+def _demand_order(module: nn.Module, args: Any) -> None:
+    raise ValueError(
+        "The adapter belongs to a base whose heads and channels are sorted, and the order is in its file: load it with "
+        "`PeftModel.from_pretrained` or `PeftModel.load_adapter`."
+    )
+
+
+def _widths(structure: Structure, config: ElasticLoraConfig) -> list[Width]:
+    return [width for width in structure.widths if width.kind in (config.elastic_width or {})]
 
 
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)

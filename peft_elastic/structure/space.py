@@ -1,0 +1,238 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The choices of width and depth of a model, and the layers that they change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..supernet.space import Choice, LayerShape
+from .blocks import Block, Structure, Width, layer_at, layer_sizes
+from .modules import linear_layers
+from .narrow import check_narrowable, set_skipped, set_width
+
+
+PARTS = ("attention", "mlp")
+# Fractions of MLP channels are rounded to this many, where the whole number is a multiple of it.
+_CHANNELS = 8
+
+
+def check_width_options(kind: str, options: Any) -> None:
+    """ValueError unless these are fractions in (0, 1], or whole numbers."""
+    numbers = isinstance(options, (list, tuple)) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in options
+    )
+    if not numbers or not options:
+        raise ValueError(f"`elastic_width[{kind!r}]` must be a list of fractions or whole numbers, got {options!r}.")
+    whole = all(isinstance(value, int) for value in options)
+    if any(value <= 0 or (not whole and value > 1) for value in options):
+        allowed = "whole numbers from 1" if whole else "fractions above 0, at most 1"
+        raise ValueError(f"`elastic_width[{kind!r}]` must be {allowed}, got {list(options)!r}.")
+
+
+def structural_choices(
+    structure: Structure,
+    elastic_width: Mapping[str, Sequence[int | float]] | None,
+    elastic_depth: Sequence[int | str] | None,
+) -> list[Choice]:
+    """The choices that a configuration asks for: kinds "heads", "mlp" and "depth", named after blocks and their parts.
+
+    Raises:
+        ValueError: if the model has no such blocks, or does not allow such a width.
+    """
+    choices = []
+    for kind, options in (elastic_width or {}).items():
+        widths = [width for width in structure.widths if width.kind == kind]
+        if not widths:
+            raise ValueError(f"`elastic_width[{kind!r}]`: {_why_not(structure, kind)}")
+        for width in widths:
+            values = sorted({_value_of(width, option, options) for option in options}, reverse=True)
+            modules = tuple(dict.fromkeys(slot.path for slot in width.slots))
+            choices.append(Choice(kind, width.name, tuple(values), modules))
+    skippable = {key: part for entry in elastic_depth or () for key, part in _read_depth(structure, entry).items()}
+    for block in structure.blocks:
+        for name in (block.path, *(f"{block.path}.{part}" for part in PARTS)):
+            if name in skippable:
+                choices.append(Choice("depth", name, (1, 0), (block.path,)))
+    return choices
+
+
+def check_narrowable_layers(model: nn.Module, structure: Structure, choices: Sequence[Choice]) -> None:
+    """ValueError if a layer that a choice narrows cannot be."""
+
+    for choice in choices:
+        if choice.kind in ("heads", "mlp"):
+            for slot in structure.width(choice.key).slots:
+                check_narrowable(layer_at(model, slot.path), slot.path)
+
+
+def layer_shapes(
+    model: nn.Module, structure: Structure, choices: Sequence[Choice], rank_keys: Mapping[str, str]
+) -> list[LayerShape]:
+    """The layers that these choices change.
+
+    Args:
+        model: the base model, with or without adapters.
+        structure: of `model`.
+        choices: what `structural_choices` returned.
+        rank_keys: path of a layer with an adapter -> key of the choice of its rank.
+    """
+    narrowed: dict[str, tuple[Choice, Width, str]] = {}
+    for choice in choices:
+        if choice.kind != "depth":
+            width = structure.width(choice.key)
+            narrowed.update({slot.path: (choice, width, slot.side) for slot in width.slots})
+    depth = {choice.name for choice in choices if choice.kind == "depth"}
+    shapes = []
+    for block in structure.blocks:
+        shapes += _shapes_of_block(model, block, narrowed, depth, rank_keys)
+    return [shape for shape in shapes if shape.choices != (shape.rank,) and shape.choices]
+
+
+def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> None:
+    """Let a model compute with these values of its structural choices, and with everything of what they do not name."""
+    for width in structure.widths:
+        set_width(model, width, values.get(f"{width.kind}:{width.name}", width.full))
+    for block in structure.blocks:
+        for part in block.skips:
+            name = block.path if part == "block" else f"{block.path}.{part}"
+            set_skipped(model, block, part, not values.get(f"depth:{name}", 1))
+
+
+def _shapes_of_block(
+    model: nn.Module,
+    block: Block,
+    narrowed: Mapping[str, tuple[Choice, Width, str]],
+    depth: set[str],
+    rank_keys: Mapping[str, str],
+) -> list[LayerShape]:
+    module = model.get_submodule(block.path)
+    linears = linear_layers(module)
+    shapes = []
+    counted: set[int] = set()
+
+    def depth_keys(path: str) -> tuple[str, ...]:
+        names = [block.path] if block.path in depth else []
+        for part in PARTS:
+            inside = any(f"{path}.".startswith(f"{skipped}.") for skipped in block.skips.get(part, {}))
+            if f"{block.path}.{part}" in depth and inside:
+                names.append(f"{block.path}.{part}")
+        return tuple(f"depth:{name}" for name in names)
+
+    for name, layer in linears.items():
+        path = f"{block.path}.{name}"
+        out_features, in_features = layer_sizes(layer)
+        choice, width, side = narrowed.get(path, (None, None, "out"))
+        shapes.append(
+            LayerShape(
+                path,
+                out_features,
+                in_features,
+                bias=layer._parameters.get("bias") is not None,
+                width=None if choice is None else choice.key,
+                full_width=1 if width is None else width.full,
+                narrows=side,
+                rank=rank_keys.get(path),
+                depth=depth_keys(path),
+            )
+        )
+        counted.update(id(parameter) for parameter in layer.parameters())
+    for name, parameter in module.named_parameters():
+        owner = f"{block.path}.{name}".rpartition(".")[0]
+        if id(parameter) in counted or ".lora_" in name:
+            continue
+        choice, width, _ = narrowed.get(owner, (None, None, "out"))
+        shapes.append(
+            LayerShape(
+                f"{block.path}.{name}",
+                parameter.numel(),
+                0,
+                bias=True,
+                width=None if choice is None else choice.key,
+                full_width=1 if width is None else width.full,
+                depth=depth_keys(owner),
+            )
+        )
+    return shapes
+
+
+def _value_of(width: Width, option: int | float, options: Sequence[int | float]) -> int:
+    if all(isinstance(value, int) for value in options):
+        if option > width.full or option % width.unit:
+            raise ValueError(
+                f"`elastic_width[{width.kind!r}]` has {option}, but {width.name!r} has {width.full} "
+                f"{'heads' if width.kind == 'heads' else 'channels'}"
+                + (f", which move in groups of {width.unit}." if width.unit > 1 else ".")
+            )
+        return int(option)
+    if width.kind == "mlp" and width.full % _CHANNELS == 0:
+        return max(_CHANNELS, round(option * width.full / _CHANNELS) * _CHANNELS)
+    return max(1, round(option * width.units)) * width.unit
+
+
+def _read_depth(structure: Structure, entry: int | str) -> dict[str, str]:
+    """Name of what may be skipped -> its part, for an entry of `elastic_depth`."""
+    text, part = str(entry), "block"
+    for ending in PARTS:
+        if text.endswith(f".{ending}"):
+            text, part = text.removesuffix(f".{ending}"), ending
+    stacks = {block.stack for block in structure.blocks}
+    number = re.fullmatch(r"(-?\d+)(?:-(\d+))?", text)
+    if text == "all":
+        blocks = [block for block in structure.blocks if part in block.skips]
+    elif number:
+        if len(stacks) != 1:
+            raise ValueError(
+                f"`elastic_depth` has {entry!r}, and the model has several stacks of blocks: give paths, {_paths(structure)}."
+            )
+        count = max(block.index for block in structure.blocks) + 1
+        first, last = int(number[1]), int(number[2] or number[1])
+        if not 0 <= first <= last < count:
+            raise ValueError(f"`elastic_depth` has {entry!r}; the blocks are 0 to {count - 1}.")
+        blocks = [block for block in structure.blocks if first <= block.index <= last]
+    else:
+        blocks = [block for block in structure.blocks if block.path == text or block.path.endswith(f".{text}")]
+        if len(blocks) != 1:
+            raise ValueError(
+                f"`elastic_depth` has {entry!r}, which is no block of the model; the blocks are {_paths(structure)}."
+            )
+    if not blocks:
+        raise ValueError(f"`elastic_depth` has {entry!r}: {_why_not(structure, part)}")
+    for block in blocks:
+        if part not in block.skips:
+            raise ValueError(
+                f"`elastic_depth` has {entry!r}, but {block.path!r} cannot be skipped in that way"
+                + (": it makes something for the blocks behind it." if block.layout.first_is_fixed else ".")
+            )
+    return {block.path if part == "block" else f"{block.path}.{part}": part for block in blocks}
+
+
+def _paths(structure: Structure) -> str:
+    paths = [block.path for block in structure.blocks]
+    return ", ".join(map(repr, paths[:3])) + (f", ... {paths[-1]!r}" if len(paths) > 3 else "")
+
+
+def _why_not(structure: Structure, what: str) -> str:
+    problem = next((block.problems[what] for block in structure.blocks if what in block.problems), None)
+    if problem is not None:
+        return f"{problem}."
+    where = f" (for example {structure.unknown[0]!r})" if structure.unknown else ""
+    return (
+        f"no block of the model{where} has a known layout with that. Describe its architecture with "
+        "`peft_elastic.structure.register_layout`."
+    )
