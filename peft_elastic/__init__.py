@@ -24,7 +24,18 @@ from .deploy import (
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
 from .search import SearchResult, search_subnet
-from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
+from .supernet import (
+    BalancedSampler,
+    Choice,
+    ElasticTrainer,
+    ElasticTrainerMixin,
+    SandwichSampler,
+    SearchSpace,
+    Stage,
+    Subnet,
+    SubnetSamplingCallback,
+    UniformSampler,
+)
 from .tuners import (
     ElasticLoraConfig,
     ElasticLoraModel,
@@ -41,6 +52,8 @@ __all__ = [
     "Choice",
     "ElasticLoraConfig",
     "ElasticLoraModel",
+    "ElasticTrainer",
+    "ElasticTrainerMixin",
     "GPTQConfig",
     "MagnitudeConfig",
     "PruningReport",
@@ -48,11 +61,13 @@ __all__ = [
     "QuantizedLinear",
     "RTNConfig",
     "RequantizationReport",
+    "SandwichSampler",
     "SearchResult",
     "SearchSpace",
     "SparseLinear",
     "SparseQALoraConfig",
     "SparseQALoraModel",
+    "Stage",
     "Subnet",
     "SubnetSamplingCallback",
     "SwapReport",
