@@ -124,7 +124,8 @@ class StagePlan:
         if plain == lr_scheduler.lr_lambdas and set(self._factors) == {1.0}:
             return
         lr_scheduler.lr_lambdas = [self._scaled(rate) for rate in plain]
-        lr_scheduler._last_lr = lr_scheduler.get_lr()
+        step = lr_scheduler.last_epoch
+        lr_scheduler._last_lr = [base * rate(step) for base, rate in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)]
         for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr):
             group["lr"] = rate
 

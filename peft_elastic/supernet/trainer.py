@@ -35,7 +35,7 @@ from .stages import Stage
 
 # What the mixin calls is in the trainer behind it; only the type checker has to know.
 if TYPE_CHECKING:
-    _Trainer = Trainer
+    from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
