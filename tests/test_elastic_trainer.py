@@ -149,6 +149,13 @@ def classifier(seed=0, **settings):
     return get_peft_model(model, elastic_config(task_type="SEQ_CLS"))
 
 
+def regressor():
+    model = tiny_llama_classifier()
+    model.num_labels = model.config.num_labels = 1
+    model.score = torch.nn.Linear(32, 1, bias=False)
+    return get_peft_model(model, elastic_config(task_type="SEQ_CLS"))
+
+
 def classifier_data(size=6):
     generator = torch.Generator().manual_seed(1)
     return [
@@ -175,6 +182,9 @@ def test_gradients_are_those_of_a_loop_by_hand(tmp_path, distillation, task, acc
             model, tmp_path, [record], rows, elastic=elastic, max_steps=1, max_grad_norm=0.0,
             per_device_train_batch_size=6 // accumulation, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
+        if task == "classification":
+            # transformers' classifiers do not use the number of labels of a step, as their signature has Trainer believe
+            trainer.loss_is_scaled_for_ga = False
         logged = trainer.train().training_loss
         reference = build()
         subnets = SandwichSampler().subnets_of_step(model.search_space, np.random.default_rng([4, 0]))
@@ -685,7 +695,7 @@ class Nothing:
             f"a model with {VOCABULARY + 8} classes .* model has {VOCABULARY}",
         ),
         (
-            lambda: classifier(id2label={0: "score"}, label2id={"score": 0}), [row | {"labels": torch.tensor(0.5)} for row in dataset(4)],
+            regressor, [row | {"labels": torch.tensor(0.5)} for row in dataset(4)],
             {"distillation": "max"}, "two or more classes",
         ),
         (
