@@ -21,7 +21,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import VOCABULARY, default_dtype, tiny_llama, tiny_llama_classifier
+from accelerate import Accelerator, ParallelismConfig
+from models import VOCABULARY, default_dtype, tiny_llama, tiny_llama_classifier, tiny_t5
 from peft import LoraConfig, get_peft_model
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from training import (
@@ -204,6 +205,32 @@ def test_the_logged_loss_is_the_mean_over_subnets(tmp_path):
         losses.append(model(input_ids=batch, labels=batch).loss.item())
     assert np.ptp(losses) > 1e-2
     assert trainer.train().training_loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_distillation_of_an_encoder_decoder(tmp_path):
+    """Its labels are not shifted, and make the inputs of the decoder, the teacher's too. With weight 1 the loss is the
+    divergence alone."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_t5(dropout_rate=0.0), elastic_config(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    )
+    teacher = tiny_t5(seed=7)
+    rows = [row | {"labels": row["input_ids"][:6].clone()} for row in dataset(2)]
+    rows[0]["labels"][4:] = -100
+    batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    keep = batch["labels"] != -100
+    subnets = SandwichSampler().subnets_of_step(model.search_space, np.random.default_rng([42, 0]))
+    expected = []
+    with torch.no_grad():
+        for subnet in subnets:
+            model.sample_subnet(subnet)
+            expected.append(divergence(teacher(**batch).logits[keep], model(**batch).logits[keep]) / keep.sum())
+    elastic = {
+        "distillation": teacher, "distillation_weight": 1, "distillation_temperature": TEMPERATURE,
+    }  # fmt: skip
+    trainer = make_elastic(model, tmp_path, train_dataset=rows, elastic=elastic, max_steps=1)
+    loss = trainer.train().training_loss
+    assert loss == pytest.approx(TEMPERATURE**2 * float(torch.stack(expected).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
@@ -673,6 +700,15 @@ def test_a_teacher_that_shares_weights_is_refused(tmp_path):
             make_elastic(model, tmp_path, elastic={"distillation": distillation})
     make_elastic(model, tmp_path, elastic={"distillation": teacher.train()}, max_steps=1).train()
     assert not teacher.training
+
+
+def test_context_parallelism_is_refused(tmp_path, monkeypatch):
+    class Parallel(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            monkeypatch.setattr(Accelerator, "parallelism_config", ParallelismConfig(cp_size=2))
+
+    with pytest.raises(ValueError, match="`parallelism_config` asks for context or sequence parallelism"):
+        make_elastic(elastic_llama(), tmp_path, [Parallel()]).train()
 
 
 class MinFirst:

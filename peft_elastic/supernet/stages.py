@@ -125,7 +125,9 @@ class StagePlan:
             return
         lr_scheduler.lr_lambdas = [self._scaled(rate) for rate in plain]
         step = lr_scheduler.last_epoch
-        lr_scheduler._last_lr = [base * rate(step) for base, rate in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)]
+        lr_scheduler._last_lr = [
+            base * rate(step) for base, rate in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas)
+        ]
         for group, rate in zip(lr_scheduler.optimizer.param_groups, lr_scheduler._last_lr):
             group["lr"] = rate
 

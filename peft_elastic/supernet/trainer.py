@@ -163,6 +163,16 @@ class ElasticTrainerMixin(_Trainer):
                 "`distillation='max'` needs a strategy whose steps begin with the largest subnet, such as 'sandwich'; "
                 f"`strategy` gives {subnets[0]} for step {self.state.global_step}."
             )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if (
+            len(subnets) > 1
+            and parallel is not None
+            and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False))
+        ):
+            # It cuts the inputs in place, in every pass anew.
+            raise ValueError(
+                "`parallelism_config` asks for context or sequence parallelism: train one subnet a step with it."
+            )
         gradients = self.accelerator.gradient_state
         last_micro_batch = gradients.sync_gradients
         self._micro_batch = _MicroBatch(len(subnets))
