@@ -24,7 +24,19 @@ from .deploy import (
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
 from .search import SearchResult, search_subnet
-from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
+from .structure import sort_by_importance
+from .supernet import (
+    BalancedSampler,
+    Choice,
+    ElasticTrainer,
+    ElasticTrainerMixin,
+    SandwichSampler,
+    SearchSpace,
+    Stage,
+    Subnet,
+    SubnetSamplingCallback,
+    UniformSampler,
+)
 from .tuners import (
     ElasticLoraConfig,
     ElasticLoraModel,
@@ -41,6 +53,8 @@ __all__ = [
     "Choice",
     "ElasticLoraConfig",
     "ElasticLoraModel",
+    "ElasticTrainer",
+    "ElasticTrainerMixin",
     "GPTQConfig",
     "MagnitudeConfig",
     "PruningReport",
@@ -48,11 +62,13 @@ __all__ = [
     "QuantizedLinear",
     "RTNConfig",
     "RequantizationReport",
+    "SandwichSampler",
     "SearchResult",
     "SearchSpace",
     "SparseLinear",
     "SparseQALoraConfig",
     "SparseQALoraModel",
+    "Stage",
     "Subnet",
     "SubnetSamplingCallback",
     "SwapReport",
@@ -68,5 +84,6 @@ __all__ = [
     "restore_generation",
     "save_gptq",
     "search_subnet",
+    "sort_by_importance",
     "sparsify_linears",
 ]

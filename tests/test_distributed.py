@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import CHECKPOINTING, elastic_llama, train_and_record
+from training import CHECKPOINTING, SANDWICH, elastic_llama, train_and_record
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +80,15 @@ def test_trainer_looks_for_unused_parameters_if_it_is_not_told_to(ranks):
     for rank in ranks:
         assert rank["find-unused"]["find_unused_parameters"] is True
         assert_close(rank["find-unused"]["weights"], rank["none"]["weights"], rtol=0, atol=0)
+
+
+def test_several_subnets_a_step_in_two_processes(ranks, tmp_path):
+    """With gradient accumulation and distillation; gradients are exchanged once a step, as with one subnet."""
+    alone = train_and_record(tmp_path, **SANDWICH)
+    first, second = (rank["sandwich"] for rank in ranks)
+    assert len(alone["training"]) == 4 * 2 * 4  # steps, micro-batches, subnets
+    assert first["training"] == second["training"] == alone["training"]
+    assert_close(second["weights"], first["weights"], rtol=0, atol=0)
+    assert_close(first["weights"], alone["weights"], rtol=0, atol=1e-5)
+    assert first["exchanges"] == ranks[0]["none"]["exchanges"] > 0
+    np.testing.assert_allclose(first["eval_loss"], alone["eval_loss"], atol=1e-5)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_elastic import BalancedSampler, Choice, SearchSpace, UniformSampler
+from peft_elastic import BalancedSampler, Choice, SandwichSampler, SearchSpace, UniformSampler
 
 
 # Parameters per rank of q, k, v, o, gate, up and down in SmolLM2-135M.
@@ -177,3 +177,35 @@ def test_same_generator_same_subnet(sampler_cls):
     sampler = sampler_cls()
     draw(sampler, space_of([3, 4]), 5)
     assert draw(sampler, space, 20) == subnets
+
+
+# -- several subnets a step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_random", [0, 1, 2, 5])
+def test_sandwich_is_max_then_min_then_random(n_random):
+    space = space_of(SMOLLM2_BLOCK)
+    subnets = SandwichSampler(n_random).subnets_of_step(space, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    assert subnets == [space.max, space.min, *(space.sample(rng) for _ in range(n_random))]
+    assert len(set(subnets)) == n_random + 2
+
+
+@pytest.mark.parametrize("sampler", ["balanced", BalancedSampler()])
+def test_sandwich_with_another_sampler(sampler):
+    space = space_of(SMOLLM2_BLOCK * 30)
+    subnets = SandwichSampler(100, sampler).subnets_of_step(space, np.random.default_rng(0))[2:]
+    spread = positions(space, subnets)
+    assert spread.min() < 0.1 and spread.max() > 0.9  # which uniform sampling does not reach
+
+
+@pytest.mark.parametrize("n_random", [-1, 1.0, True, "2", None])
+def test_sandwich_bad_number(n_random):
+    with pytest.raises(ValueError, match="`n_random` must be a non-negative integer"):
+        SandwichSampler(n_random)
+
+
+@pytest.mark.parametrize("sampler", ["sandwich", None, UniformSampler, SandwichSampler()])
+def test_sandwich_bad_sampler(sampler):
+    with pytest.raises(ValueError, match=r"`sampler` must be one of \['balanced', 'uniform'\] or a callable"):
+        SandwichSampler(sampler=sampler)

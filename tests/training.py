@@ -14,6 +14,7 @@
 """What the tests of training share: a small elastic model, data, arguments of the Trainer, and a record of what ran.
 As a script it is one process of a distributed run: `torchrun --nproc-per-node 2 tests/training.py OUTPUT_FOLDER`."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -23,9 +24,10 @@ from models import VOCABULARY, tiny_llama
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_elastic import ElasticLoraConfig, Subnet, SubnetSamplingCallback
+from peft_elastic import ElasticLoraConfig, ElasticTrainer, Subnet, SubnetSamplingCallback
 
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -114,12 +116,22 @@ class ForwardRecord:
 
 
 class WrapperRecord(TrainerCallback):
-    """How the Trainer wrapped the model."""
+    """How the Trainer wrapped the model, and how often the processes exchanged gradients."""
 
     find_unused_parameters = None
+    exchanges = 0
 
     def __init__(self, trainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        wrapped = self.trainer.model_wrapped
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            wrapped.register_comm_hook(None, self._exchange)
+
+    def _exchange(self, process_group, bucket):
+        self.exchanges += 1
+        return allreduce_hook(process_group, bucket)
 
     def on_step_end(self, args, state, control, **kwargs):
         wrapped = self.trainer.model_wrapped
@@ -127,22 +139,29 @@ class WrapperRecord(TrainerCallback):
             self.find_unused_parameters = wrapped.find_unused_parameters
 
 
-def train_and_record(folder, resume=None, **settings):
-    """Train four steps of global batch 4, without dropout; what ran and what came out."""
+def train_and_record(folder, resume=None, elastic=None, **settings):
+    """Train four steps of global batch 4, without dropout, with the callback or, given its arguments, an ElasticTrainer;
+    what ran and what came out."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     model = elastic_llama()
     record = ForwardRecord(model)
-    trainer = make_trainer(
+    trainer_cls, callbacks = (Trainer, [SubnetSamplingCallback(eval_subnet="heuristic")])
+    if elastic is not None:
+        trainer_cls, callbacks = functools.partial(ElasticTrainer, eval_subnet="heuristic", **elastic), []
+    trainer = trainer_cls(
         model,
-        folder,
-        [SubnetSamplingCallback(eval_subnet="heuristic")],
-        per_device_train_batch_size=4 // world,
+        arguments(
+            folder,
+            per_device_train_batch_size=4 // world // settings.get("gradient_accumulation_steps", 1),
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            **settings,
+        ),
+        train_dataset=dataset(),
         eval_dataset=dataset(8, seed=1),
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        **settings,
+        callbacks=callbacks,
     )
     wrapper = WrapperRecord(trainer)
     trainer.add_callback(wrapper)
@@ -152,6 +171,7 @@ def train_and_record(folder, resume=None, **settings):
         "evaluation": [dict(subnet) for subnet in record.evaluation],
         "weights": adapter_weights(model),
         "eval_loss": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
+        "exchanges": wrapper.exchanges,
         "find_unused_parameters": wrapper.find_unused_parameters,
         "world_size": trainer.args.world_size,
     }
@@ -162,9 +182,11 @@ def main(output):
     runs = {kind: train_and_record(output / kind, **checkpointing(kind), **settings) for kind in CHECKPOINTING}
     runs["resumed"] = train_and_record(output / "resumed", resume=str(output / "none" / "checkpoint-2"), **settings)
     runs["find-unused"] = train_and_record(output / "find-unused", **{**settings, "ddp_find_unused_parameters": None})
+    runs["sandwich"] = train_and_record(output / "sandwich", **SANDWICH, **settings)
     torch.save(runs, output / f"rank-{os.environ['RANK']}.pt")
 
 
+SANDWICH = {"elastic": {"distillation": "max"}, "gradient_accumulation_steps": 2}
 CHECKPOINTING = ["none", "reentrant", "non-reentrant"]
 
 

@@ -11,4 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""The structure of transformers models: their blocks, heads and channels, how to narrow, skip, sort and extract them, and how
+to feed calibration data through them block by block."""
 
+from .blocks import Structure
+from .importance import sort_by_importance
+from .layouts import AttentionLayout, BlockLayout, MLPLayout, register_layout, skip_attention, skip_to_zeros
+
+
+__all__ = [
+    "AttentionLayout",
+    "BlockLayout",
+    "MLPLayout",
+    "Structure",
+    "register_layout",
+    "skip_attention",
+    "skip_to_zeros",
+    "sort_by_importance",
+]

@@ -11,21 +11,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Search spaces, subnets, samplers and Trainer callbacks: everything about a super-network that does not depend on how
+"""Search spaces, subnets, samplers, Trainer callbacks and trainers: everything about a super-network that does not depend on how
 its layers are built."""
 
 from .callback import SubnetSamplingCallback
 from .host import ElasticHost, get_elastic_host
-from .samplers import BalancedSampler, SubnetSampler, UniformSampler
+from .samplers import BalancedSampler, SandwichSampler, StepSampler, SubnetSampler, UniformSampler
 from .space import Choice, LayerShape, SearchSpace, Subnet
+from .stages import Stage
+from .trainer import ElasticTrainer, ElasticTrainerMixin
 
 
 __all__ = [
     "BalancedSampler",
     "Choice",
     "ElasticHost",
+    "ElasticTrainer",
+    "ElasticTrainerMixin",
     "LayerShape",
+    "SandwichSampler",
     "SearchSpace",
+    "Stage",
+    "StepSampler",
     "Subnet",
     "SubnetSampler",
     "SubnetSamplingCallback",

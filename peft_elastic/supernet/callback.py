@@ -14,20 +14,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
 
 from .host import ElasticHost, get_elastic_host
-from .samplers import BalancedSampler, SubnetSampler, UniformSampler
+from .samplers import StepSampler, SubnetSampler, sampler_of
 from .space import Subnet
+from .stages import Stage, StagePlan, check_stages
 
 
 logger = logging.getLogger(__name__)
-
-_STRATEGIES: dict[str, type[SubnetSampler]] = {"balanced": BalancedSampler, "uniform": UniformSampler}
 
 
 class SubnetSamplingCallback(TrainerCallback):
@@ -46,52 +45,75 @@ class SubnetSamplingCallback(TrainerCallback):
         seed (`int`, *optional*): seed of the draws; defaults to the `seed` of the training arguments.
         eval_subnet (`Subnet`, `Mapping` or `str`, *optional*):
             The subnet to evaluate and save, as in `model.set_subnet`. Defaults to the one chosen when training starts.
+        stages (sequence of `Stage`, *optional*):
+            Progressive shrinking: which kinds of choices are sampled for how many epochs, at what learning rate. By
+            default all kinds are, all the time.
 
     Raises:
-        ValueError: for an unknown strategy or a bad seed; when training starts, for a model without an elastic adapter
-            or an `eval_subnet` that does not belong to its search space.
+        ValueError: for an unknown strategy, one that trains several subnets in a step (see `ElasticTrainer`), a bad seed
+            or bad stages; when training starts, for a model without an elastic adapter, an `eval_subnet` that does not
+            belong to its search space, or stages that do not fit the space or the training arguments.
     """
+
+    # whether the Trainer can train several subnets in a step
+    _several = False
 
     def __init__(
         self,
-        strategy: str | SubnetSampler = "uniform",
+        strategy: str | SubnetSampler | StepSampler = "uniform",
         seed: int | None = None,
         eval_subnet: Subnet | Mapping[str, int] | str | None = None,
+        stages: Sequence[Stage] | None = None,
     ) -> None:
-        if isinstance(strategy, str) and strategy in _STRATEGIES:
-            self.sampler: SubnetSampler = _STRATEGIES[strategy]()
-        elif callable(strategy) and not isinstance(strategy, type):
-            self.sampler = strategy
-        else:
-            raise ValueError(
-                f"`strategy` must be one of {sorted(_STRATEGIES)} or a callable (space, rng) -> Subnet, got {strategy!r}."
-            )
+        self.sampler = sampler_of(strategy, several=self._several)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ValueError(f"`seed` must be a non-negative integer or None, got {seed!r}.")
         self.seed = seed
         self.eval_subnet = eval_subnet
+        self.stages = check_stages(stages)
+        self._plan: StagePlan | None = None
         self._host: ElasticHost | None = None
         self._args_seed = 0
         self._reported: str | None = None
 
+    def subnets_of_step(self, step: int) -> list[Subnet]:
+        """The subnets that optimizer step number `step` (from 0) trains, in their order.
+
+        Raises:
+            ValueError: before training has started, as the search space comes from the model; if the strategy gives none.
+        """
+        if self._plan is None:
+            raise ValueError(
+                "The subnets of a step are known once training has started: the search space is the model's."
+            )
+        rng = np.random.default_rng([self._args_seed if self.seed is None else self.seed, step])
+        space = self._plan.space_of_step(step)
+        if not isinstance(self.sampler, StepSampler):
+            return [self.sampler(space, rng)]
+        if not (subnets := list(self.sampler.subnets_of_step(space, rng))):
+            raise ValueError(f"`strategy` ({type(self.sampler).__name__}) gives no subnet for step {step}.")
+        return subnets
+
     def subnet_of_step(self, step: int) -> Subnet:
-        """The subnet that optimizer step number `step` (from 0) trains.
+        """The subnet that optimizer step number `step` (from 0) trains, the first one if there are several.
 
         Raises:
             ValueError: before training has started, as the search space comes from the model.
         """
-        if self._host is None:
-            raise ValueError("`subnet_of_step` is known once training has started: the search space is the model's.")
-        seed = self._args_seed if self.seed is None else self.seed
-        return self.sampler(self._host.search_space, np.random.default_rng([seed, step]))
+        return self.subnets_of_step(step)[0]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._host, self._args_seed = get_elastic_host(model), args.seed
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
+        host = get_elastic_host(model)
+        plan = StagePlan(self.stages, host.search_space, args, state.max_steps, lr_scheduler)
         if self.eval_subnet is None:
-            self._host.restore_subnet()  # an earlier run may have been interrupted in the middle of a step
+            host.restore_subnet()  # an earlier run may have been interrupted in the middle of a step
         else:
-            self._host.set_subnet(self.eval_subnet)
-        logger.info(f"Training {self._host.search_space} with {type(self.sampler).__name__}.")
+            host.set_subnet(self.eval_subnet)
+        plan.scale_learning_rate(lr_scheduler)
+        self._host, self._plan, self._args_seed = host, plan, args.seed
+        logger.info(f"Training {host.search_space} with {type(self.sampler).__name__}.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._host is not None

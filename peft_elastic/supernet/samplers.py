@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,14 @@ class SubnetSampler(Protocol):
 
     def __call__(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
         """A subnet of `space`; all randomness comes from `rng`."""
+
+
+@runtime_checkable
+class StepSampler(Protocol):
+    """Draws all the subnets that one optimizer step trains, for `ElasticTrainer`; any object with this method will do."""
+
+    def subnets_of_step(self, space: SearchSpace, rng: np.random.Generator) -> list[Subnet]:
+        """At least one subnet of `space`, in the order of training; all randomness comes from `rng`."""
 
 
 class UniformSampler:
@@ -92,3 +100,61 @@ class BalancedSampler:
         bin_of_cell = np.minimum(cells * self._BINS // max(1, size - 1), self._BINS - 1)
         self._bins = [cells[bin_of_cell == b] for b in np.unique(bin_of_cell)]
         self._space = space
+
+
+class SandwichSampler:
+    """The sandwich rule (Yu & Huang 2019, https://arxiv.org/abs/1903.05134): each step trains the largest subnet, then
+    the smallest, then `n_random` others. It takes an `ElasticTrainer`.
+
+    Args:
+        n_random (`int`, defaults to 2): subnets drawn beside the largest and the smallest.
+        sampler (`"uniform"`, `"balanced"` or a `SubnetSampler`, defaults to `"uniform"`): how they are drawn.
+
+    Raises:
+        ValueError: if `n_random` is not a non-negative integer or the sampler is unknown.
+    """
+
+    def __init__(self, n_random: int = 2, sampler: str | SubnetSampler = "uniform") -> None:
+        if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
+            raise ValueError(f"`n_random` must be a non-negative integer, got {n_random!r}.")
+        self.n_random = n_random
+        self.sampler = _find(sampler, "sampler", _ONE_A_STEP)
+
+    def subnets_of_step(self, space: SearchSpace, rng: np.random.Generator) -> list[Subnet]:
+        return [space.max, space.min, *(self.sampler(space, rng) for _ in range(self.n_random))]
+
+
+_ONE_A_STEP: dict[str, type] = {"balanced": BalancedSampler, "uniform": UniformSampler}
+_SEVERAL_A_STEP: dict[str, type] = {"sandwich": SandwichSampler}
+
+
+def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> SubnetSampler | StepSampler:
+    """The sampler that the argument `strategy` of a callback or trainer stands for.
+
+    Args:
+        strategy: the name of a sampler, or a sampler.
+        several (`bool`): whether a step may train several subnets.
+
+    Raises:
+        ValueError: if it is neither, or needs several subnets a step where one is trained.
+    """
+    steps = isinstance(strategy, StepSampler) and not isinstance(strategy, type)  # a class is no sampler
+    if not several and (steps or (isinstance(strategy, str) and strategy in _SEVERAL_A_STEP)):
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        raise ValueError(
+            f"`strategy` {name!r} trains several subnets in each step, which takes several backward passes: use "
+            "`ElasticTrainer(..., strategy=...)` instead of a callback."
+        )
+    if steps:
+        return cast(StepSampler, strategy)
+    return _find(strategy, "strategy", _ONE_A_STEP | _SEVERAL_A_STEP if several else _ONE_A_STEP)
+
+
+def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
+    if isinstance(value, str) and value in named:
+        return named[value]()
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise ValueError(
+        f"`{argument}` must be one of {sorted(named)} or a callable (space, rng) -> Subnet, got {value!r}."
+    )
