@@ -811,7 +811,8 @@ def test_cost_of_the_small_network(model):
     subnet = model.search_space.heuristic  # rank 6 in 6 layers of 8 x 8
     assert costs.macs(subnet) == 6 * (8 * 8 + 6 * (8 + 8))
     assert costs.parameters(subnet) == costs.macs(subnet)
-    assert costs.costs(subnet) == {"macs": costs.macs(subnet), "parameters": costs.parameters(subnet)}
+    assert costs.bytes(subnet) == 6 * 8 * 8 * 4  # merged: the adapter is gone
+    assert costs.costs(subnet) == {name: getattr(costs, name)(subnet) for name in ("bytes", "macs", "parameters")}
 
 
 def tiny_llama(**kwargs):
