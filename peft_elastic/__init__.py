@@ -23,7 +23,7 @@ from .deploy import (
 )
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
-from .search import SearchResult, search_subnet
+from .search import LatencyModel, SearchResult, search_subnet
 from .supernet import BalancedSampler, Choice, SearchSpace, Subnet, SubnetSamplingCallback, UniformSampler
 from .tuners import (
     ElasticLoraConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "ElasticLoraConfig",
     "ElasticLoraModel",
     "GPTQConfig",
+    "LatencyModel",
     "MagnitudeConfig",
     "PruningReport",
     "QuantizationReport",

@@ -60,11 +60,15 @@ class CostModel:
     def __init__(self, model: nn.Module, space: SearchSpace) -> None:
         unknown = sorted({choice.kind for choice in space} - {"rank", "heads", "mlp", "depth"})
         if unknown:
-            raise ValueError(f"`space` has choices of kind {unknown}, the cost model knows rank, heads, mlp and depth.")
+            raise ValueError(
+                f"`space` has choices of kind {unknown}, the cost model knows rank, heads, mlp and depth."
+            )
         used = {key for layer in space.layers for key in (layer.width, *layer.depth)}
         idle = [choice.key for choice in space if choice.kind != "rank" and choice.key not in used]
         if idle:
-            raise ValueError(f"`space` has the choices {idle}, on which none of its `layers` depends: their cost is unknown.")
+            raise ValueError(
+                f"`space` has the choices {idle}, on which none of its `layers` depends: their cost is unknown."
+            )
         self.space = space
         self.base_macs = 0
         self.base_parameters = 0

@@ -113,7 +113,7 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
         if masked and not stays_dense and weight.numel():
             # an adapter on a grid is masked by the zeros from before the rounding
             rounded = called is module and isinstance(module, QuantizedLinear)
-            values = grid.round(weight.detach()) if rounded else weight  # type: ignore[union-attr]
+            values = grid.round(weight.detach()) if rounded else weight
             sparsity = 1 - int(torch.count_nonzero(values)) / weight.numel()
         linears[name] = MergedLinear(
             name,
