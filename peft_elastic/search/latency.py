@@ -364,14 +364,12 @@ class _Workload:
         """A function that runs the model once and returns the seconds it took."""
         inputs = dict(self._inputs)
         cache: Any = None
-        length = 0
         if self._mode == "decode":
             cache = model(**inputs, use_cache=True).past_key_values
             if cache is None or not hasattr(cache, "crop"):
                 raise ValueError(
                     f"`mode='decode'` needs a model with a cache, {type(model).__name__} returned {cache!r}."
                 )
-            length = inputs["input_ids"].shape[1]
             inputs = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache, "use_cache": True}
             if (mask := self._inputs.get("attention_mask")) is not None:
                 inputs["attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
@@ -381,7 +379,7 @@ class _Workload:
             model(**inputs)
             seconds = time.perf_counter() - before
             if cache is not None:
-                cache.crop(length)
+                cache.crop(-1)  # removes the token
             return seconds
 
         return step
