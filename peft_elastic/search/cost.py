@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..supernet.space import Choice, LayerShape, SearchSpace
-from .merged import base_modules, merged_linears
+from .merged import base_modules, is_mergeable, merged_linears
 
 
 # The objectives that `CostModel` can compute, always minimised.
@@ -78,17 +78,17 @@ class CostModel:
         counted: set[int] = set()
         stored: set[int] = set()
         for name, module in modules.items():
+            if name.rpartition(".")[0] in linears:
+                continue  # the grid of a quantised layer
             linear = linears.get(name)
             self.base_macs += linear.out_features * linear.in_features if linear else _macs(module)
             self.base_parameters += _parameters(module, counted)
-            parent = name.rpartition(".")[0]
             if linear is not None:
                 weight = module._parameters["weight"]
                 if id(weight) not in stored:
                     self.base_bytes += linear.stored_bytes(linear.out_features, linear.in_features)
                 stored.add(id(weight))
-            if parent not in linears:  # what is below a linear layer is its grid
-                self.base_bytes += _saved_bytes(module, stored)
+            self.base_bytes += _saved_bytes(module, stored)
         # what each elastic layer takes away, with the bytes of one parameter where it is not a plain linear layer
         self._layers = []
         for layer in space.layers:
@@ -97,8 +97,11 @@ class CostModel:
                 raise ValueError(f"`space` has a layer {layer.name!r}, which the model does not have.")
             module = modules[path] if path else model
             linear = linears.get(path or "")
-            bias = module._parameters.get("bias") if linear else None
-            per_parameter = _bytes_per_parameter(module) if bias is None else float(bias.element_size())
+            if linear is None:
+                per_parameter = _bytes_per_parameter(module)
+            else:  # of the bias, the rest is counted by `stored_bytes`
+                bias = module._parameters.get("bias")
+                per_parameter = 0.0 if bias is None else float(bias.element_size())
             self._layers.append((layer, linear, per_parameter))
         embeddings = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
         self._looked_up = {choice.key: n for choice in space if (n := _looked_up(choice, embeddings))}
@@ -190,10 +193,12 @@ def _saved_bytes(module: nn.Module, stored: set[int]) -> int:
 
 
 def _bytes_per_parameter(module: nn.Module) -> float:
-    """Mean over what `module` saves, packed weights counting by their logical shape."""
-    own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False)) or list(module.parameters())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in own)
-    return size / max(1, _linear_size(module) or sum(tensor.numel() for tensor in own))
+    """Mean over what `module` and the base modules below it save, apart from linear layers, which are counted one by one;
+    packed weights count by their logical shape."""
+    linears = {name for name, m in base_modules(module) if is_mergeable(m)}
+    others = [m for name, m in base_modules(module) if name not in linears and name.rpartition(".")[0] not in linears]
+    size = sum(_saved_bytes(m, set()) for m in others)
+    return size / max(1, sum(_parameters(m, set()) for m in others))
 
 
 def _looked_up(choice: Choice, embeddings: Mapping[str, nn.Embedding]) -> int:

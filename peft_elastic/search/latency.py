@@ -96,7 +96,8 @@ class LatencyModel:
         seconds: float = 20.0,
     ) -> None:
         host = get_elastic_host(model)
-        _check_arguments(model, mode, kernel, seconds)
+        linears = merged_linears(model)
+        _check_arguments(model, linears, mode, kernel, seconds)
         check_dtype("sparse_dtype", sparse_dtype)
         self.space: SearchSpace = host.search_space
         self._run = _Workload(inputs, mode)
@@ -107,7 +108,6 @@ class LatencyModel:
             "inputs": self._run.shapes,
             "threads": torch.get_num_threads(),
         }
-        linears = merged_linears(model)
         with torch.no_grad(), eval_mode(model), subnet_restored(host):
             host.set_subnet("max")
             calls = _record_calls(model, linears, self._run)
@@ -437,7 +437,9 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
             handle.remove()
 
 
-def _check_arguments(model: nn.Module, mode: Any, kernel: Any, seconds: Any) -> None:
+def _check_arguments(
+    model: nn.Module, linears: Mapping[str, MergedLinear], mode: Any, kernel: Any, seconds: Any
+) -> None:
     if mode not in _MODES:
         raise ValueError(f"`mode` must be one of {list(_MODES)}, got {mode!r}.")
     if kernel not in _KERNELS:
@@ -449,7 +451,6 @@ def _check_arguments(model: nn.Module, mode: Any, kernel: Any, seconds: Any) -> 
     elsewhere = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
     if elsewhere:
         raise ValueError(f"`model` must be on the CPU, it has parameters on {elsewhere}.")
-    linears = merged_linears(model)
     for name, module in base_modules(model):
         size = getattr(module, "in_features", None), getattr(module, "out_features", None)
         below_linear = name.rpartition(".")[0] in linears

@@ -86,8 +86,14 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name.removesuffix(".base_layer"), module
 
 
+def is_mergeable(module: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight is a floating point matrix, to be rounded to a grid or not."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, (nn.Linear, Conv1D)) and weight is not None and weight.is_floating_point()
+
+
 def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
-    """The linear layers of the base model whose weight is a floating point matrix, by their path."""
+    """The linear layers of the base model that `is_mergeable`, by their path."""
     shared = Counter(
         id(parameter)
         for _, module in base_modules(model)
@@ -100,9 +106,9 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
     output = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
     linears = {}
     for name, module in base_modules(model):
-        weight: Any = module._parameters.get("weight")
-        if not isinstance(module, (nn.Linear, Conv1D)) or weight is None or not weight.is_floating_point():
+        if not is_mergeable(module):
             continue
+        weight: Any = module.weight
         called = model.get_submodule(name) if name else module
         out_features, in_features = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
         masked, grid = _adapter(called)

@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -241,16 +242,14 @@ class _Meter:
         self.recorded = [
             name for name in ("macs", "parameters", "bytes", "latency") if name in {*asked, *ALWAYS_RECORDED}
         ]
-        self._costs: dict[Subnet, dict[str, float]] = {}
+        self.costs = lru_cache(maxsize=4096)(self._compute_costs)
 
-    def costs(self, subnet: Subnet) -> dict[str, float]:
+    def _compute_costs(self, subnet: Subnet) -> dict[str, float]:
         """All costs that are known without an evaluation, by name."""
-        if subnet not in self._costs:
-            costs: dict[str, float] = dict(self.cost_model.costs(subnet))
-            if self.latency is not None:
-                costs["latency"] = self.latency.predict(subnet)
-            self._costs[subnet] = costs
-        return self._costs[subnet]
+        costs: dict[str, float] = dict(self.cost_model.costs(subnet))
+        if self.latency is not None:
+            costs["latency"] = self.latency.predict(subnet)
+        return costs
 
     def metrics(self, evaluation: Evaluation) -> dict[str, float]:
         """All objectives of a subnet, what else `evaluate` returns, and the built-in costs."""
