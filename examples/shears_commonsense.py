@@ -33,5 +33,5 @@ def accuracy(tokenizer, examples, args):
 
 
 if __name__ == "__main__":
-    args = shears.parse_args(__doc__, train="train.jsonl", test="test.jsonl")
+    args = shears.shears_parser(__doc__, train="train.jsonl", test="test.jsonl").parse_args()
     shears.run(args, tasks.commonsense_example, accuracy)

@@ -28,5 +28,5 @@ def accuracy(tokenizer, examples, args):
 
 
 if __name__ == "__main__":
-    args = shears.parse_args(__doc__, train="openai/gsm8k:main", test="openai/gsm8k:main")
+    args = shears.shears_parser(__doc__, train="openai/gsm8k:main", test="openai/gsm8k:main").parse_args()
     shears.run(args, tasks.math_example, accuracy)

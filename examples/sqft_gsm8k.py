@@ -26,9 +26,12 @@ rate 3e-4, 3 epochs, batch 16. The paper reports 44.5% for sqft and 44.0% for qa
 Training is without dropout: with it the update is a product of its own, and a step takes longer.
 """
 
+from pathlib import Path
+
 import shears
 import tasks
 from peft import get_peft_model
+from pipeline import adapter_settings, prepare
 from shears_math import accuracy
 
 from peft_elastic import GPTQConfig, SparseQALoraConfig, WandaConfig, prune, quantize, save_gptq
@@ -44,12 +47,12 @@ PIPELINES = {
 
 
 def main() -> None:
-    parser = shears.make_parser(
+    parser = shears.shears_parser(
         __doc__,
         model="mistralai/Mistral-7B-v0.3",
         train="openai/gsm8k:main",
         test="openai/gsm8k:main",
-        out=shears.Path("sqft-out"),
+        out=Path("sqft-out"),
         ranks=[32, 28, 24, 20, 16],
         dropout=0.0,
     )
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128, help="inputs that share a scale")
     args = parser.parse_args()
     fixed_rank = len(args.ranks) == 1
-    data = shears.prepare(args, tasks.math_example, accuracy)
+    data = prepare(args, tasks.math_example, accuracy)
     if args.smoke:
         args.group_size = 32
         args.ranks = [args.r] if fixed_rank else args.ranks
@@ -72,11 +75,11 @@ def main() -> None:
         results["pruned, int4"] = data.test_accuracy(data.model)
 
     config = SparseQALoraConfig(
-        **shears.adapter_settings(args), sparse_adapter=sparse_adapter, quantization_aware=quantization_aware
+        **adapter_settings(args), sparse_adapter=sparse_adapter, quantization_aware=quantization_aware
     )
     model = get_peft_model(data.model, config)
     model.print_trainable_parameters()
-    shears.fit(model, data, args)
+    shears.train(model, data, args)
     if fixed_rank:
         results["tuned"] = data.test_accuracy(model)
     else:

@@ -85,12 +85,12 @@ def test_last_number(text, number):
 
 
 def test_target_tokens_alone_are_trained():
-    import shears
+    import pipeline
     import tasks
 
-    tokenizer, _ = shears.tiny_model(["Question: why? Answer: because"] * 3)
+    tokenizer, _ = pipeline.tiny_model(["Question: why? Answer: because"] * 3)
     example = tasks.Example("Question: why?", " because", " because", [])
-    features = shears.encode(tokenizer, example, max_length=100)
+    features = pipeline.encode(tokenizer, example, max_length=100)
     trained = [token for token, label in zip(features["input_ids"], features["labels"]) if label != -100]
     assert tokenizer.decode(trained) == " because<eos>"
-    assert shears.encode(tokenizer, example, max_length=3) is None
+    assert pipeline.encode(tokenizer, example, max_length=3) is None
