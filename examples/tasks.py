@@ -11,16 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The tasks of the Shears and SQFT papers: how their records become prompts, and how an answer is judged.
+"""The tasks of the Shears, SQFT and LoNAS papers: how their records become examples, and how an answer is judged.
 
-A task reads a dataset on the hub, or a local .json or .jsonl file, whose columns it recognises:
+A task reads a dataset on the hub, or a local .json, .jsonl or .tsv file, whose columns it recognises:
 
 - math: GSM8K (`question`, `answer`), MAWPS (`original_text`, `ans`), LLM-Adapters' math_10k (`instruction`, `output`)
 - commonsense: any multiple choice (`question`, `choices`, `label`)
+- GLUE: one or two texts and a class (`sentence`, `label`, and what its other tasks call them)
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +33,13 @@ from datasets import Dataset, load_dataset
 
 
 def read(source: str, split: str) -> Dataset:
-    """A local .json or .jsonl file, or `name` or `name:config` on the hub."""
-    if source.endswith((".json", ".jsonl")):
+    """A local .json or .jsonl file, a .tsv file with texts and classes, or `name` or `name:config` on the hub."""
+    if source.endswith((".json", ".jsonl", ".tsv")):
         if not Path(source).is_file():
             raise FileNotFoundError(f"{source!r} does not exist")
+        if source.endswith(".tsv"):
+            options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "column_names": ["text", "label"]}
+            return load_dataset("csv", data_files=source, split="train", **options)
         return load_dataset("json", data_files=source, split="train")
     name, _, config = source.partition(":")
     return load_dataset(name, config or None, split=split)
@@ -66,6 +71,33 @@ def commonsense_example(record: dict[str, Any]) -> Example:
     choices = [f" {choice}" for choice in record["choices"]]
     target = choices[record["label"]]
     return Example(f"Question: {record['question']}\nAnswer:", target, target, choices)
+
+
+# What the tasks of GLUE that are judged by accuracy call their texts.
+_TEXTS = (
+    ("text",),
+    ("sentence1", "sentence2"),  # mrpc, rte
+    ("question1", "question2"),  # qqp
+    ("question", "sentence"),  # qnli
+    ("premise", "hypothesis"),  # mnli
+    ("sentence",),  # sst2
+)
+
+
+@dataclass
+class Labelled:
+    """One record of a classification: a text or two, and its class."""
+
+    texts: list[str]
+    label: int
+
+
+def glue_example(record: dict[str, Any]) -> Labelled:
+    """One or two texts with a class."""
+    names = next((names for names in _TEXTS if set(names) <= set(record)), None)
+    if names is None:
+        raise ValueError(f"the columns {sorted(record)} are not those of a known task")
+    return Labelled([record[name] for name in names], record["label"])
 
 
 def last_number(text: str) -> float | None:
@@ -106,3 +138,26 @@ class ExactAnswer:
             texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             right += sum(str(last_number(text)) == e.answer for text, e in zip(texts, batch))
         return right / len(self.examples)
+
+
+class Classification:
+    """Accuracy of a sequence classifier.
+
+    Args:
+        features (`list[dict]`): encoded examples with `labels`.
+        collator: makes a batch of some of them.
+        batch_size (`int`): examples per batch.
+    """
+
+    def __init__(self, features: list[dict[str, Any]], collator: Any, batch_size: int = 64):
+        self.batches = [collator(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
+        self.examples = len(features)
+
+    @torch.inference_mode()
+    def __call__(self, model: Any) -> float:
+        right = 0
+        for batch in self.batches:
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            labels = inputs.pop("labels")
+            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+        return right / self.examples
