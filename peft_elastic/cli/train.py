@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic train`: train an elastic LoRA super-adapter."""
+"""`peft-elastic train`: train an elastic LoRA super-adapter, and an elastic width and depth of its base."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCallback
+from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig
 
 from . import _common, _data
 
@@ -38,12 +38,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="train an elastic LoRA super-adapter on a (pruned) model",
         description="Train one LoRA adapter whose ranks can be chosen afterwards, module group by module group: every\n"
         "optimizer step trains another random choice. The base model stays as it is. The defaults are those of\n"
-        "the Shears paper, for 3 epochs; see the documentation of transformers' Trainer for what it does.",
+        "the Shears paper, for 3 epochs; see the documentation of transformers' Trainer for what it does.\n"
+        "With --elastic-width and --elastic-depth the base itself can become smaller: merging such an adapter writes a\n"
+        "model with fewer heads, channels and blocks (LoNAS).",
         epilog="examples:\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter\n"
         "  peft-elastic train --model pruned --dataset stanfordnlp/sst2 --template 'Review: {}\\nSentiment:' \\\n"
         "      --r 32 --ranks 32 24 16 --groups q_proj,k_proj,v_proj up_proj,gate_proj down_proj --out adapter\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --sparse-adapter --bits 4 --out adapter\n"
+        "  peft-elastic train --model dense --dataset train.jsonl --elastic-width heads=1.0,0.75 mlp=1.0,0.75,0.5 \\\n"
+        "      --elastic-depth 4-20 --strategy sandwich --distillation max --out adapter\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -90,12 +94,47 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--group-size", type=int, metavar="N", help="inputs that share a scale, with --bits (default: 128)"
     )
 
+    structure = parser.add_argument_group("width and depth of the base")
+    structure.add_argument(
+        "--elastic-width",
+        nargs="+",
+        metavar="KIND=W,W",
+        help="widths that every transformer block may take, as shares or whole numbers: heads=1.0,0.75 mlp=1.0,0.75,0.5",
+    )
+    structure.add_argument(
+        "--elastic-depth",
+        nargs="+",
+        metavar="BLOCK",
+        help="blocks that may be skipped: numbers, ranges such as 4-8, or all; with .attention or .mlp behind it a part, "
+        "such as all.mlp",
+    )
+    structure.add_argument(
+        "--importance",
+        choices=("activation", "gradient", "magnitude", "none"),
+        default="activation",
+        help="what heads and channels are sorted by before the training, so that narrow subnets keep the best (default: "
+        "%(default)s)",
+    )
+    structure.add_argument(
+        "--calibration",
+        type=_data.positive_int,
+        default=128,
+        metavar="N",
+        help="training examples that activation and gradient are measured on (default: %(default)s)",
+    )
+
     training = parser.add_argument_group("training")
     training.add_argument(
         "--strategy",
-        choices=("uniform", "balanced"),
+        choices=("uniform", "balanced", "sandwich"),
         default="uniform",
-        help="how subnets are drawn: every rank on its own, or sizes evenly (default: %(default)s)",
+        help="which subnets a step trains: one, with every choice drawn on its own, or sizes evenly; or the largest, the "
+        "smallest and two random ones (default: %(default)s)",
+    )
+    training.add_argument(
+        "--distillation",
+        choices=("max",),
+        help="with --strategy sandwich: the other subnets of a step learn from the largest (default: from the labels alone)",
     )
     training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: %(default)s)")
     training.add_argument(
@@ -125,9 +164,16 @@ def run(args: argparse.Namespace) -> int:
         lora_dropout=args.dropout,
         target_modules=args.targets[0] if args.targets == ["all-linear"] else args.targets,
         rank_groups=parse_groups(args.groups),
+        elastic_width=parse_width(args.elastic_width),
+        elastic_depth=args.elastic_depth,
+        importance=args.importance,
         task_type="CAUSAL_LM",
         **options,
     )
+    if args.distillation and args.strategy != "sandwich":
+        raise ValueError(
+            "`--distillation max` goes with `--strategy sandwich`, whose steps begin with the max subnet."
+        )
     _common.check_new_folder(args.out)
     checkpoints = args.out.with_name(f"{args.out.name}-checkpoints")
     if args.resume and not last_checkpoint(checkpoints):
@@ -142,6 +188,7 @@ def run(args: argparse.Namespace) -> int:
     base = _common.load_causal_lm(args.model, args.dtype, args.device)
     set_seed(args.seed)  # of the initial weights
     model = get_peft_model(base, config)
+    sort(model, features[: args.calibration])
     model.print_trainable_parameters()
     length = {"num_train_epochs": args.epochs} if args.steps is None else {"max_steps": args.steps}
     try:
@@ -151,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoints,
             strategy=args.strategy,
             seed=args.seed,
+            distillation=args.distillation,
             learning_rate=args.lr,
             per_device_train_batch_size=args.batch_size,
             save_steps=args.save_steps,
@@ -178,6 +226,31 @@ def parse_groups(words: Sequence[str]) -> str | list[list[str]]:
     return [[name for name in word.split(",") if name] for word in words]
 
 
+def parse_width(words: Sequence[str] | None) -> dict[str, list[int | float]] | None:
+    """`elastic_width` of an `ElasticLoraConfig` from the words of the command line, `heads=1.0,0.5`.
+
+    Raises:
+        ValueError: if a word is of another form.
+    """
+    widths: dict[str, list[int | float]] = {}
+    for word in words or ():
+        kind, _, values = word.partition("=")
+        try:
+            widths[kind] = [int(value) if value.isdecimal() else float(value) for value in values.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"`--elastic-width` {word!r} must be heads=... or mlp=... with shares or whole numbers, such as mlp=1.0,0.75."
+            ) from None
+    return widths or None
+
+
+def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
+    """Sort the heads and channels of the base as the configuration of the adapter says, where that takes data."""
+    config = model.active_peft_config
+    if config.elastic_width and config.importance in ("activation", "gradient"):
+        model.sort_by_importance(_data.batches(features, _data.Collator(model), 8))
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint in a folder: a Trainer that is stopped while it saves leaves half of one."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
@@ -200,15 +273,16 @@ def fit(
     checkpoints: Path,
     strategy: str,
     seed: int,
+    distillation: str | None = None,
     **training_arguments: Any,
 ) -> dict[str, Any]:
-    """Train the elastic adapter of `model`, another subnet in each step, from the last checkpoint if there is one.
+    """Train the elastic adapter of `model`, other subnets in each step, from the last checkpoint if there is one.
 
     Args:
         model: with an elastic adapter.
         features: what `encode` returned.
         checkpoints: folder for checkpoints.
-        strategy, seed: of the `SubnetSamplingCallback`.
+        strategy, seed, distillation: of the `ElasticTrainer`.
         training_arguments: passed to `TrainingArguments`.
 
     Returns:
@@ -225,19 +299,21 @@ def fit(
         save_total_limit=1,
         logging_steps=10,
         label_names=["labels"],
-        # every step uses every adapter module, only fewer rows of it
-        ddp_find_unused_parameters=False,
+        # every step uses every adapter module, only fewer rows of it, but for those in skipped blocks
+        ddp_find_unused_parameters=any(choice.kind == "depth" for choice in model.search_space),
         report_to=[],
         # padding costs as much as text: random batches of texts of similar length
         **grouped,
         **training_arguments,
     )
-    trainer = Trainer(
+    trainer = ElasticTrainer(
         model=model,
         args=arguments,
         train_dataset=features,
         data_collator=_data.Collator(model),
-        callbacks=[SubnetSamplingCallback(strategy, seed=seed)],
+        strategy=strategy,
+        seed=seed,
+        distillation=distillation,
     )
     output = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     model.eval()
