@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
-from .blocks import Block, Ranges, Structure, Width, keep_places, layer_at
+from .blocks import Block, Ranges, Width, keep_places, layer_at
 from .layouts import Skip
 
 
@@ -187,7 +187,7 @@ class _Skipped(nn.Module):
     cache_layers: tuple[int, ...]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keep_places(kwargs.get("past_key_values"), self.cache_layers, hidden_states)
+        keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
         return type(self).skip_function(self, hidden_states, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -243,22 +243,18 @@ def set_width(model: nn.Module, width: Width, value: int) -> None:
         model.get_submodule(path).__dict__[name] = value
 
 
-def restore(model: nn.Module, structure: Structure) -> None:
-    """Compute everything at full width again."""
-    for width in structure.widths:
-        set_width(model, width, width.full)
-    for block in structure.blocks:
-        for part in block.skips:
-            set_skipped(model, block, part, False)
+def is_narrowed(model: nn.Module) -> bool:
+    """Whether a model computes with less than all of it."""
+    return any(isinstance(module, (_Narrow, _Skipped)) for module in model.modules())
 
 
 __all__ = [
     "active_ranges",
     "cache_layers",
     "check_narrowable",
+    "is_narrowed",
     "is_skipped",
     "plain_class",
-    "restore",
     "set_active",
     "set_skipped",
     "set_width",
