@@ -55,12 +55,6 @@ class _Narrow(nn.Module):
         full: Any = self._parameters["weight"]
         return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
 
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:  # a parameter goes to nn.Module and never comes here
-        raise ValueError(
-            "The weight of a narrowed layer cannot be replaced by part of it. Call `set_subnet('max')` first."
-        )
-
     @property
     def bias(self) -> Optional[torch.Tensor]:
         full = self._parameters.get("bias")
@@ -107,10 +101,6 @@ class _NarrowBitsAndBytes(_Narrow):
     @property
     def weight(self) -> Any:
         return self._parameters["weight"]
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        raise ValueError("The weight of a narrowed layer cannot be replaced. Call `set_subnet('max')` first.")
 
     def active_weight(self) -> torch.Tensor:
         full = dequantize(self._parameters["weight"], getattr(self, "state", None))

@@ -58,7 +58,8 @@ def structural_choices(
     choices = []
     for kind, options in (elastic_width or {}).items():
         widths = [width for width in structure.widths if width.kind == kind]
-        if not widths:
+        # blocks of another kind may stand between those with a width, but not one that could not be read
+        if not widths or any(kind in block.problems for block in structure.blocks):
             raise ValueError(f"`elastic_width[{kind!r}]`: {_why_not(structure, kind)}")
         for width in widths:
             values = sorted({_value_of(width, option, options) for option in options}, reverse=True)
