@@ -303,23 +303,25 @@ def test_bitsandbytes(bits, adapter):
         return dense
 
     dense = dense_copy()
-    tolerance = 1e-4 if bits == 4 else 0.1
+    def far(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    # of bfloat16, or of rounded activations
+    tolerance = 0.02 if bits == 4 else 0.1
     dense.set_subnet("max")
-    close(outputs(dense, inputs), whole, tolerance)
+    assert far(whole, outputs(dense, inputs)) < tolerance
     with masked(dense, "llama", subnet):
         expected = outputs(dense, inputs)
     model.set_subnet(subnet)
-    close(outputs(model, inputs), expected, tolerance)
-    assert (expected - whole).abs().max() > 0.3
+    assert far(outputs(model, inputs), expected) < tolerance
+    assert far(expected, whole) > 0.3
     gradients_found = gradients(model, inputs)
     assert all(torch.isfinite(g).all() for g in gradients_found.values()) and len(gradients_found) == 28
     model.set_subnet("max")
     close(outputs(model, inputs), whole, 1e-5)
     model.set_subnet(subnet)
     extracted = model.extract_subnet(sparse_kernel=False)
-    # merging into what stays in bitsandbytes rounds it again
-    with torch.no_grad():
-        assert (outputs(extracted, inputs) - expected).square().mean() < 0.1 * expected.square().mean()
+    assert far(outputs(extracted, inputs), expected) < 0.2  # merging into what stays in bitsandbytes rounds it again
     assert type(extracted.model.layers[0].mlp.up_proj) is nn.Linear
     assert extracted.model.layers[0].mlp.up_proj.weight.shape == (24, 64)
 

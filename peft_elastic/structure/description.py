@@ -292,7 +292,8 @@ def _fingerprint(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         if path in linears:
             prints[path] = (*layer_sizes(module), module._parameters.get("bias") is not None)
-        if path in linears or isinstance(module, Removed):  # whose numbers are those of what was there
+        in_linear = path in linears or path.rpartition(".")[0] in linears
+        if in_linear or isinstance(module, Removed):  # whose numbers are those of what was there
             continue
         for name, value in module.__dict__.items():
             if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):
