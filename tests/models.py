@@ -154,6 +154,68 @@ def tiny_vit(**settings: Any) -> Any:
     )
 
 
+def tiny_qwen3(**settings: Any) -> Any:
+    """With a norm of each query and key head."""
+    return build(transformers.Qwen3ForCausalLM, transformers.Qwen3Config, **_decoder(head_dim=8, **settings))
+
+
+_HYBRID = {
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_gemma2(**settings: Any) -> Any:
+    """Layers with sliding and with full attention, norms in front of the residual connections."""
+    return build(transformers.Gemma2ForCausalLM, transformers.Gemma2Config, **_decoder(**_HYBRID, **settings))
+
+
+def tiny_gemma3(**settings: Any) -> Any:
+    """Layers with sliding and with full attention, which have different position embeddings."""
+    return build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, **_decoder(**_HYBRID, **settings))
+
+
+def tiny_phi3(**settings: Any) -> Any:
+    """Queries, keys and values in one layer, gate and up in one."""
+    return build(transformers.Phi3ForCausalLM, transformers.Phi3Config, **_decoder(**settings))
+
+
+def tiny_gpt_neox(**settings: Any) -> Any:
+    """Queries, keys and values in one layer, head by head."""
+    return build(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, **_decoder(**settings))
+
+
+def tiny_roberta(**settings: Any) -> Any:
+    return build(
+        transformers.RobertaForSequenceClassification, transformers.RobertaConfig, **_decoder(num_labels=3, **settings)
+    )
+
+
+def tiny_distilbert(**settings: Any) -> Any:
+    return build(
+        transformers.DistilBertForSequenceClassification,
+        transformers.DistilBertConfig,
+        **{
+            "vocab_size": VOCABULARY,
+            "dim": 32,
+            "hidden_dim": 48,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "num_labels": 3,
+        }
+        | settings,
+    )
+
+
+def tiny_gated_t5(**settings: Any) -> Any:
+    return tiny_t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **settings)
+
+
 def tiny_mixtral(**settings: Any) -> Any:
     """A mixture of experts; its experts are parameters `(experts, out, in)`, to be named in `target_parameters`."""
     return build(
@@ -314,6 +376,62 @@ ARCHITECTURES = {
         ["vit.layers.0", "vit.layers.1"],
     ),
 }
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A model with transformer blocks, and where their parts are: what the tests of width and depth know of it themselves.
+
+    Args:
+        build: returns the model, whose blocks have 4 heads of size 8 and 48 channels.
+        path: of a block, with its number left open.
+        attention, mlp: paths in a block of the layers that read the heads and the channels.
+        kv_heads: how many there are.
+        inputs: returns its inputs.
+        count: of blocks.
+        post_norm: names of the modules that a skipped attention and a skipped MLP leave out together with their norms; none where
+            these are in front.
+    """
+
+    build: Callable[..., Any]
+    path: str = "model.layers.{}"
+    attention: str = "self_attn.o_proj"
+    mlp: str = "mlp.down_proj"
+    kv_heads: int = 2
+    inputs: Callable[[], dict[str, torch.Tensor]] = _language
+    count: int = 2
+    post_norm: tuple[str, ...] = ()
+
+
+def _padded() -> dict[str, torch.Tensor]:
+    inputs = _language()
+    inputs["attention_mask"][0, :2] = 0
+    return inputs
+
+
+_BERT_PARTS = ("attention.output.dense", "output.dense", 4, _padded, 2, ("attention", "output"))
+BLOCKS = {
+    "llama": Blocks(tiny_llama, inputs=_padded),
+    "qwen2": Blocks(tiny_qwen2),
+    "qwen3": Blocks(tiny_qwen3),
+    "mistral": Blocks(tiny_mistral),
+    "gemma": Blocks(tiny_gemma),
+    "gemma2": Blocks(tiny_gemma2, count=3),
+    "gemma3": Blocks(tiny_gemma3, count=3, inputs=_padded),
+    "phi": Blocks(tiny_phi, attention="self_attn.dense", mlp="mlp.fc2", kv_heads=4),
+    "phi3": Blocks(tiny_phi3),
+    "gpt2": Blocks(lambda **s: tiny_gpt2(n_inner=48, **s), "transformer.h.{}", "attn.c_proj", "mlp.c_proj", 4),
+    "gpt_neox": Blocks(tiny_gpt_neox, "gpt_neox.layers.{}", "attention.dense", "mlp.dense_4h_to_h", 4),
+    "opt": Blocks(tiny_opt, "model.decoder.layers.{}", "self_attn.out_proj", "fc2", 4, _padded),
+    "bert": Blocks(tiny_bert, "bert.encoder.layer.{}", *_BERT_PARTS),
+    "roberta": Blocks(tiny_roberta, "roberta.encoder.layer.{}", *_BERT_PARTS),
+    "distilbert": Blocks(
+        tiny_distilbert, "distilbert.transformer.layer.{}", "attention.out_lin", "ffn.lin2", 4, _padded
+    ),
+    "vit": Blocks(tiny_vit, "vit.layers.{}", "attention.o_proj", "mlp.fc2", 4, ARCHITECTURES["vit"].inputs),
+}
+# Those with an encoder and a decoder, whose blocks differ.
+T5S = {"t5": tiny_t5, "gated t5": tiny_gated_t5}
 
 
 def randomize(model: nn.Module, seed: int = 0, std: float = 0.2, adapter_name: str | None = None) -> None:

@@ -43,7 +43,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..quantization.saving import replace_quantized, state_to_save
+from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
 from ..structure.description import apply_description, is_described, put_layer_sizes_back, take_layer_sizes
 from . import ops
 from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
@@ -291,7 +291,7 @@ class SparseQuantizer(HfQuantizer):
 def mark_checkpoint(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` write the sparse layers that `model` has when it is called, and that `from_pretrained` has to
     follow the sizes of its blocks."""
-    if getattr(model, "hf_quantizer", None) is None:
+    if isinstance(getattr(model, "hf_quantizer", None), (type(None), GridQuantizer)):  # this one guards saving as well
         config = SparseCheckpointConfig()
         model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
         model.config.quantization_config = config

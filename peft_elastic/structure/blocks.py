@@ -15,14 +15,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
@@ -104,9 +104,10 @@ class Attention:
         if self.layout.reads_config:
             config: Any = module.config
             config = config.whole if isinstance(config, ConfigOfPart) else config
-            whole = heads == self.heads
             numbers = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-            module.__dict__["config"] = config if whole else ConfigOfPart(config, numbers)
+            # not so at full width either, if the blocks of the model have different sizes
+            fits = all(getattr(config, name) == number for name, number in numbers.items())
+            module.__dict__["config"] = config if fits else ConfigOfPart(config, numbers)
 
 
 class ConfigOfPart:
@@ -195,15 +196,22 @@ class Removed(nn.Module):
         self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keep_places(kwargs.get("past_key_values"), self.cache_layers, hidden_states)
+        keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
         return self.skip(self, hidden_states, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return self.stands_for
 
 
-def keep_places(cache: Any, layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
-    """Note the new tokens in the layers of a key-value cache that nobody fills: positions are counted in one of them."""
+def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
+    """Note the new tokens in the layers of a key-value cache that nobody fills: positions are counted in one of them.
+
+    Args:
+        arguments: of the forward, one of which may be the cache. Models give it different names, or none.
+        layers: numbers of these layers.
+        hidden_states: the new tokens, (sequences, length, features).
+    """
+    cache: Any = next((argument for argument in arguments if isinstance(argument, Cache)), None)
     if cache is None or not layers:
         return
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

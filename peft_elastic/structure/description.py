@@ -29,8 +29,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .blocks import Block, Removed, Structure
+from .blocks import Block, Removed, Structure, layer_sizes
 from .extract import extract
+from .modules import linear_layers
 from .narrow import set_skipped, set_width
 
 
@@ -284,11 +285,16 @@ def _difference(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
 
 
 def _fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Shapes of the parameters, and the numbers that the modules keep about themselves."""
+    """Shapes of the parameters, and the numbers that the modules keep about themselves. Of linear layers their sizes alone, as
+    these may be quantised."""
     prints: dict[str, Any] = {}
+    linears = linear_layers(model)
     for path, module in model.named_modules():
-        if isinstance(module, Removed):
-            continue  # its numbers are those of what was there
+        if path in linears:
+            prints[path] = (*layer_sizes(module), module._parameters.get("bias") is not None)
+        in_linear = path in linears or path.rpartition(".")[0] in linears
+        if in_linear or isinstance(module, Removed):  # whose numbers are those of what was there
+            continue
         for name, value in module.__dict__.items():
             if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):
                 prints[f"{path}.{name}"] = value

@@ -26,7 +26,7 @@ from ..quantization.grid import Grid
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import is_bitsandbytes
 from .blocks import Block, Ranges, Removed, Structure
-from .importance import ORDER_ATTRIBUTE
+from .importance import note_orders
 from .modules import replace_layers
 from .narrow import active_ranges, is_skipped, set_active, take
 
@@ -70,7 +70,7 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
             replacements.append((layer, _cut(layer)))
     replace_layers(model, [(old, new) for old, new in replacements if old is not new])
     kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
-    model.__dict__.pop(ORDER_ATTRIBUTE, None)  # what is left of the units has no order of the whole
+    note_orders(model, {})  # what is left of the units has no order of the whole
     return {stack: numbers for stack, numbers in kept.items() if numbers}
 
 

@@ -19,6 +19,7 @@ narrower MLPs multiply the perplexity by a few in the order of the activations, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -27,18 +28,22 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .bitsandbytes import is_bitsandbytes
-from .blocks import Slot, Structure, Width, layer_at, layer_sizes
+from .blocks import KINDS, Slot, Structure, Width, layer_at, layer_sizes
 from .calibration import calibration_batches, calibration_mode
 from .inputs import InputCollector, is_encoder_decoder
+from .narrow import is_narrowed
 from .sequential import BlockWalker
 
 
 IMPORTANCES = ("activation", "gradient", "magnitude", "none")
 # Where a sorted model keeps, by the name of each `Order`, which unit of the original model each unit is.
 ORDER_ATTRIBUTE = "_peft_elastic_order"
+# Where the configuration of a sorted model says which order that is, so that a checkpoint of it is not sorted once more.
+ORDER_SETTING = "peft_elastic_order"
 
 # What a user may give as scores: by the name of the block (MLP channels), or attention or stack (heads), one number for each
 # unit, or a function of it.
@@ -84,7 +89,13 @@ def sort_by_importance(
         ValueError: if an argument is not allowed, or a weight cannot be sorted (packed or quantised by another library, not in
             memory), before anything is changed.
     """
+    if not isinstance(importance, (str, Mapping)):
+        raise ValueError(f"`importance` must be one of {list(IMPORTANCES)} or your own scores, got {importance!r}.")
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"`kinds` must be {list(KINDS)} or one of them, got {kinds!r}.")
     model = getattr(model, "get_base_model", lambda: model)()
+    if is_narrowed(model):
+        raise ValueError("A part of `model` is not active; choose the widest subnet first, `model.set_subnet('max')`.")
     structure = Structure(model)
     widths = [width for width in structure.widths if width.kind in kinds]
     if isinstance(importance, str) and importance == "none":
@@ -166,6 +177,44 @@ def apply_orders(model: nn.Module, widths: list[Width], orders: Mapping[str, tor
                 _permute(model.get_submodule(slot.path), slot.side, slot.index(permutation))
             before = noted.get(order.name, torch.arange(width.units))
             noted[order.name] = before[permutation]
+    note_orders(model, noted)
+
+
+def note_orders(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> None:
+    """Note that the units of a model are in these orders."""
+    settings = _settings(model)
+    settings.pop(ORDER_SETTING, None)
+    model.__dict__.pop(ORDER_ATTRIBUTE, None)
+    if orders:
+        model.__dict__[ORDER_ATTRIBUTE] = dict(orders)
+        settings[ORDER_SETTING] = _digest(orders)
+
+
+def is_stored_in(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model that has no notes comes from a checkpoint that was saved in these orders.
+
+    Raises:
+        ValueError: if it was saved in other ones.
+    """
+    digest = _settings(model).get(ORDER_SETTING)
+    if digest is None or ORDER_ATTRIBUTE in model.__dict__:
+        return False
+    if orders and digest != _digest(orders):
+        raise ValueError(
+            "The heads and channels of the model were sorted when it was saved, in another order than this adapter needs. Load "
+            "the adapter on the model that it was trained with."
+        )
+    return True
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config.__dict__ if isinstance(config, PreTrainedConfig) else {}
+
+
+def _digest(orders: Mapping[str, torch.Tensor]) -> str:
+    lines = [f"{name} {order.tolist()}" for name, order in sorted(orders.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def noted_orders(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -195,6 +244,7 @@ def reorder(model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> None:
     if moves:
         check_sortable(model, [width for width in widths if any(order.name in moves for order in width.orders)])
         apply_orders(model, widths, moves)
+    note_orders(model, wanted)
 
 
 def same_orders(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> bool:
@@ -203,15 +253,15 @@ def same_orders(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> bool:
     return noted.keys() == orders.keys() and all(torch.equal(noted[name], order) for name, order in orders.items())
 
 
-def moves(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """What brings weights that are in noted orders into those of the model: path of a layer -> (side, where each feature comes
-    from)."""
-    noted = noted_orders(model)
+def _moves(
+    model: nn.Module, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """What brings weights from noted orders into others: path of a layer -> (side, where each feature comes from)."""
     found: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for width in Structure(model).widths:
         identity = torch.arange(width.units)
         for order in width.orders:
-            then, now = orders.get(order.name, identity), noted.get(order.name, identity)
+            then, now = before.get(order.name, identity), after.get(order.name, identity)
             if not torch.equal(then, now):
                 step = torch.argsort(then)[now]
                 for slot in order.slots:
@@ -219,23 +269,39 @@ def moves(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> dict[str, lis
     return found
 
 
+# What an adapter's file holds of a layer for each of its outputs (dimension 0), or inputs: name -> dimension.
+_OF_OUTPUTS = {
+    "lora_B.weight": 0,
+    "lora_B.bias": 0,
+    "lora_magnitude_vector": 0,
+    "lora_grid.scales": 0,
+    "lora_grid.zeros": 0,
+    "base_layer.bias": 0,
+    "bias": 0,
+}
+_OF_INPUTS = {"lora_A.weight": 1, "lora_grid.g_idx": 0}
+
+
 def move_adapter(
-    model: nn.Module, orders: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], prefix: str
+    model: nn.Module,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
+    prefix: str,
 ) -> dict[str, torch.Tensor]:
-    """The state dict of an adapter for a base in noted orders, as it is for the base in the order that it has.
+    """The state dict of an adapter for a base in some noted orders, as it is for the base in others.
 
     Args:
         model: the base model.
-        orders: that the adapter belongs to.
+        before, after: noted orders; an empty one is that of the original model.
         state_dict: in peft's format.
         prefix: of its names.
     """
     moved = dict(state_dict)
-    for path, steps in moves(model, orders).items():
+    for path, steps in _moves(model, before, after).items():
         for side, index in steps:
-            factor, dim = ("lora_B", 0) if side == "out" else ("lora_A", 1)
-            for kind in ("weight", "bias") if side == "out" else ("weight",):
-                name = f"{prefix}{path}.{factor}.{kind}"
+            for ending, dim in (_OF_OUTPUTS if side == "out" else _OF_INPUTS).items():
+                name = f"{prefix}{path}.{ending}"
                 if name in moved:
                     moved[name] = moved[name].index_select(dim, index.to(moved[name].device))
     return moved
@@ -249,6 +315,8 @@ def _permute(module: nn.Module, side: str, index: torch.Tensor) -> None:
             _permute_parameter(factor._parameters["weight"], dim, index)
             if side == "out":
                 _permute_parameter(factor._parameters.get("bias"), 0, index)
+        for magnitude in module.lora_magnitude_vector.values() if side == "out" else ():
+            _permute_parameter(magnitude.weight, 0, index)
         for grid in getattr(module, "lora_grid", {}).values():
             grid.permute(side, index)
     layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module

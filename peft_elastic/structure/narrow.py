@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
-from .blocks import Block, Ranges, Structure, Width, keep_places, layer_at
+from .blocks import Block, Ranges, Width, keep_places, layer_at
 from .layouts import Skip
 
 
@@ -54,12 +54,6 @@ class _Narrow(nn.Module):
     def weight(self) -> torch.Tensor:
         full: Any = self._parameters["weight"]
         return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
-
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:  # a parameter goes to nn.Module and never comes here
-        raise ValueError(
-            "The weight of a narrowed layer cannot be replaced by part of it. Call `set_subnet('max')` first."
-        )
 
     @property
     def bias(self) -> Optional[torch.Tensor]:
@@ -107,10 +101,6 @@ class _NarrowBitsAndBytes(_Narrow):
     @property
     def weight(self) -> Any:
         return self._parameters["weight"]
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        raise ValueError("The weight of a narrowed layer cannot be replaced. Call `set_subnet('max')` first.")
 
     def active_weight(self) -> torch.Tensor:
         full = dequantize(self._parameters["weight"], getattr(self, "state", None))
@@ -187,7 +177,7 @@ class _Skipped(nn.Module):
     cache_layers: tuple[int, ...]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keep_places(kwargs.get("past_key_values"), self.cache_layers, hidden_states)
+        keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
         return type(self).skip_function(self, hidden_states, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -243,22 +233,18 @@ def set_width(model: nn.Module, width: Width, value: int) -> None:
         model.get_submodule(path).__dict__[name] = value
 
 
-def restore(model: nn.Module, structure: Structure) -> None:
-    """Compute everything at full width again."""
-    for width in structure.widths:
-        set_width(model, width, width.full)
-    for block in structure.blocks:
-        for part in block.skips:
-            set_skipped(model, block, part, False)
+def is_narrowed(model: nn.Module) -> bool:
+    """Whether a model computes with less than all of it."""
+    return any(isinstance(module, (_Narrow, _Skipped)) for module in model.modules())
 
 
 __all__ = [
     "active_ranges",
     "cache_layers",
     "check_narrowable",
+    "is_narrowed",
     "is_skipped",
     "plain_class",
-    "restore",
     "set_active",
     "set_skipped",
     "set_width",

@@ -40,7 +40,7 @@ def check_width_options(kind: str, options: Any) -> None:
     if not numbers or not options:
         raise ValueError(f"`elastic_width[{kind!r}]` must be a list of fractions or whole numbers, got {options!r}.")
     whole = all(isinstance(value, int) for value in options)
-    if any(value <= 0 or (not whole and value > 1) for value in options):
+    if not all(value > 0 and (whole or value <= 1) for value in options):  # NaN is neither
         allowed = "whole numbers from 1" if whole else "fractions above 0, at most 1"
         raise ValueError(f"`elastic_width[{kind!r}]` must be {allowed}, got {list(options)!r}.")
 
@@ -58,7 +58,8 @@ def structural_choices(
     choices = []
     for kind, options in (elastic_width or {}).items():
         widths = [width for width in structure.widths if width.kind == kind]
-        if not widths:
+        # blocks of another kind may stand between those with a width, but not one that could not be read
+        if not widths or any(kind in block.problems for block in structure.blocks):
             raise ValueError(f"`elastic_width[{kind!r}]`: {_why_not(structure, kind)}")
         for width in widths:
             values = sorted({_value_of(width, option, options) for option in options}, reverse=True)

@@ -196,6 +196,8 @@ class ElasticLoraConfig(LoraConfig):
         depth = self.elastic_depth
         if depth is not None:
             entries = list(depth) if isinstance(depth, (list, tuple, range)) else [depth]
+            if not entries:
+                raise ValueError(f"`elastic_depth` names no block, got {depth!r}. Leave it unset for a fixed depth.")
             for entry in entries:
                 if isinstance(entry, bool) or not isinstance(entry, (int, str)) or entry == "":
                     raise ValueError(

@@ -30,10 +30,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from ...structure.importance import move_adapter, noted_orders
 from .config import ElasticLoraConfig
 from .layer import active_weights, full_weights, get_rank
 
 
+# Of what is in the file of an adapter, and of what there says the order of the units of a sorted base.
+FILE_PREFIX = "base_model.model."
+ORDER_SUFFIX = ".elastic_order"
 # Initialisations that also change the base weights, by an amount that depends on the full rank.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -113,7 +117,10 @@ def _active_state_dict(
     }
     plain = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter_name)
     # peft's files carry the prefix of a PeftModel; tied adapters share memory, which safetensors refuses
-    return {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in plain.items()}
+    named = {f"{FILE_PREFIX}{name}": tensor for name, tensor in plain.items() if not name.endswith(ORDER_SUFFIX)}
+    # which the base has in its original order for whoever loads the file
+    named = move_adapter(model, noted_orders(model), {}, named, FILE_PREFIX)
+    return {name: tensor.contiguous().clone() for name, tensor in named.items()}
 
 
 def _auto_mapping(model: nn.Module, config: ElasticLoraConfig) -> dict[str, Any] | None:

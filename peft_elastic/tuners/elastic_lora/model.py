@@ -48,19 +48,21 @@ from ...structure.description import describe
 from ...structure.extract import extract
 from ...structure.importance import (
     check_sortable,
+    is_stored_in,
     move_adapter,
+    note_orders,
     noted_orders,
     reorder,
     same_orders,
     sort_by_importance,
 )
-from ...structure.narrow import active_ranges, is_skipped
+from ...structure.narrow import active_ranges, is_narrowed
 from ...structure.space import activate, check_narrowable_layers, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
 from .config import ElasticLoraConfig
-from .export import export_lora
+from .export import FILE_PREFIX, ORDER_SUFFIX, export_lora
 from .layer import (
     check_ranks,
     full_weights,
@@ -161,8 +163,14 @@ class ElasticLoraModel(LoraModel):
     _elastic_adapters: dict[str, _ElasticAdapter]
     # By adapter, the values of the choices of width and depth in its active subnet.
     _structural_values: dict[str, dict[str, int]]
+    # Which adapters were active, if any, when the base was narrowed last.
+    _followed: Any = None
+    # Keeps the base narrowed as the active adapter wants it, whoever activates that; a hook on the base model.
+    _follower: Any = None
     # Tells that the weights of an adapter fit a sorted base only; on the base model, until that is sorted.
     _order_guard: Any = None
+    # The noted orders of the base when the first adapter came.
+    _own_orders: Optional[dict[str, torch.Tensor]] = None
     # During the dry run of an injection: path -> (module to adapt, its maximal rank).
     _plan: Optional[dict[str, tuple[nn.Module, int]]] = None
     # The adapter that `add_weighted_adapter` is about to create.
@@ -192,18 +200,21 @@ class ElasticLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if "_elastic_adapters" not in self.__dict__:
             self._elastic_adapters, self._structural_values = {}, {}
+        if self._own_orders is None:
+            self._own_orders = noted_orders(model)
         if adapter_name == self._weighted_adapter:
             config.elastic_ranks = [config.r]
         with self._unchanged_on_error(model, adapter_name):
-            self._check_injection(model, adapter_name, state_dict)
-            _convert_moe_targets(config, model)
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+            with self._whole_base():  # whose weights and sizes a new adapter may start from
+                self._check_injection(model, adapter_name, state_dict)
+                _convert_moe_targets(config, model)
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
             for name, layer in self._find_layers(adapter_name):
                 make_elastic(layer, adapter_name, name)
             self._elastic_adapters = self._find_elastic_adapters(adapter_name)
@@ -240,23 +251,45 @@ class ElasticLoraModel(LoraModel):
         for path, (module, rank) in plan.items():
             self._check_target(module, path, rank, config)
         choices = self._build_choices(trial, {path: rank for path, (_, rank) in plan.items()}, model)
-        choices += self._check_structure(trial, adapter_name, model)
+        choices += self._check_structure(trial, model, {path: module for path, (module, _) in plan.items()})
         # with `layer_replication`, the layers that are to come are not known yet
         if config.active_subnet is not None and not config.layer_replication:
             _check_active_subnet(config, adapter_name, choices)
 
-    def _check_structure(self, config: ElasticLoraConfig, adapter_name: str, model: nn.Module) -> list[Choice]:
-        """The choices of width and depth. Raise a ValueError if the base does not allow them."""
+    def _check_structure(
+        self, config: ElasticLoraConfig, model: nn.Module, targets: Mapping[str, nn.Module]
+    ) -> list[Choice]:
+        """The choices of width and depth. Raise a ValueError if the base, or what gets an adapter in it, does not allow them."""
         if not config.is_structural:
             return []
-        if config.modules_to_save and any("." in name for name in config.modules_to_save):
-            raise ValueError(
-                "`modules_to_save` cannot name modules inside blocks together with elastic width or depth."
-            )
         structure = Structure(model)
         choices = structural_choices(structure, config.elastic_width, config.depth_entries)
         check_narrowable_layers(model, structure, choices)
+        inside = [f"{block.path}." for block in structure.blocks]
+        for path, module in model.named_modules():
+            named = any(path == name or path.endswith(f".{name}") for name in config.modules_to_save or ())
+            trained = named or isinstance(module, AuxiliaryTrainingWrapper)
+            if trained and any(f"{path}.".startswith(block) or block.startswith(f"{path}.") for block in inside):
+                raise ValueError(
+                    f"`modules_to_save`: {path!r} is in, or around, a block whose width or depth is elastic. Leave it out."
+                )
+        narrowed = {name for choice in choices if choice.kind in KINDS for name in choice.modules}
+        parameters = (
+            {name.rpartition(".")[0] for name, _ in model.named_parameters()} if config.target_parameters else ()
+        )
+        for path in narrowed:
+            if isinstance(targets.get(path), nn.Embedding):
+                raise ValueError(f"`target_modules`: the embedding {path!r} is narrowed with the heads; leave it out.")
+            if path in parameters and any(f"{path}.weight".endswith(name) for name in config.target_parameters or ()):
+                raise ValueError(f"`target_parameters`: the weight of {path!r} is narrowed; use `target_modules`.")
         if config.elastic_width and config.importance == "magnitude" and not config.sorted_base:
+            if not noted_orders(model):
+                others = [name for name, c in self._elastic_configs().items() if c is not config and c.elastic_width]
+                if set(others) & set(self._elastic_adapters):
+                    raise ValueError(
+                        f"`importance='magnitude'` would sort the base under adapter {others[0]!r}, which keeps its first heads "
+                        "and channels as they are; use 'none'."
+                    )
             check_sortable(model, _widths(structure, config))
         return choices
 
@@ -541,39 +574,92 @@ class ElasticLoraModel(LoraModel):
                 "choosing another subnet."
             )
         self._check_sorted(subnet, adapter_name)
+        values = {choice.key: subnet[choice.key] for choice in space if choice.kind != "rank"}
+        if values:
+            self._check_together(self._active_elastic_adapters(), self._structural_values | {adapter_name: values})
         for choice in space:
             for name in choice.modules if choice.kind == "rank" else ():
                 set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)
-        values = {choice.key: subnet[choice.key] for choice in space if choice.kind != "rank"}
         if values:
             self._structural_values[adapter_name] = values
             self._apply_structure()
+            if self._follower is None:
+                self._follower = self.model.register_forward_pre_hook(_follow_active_adapters)
 
     # -- width and depth of the base -------------------------------------------------------------------------------
 
+    def _narrowing(
+        self, adapter_name: str, values: Optional[Mapping[str, Mapping[str, int]]] = None
+    ) -> dict[str, int]:
+        """What the subnet of an adapter, or of `values`, takes away from the base: the choices that are below the whole."""
+        adapter = self._elastic_adapters.get(adapter_name)
+        structure = None if adapter is None else adapter.structure
+        if structure is None:
+            return {}
+        whole = {f"{width.kind}:{width.name}": width.full for width in structure.widths}
+        chosen = (self._structural_values if values is None else values).get(adapter_name, {})
+        return {key: value for key, value in chosen.items() if value != whole.get(key, 1)}
+
+    def _check_together(
+        self, active: Iterable[str], values: Optional[Mapping[str, Mapping[str, int]]] = None
+    ) -> dict[str, int]:
+        """What these adapters, active together, take away from the base.
+
+        Raises:
+            ValueError: if they want different things, or it cannot be taken away now.
+        """
+        narrowings = {name: self._narrowing(name, values) for name in active if self._is_structural(name)}
+        first = next(iter(narrowings.values()), {})
+        if any(other != first for other in narrowings.values()):
+            raise ValueError(
+                f"The adapters {list(narrowings)} cannot be active together: their subnets differ in the width or depth of the "
+                "base."
+            )
+        for module in self.model.modules() if first else ():
+            if isinstance(module, LoraLayer) and module.merged:
+                raise ValueError(
+                    f"The adapters {module.merged_adapters} are merged into the base, which cannot be narrowed then. Call "
+                    "`unmerge_adapter()` first."
+                )
+            if isinstance(module, LoraLayer) and set(module.lora_magnitude_vector) & set(active):
+                raise ValueError("Adapters with DoRA cannot be active beside one that narrows the base.")
+        return first
+
+    def _is_structural(self, adapter_name: str) -> bool:
+        return adapter_name in self._elastic_adapters and self._elastic_adapters[adapter_name].structure is not None
+
     def _apply_structure(self) -> None:
         """Narrow the base, and the adapters on it, to what the active adapter has chosen."""
-        structural = {name for name, adapter in self._elastic_adapters.items() if adapter.structure is not None}
-        if not structural:
+        adapters = self._elastic_adapters.values()
+        structure = next((adapter.structure for adapter in adapters if adapter.structure is not None), None)
+        if structure is None:
             return
-        enabled = next((not m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer)), False)
-        active = [name for name in self._active_elastic_adapters() if name in structural] if enabled else []
-        chosen = [self._structural_values[name] for name in active if name in self._structural_values]
-        if any(values != chosen[0] for values in chosen[1:]):
-            raise ValueError(
-                f"The adapters {active} cannot be active together: their subnets differ in the width or depth of the base."
-            )
-        structure = self._elastic_adapters[next(iter(structural))].structure
-        assert structure is not None
-        activate(self.model, structure, chosen[0] if chosen else {})
+        self._followed = followed = self._enabled_adapters()
+        values = self._check_together(followed)
+        activate(self.model, structure, values)
         for path in {slot.path for width in structure.widths for slot in width.slots}:
             module = self.model.get_submodule(path)
             if isinstance(module, LoraLayer):
                 set_width(module, *active_ranges(module.get_base_layer()))
 
-    def _is_narrowed(self) -> bool:
-        """Whether the base computes with less than all of it."""
-        return any(active_ranges(module) != (None, None) or is_skipped(module) for module in self.model.modules())
+    def _enabled_adapters(self) -> list[str]:
+        """The active elastic adapters, none while adapters are disabled."""
+        enabled = next((not m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer)), False)
+        return self._active_elastic_adapters() if enabled else []
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if isinstance(names, (list, tuple)):  # peft checks them otherwise
+            active = self._check_together(self._enabled_adapters())
+            for name in dict.fromkeys(names):
+                if self._narrowing(name) != active:
+                    raise ValueError(
+                        f"`adapter_names`: all adapters of a batch compute with one base, and that of {name!r} has another width "
+                        "or depth than the active one. Activate subnets with the same, or run it in a batch of its own."
+                    )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def sort_by_importance(
         self,
@@ -603,8 +689,7 @@ class ElasticLoraModel(LoraModel):
         ]
         if not configs:
             raise ValueError("No adapter has an `elastic_width`, so there is nothing to sort for.")
-        if any(layer.merged for layer in self.model.modules() if isinstance(layer, LoraLayer)):
-            raise ValueError("An adapter is merged; call `unmerge_adapter()` before sorting.")
+        self._check_unmerged()
         kinds = tuple(dict.fromkeys(kind for config in configs for kind in config.elastic_width or {}))
         with self._whole_base():
             scores = sort_by_importance(
@@ -618,6 +703,10 @@ class ElasticLoraModel(LoraModel):
         for config in self._elastic_configs().values():
             config.sorted_base = bool(noted_orders(self.model))
         return scores
+
+    def _check_unmerged(self) -> None:
+        if any(layer.merged for layer in self.model.modules() if isinstance(layer, LoraLayer)):
+            raise ValueError("An adapter is merged; call `unmerge_adapter()` before the base is sorted.")
 
     @contextmanager
     def _whole_base(self) -> Iterator[None]:
@@ -648,7 +737,7 @@ class ElasticLoraModel(LoraModel):
     def _check_sorted(self, subnet: Subnet, adapter_name: str) -> None:
         """Raise a ValueError if the subnet keeps the first heads or channels of a base in which those are any."""
         config, adapter = self.peft_config[adapter_name], self._elastic(adapter_name)
-        if not config.elastic_width or config.sorted_base or config.importance == "none":
+        if not config.elastic_width or config.sorted_base or config.importance == "none" or noted_orders(self.model):
             return
         structure = adapter.structure
         assert structure is not None
@@ -667,6 +756,8 @@ class ElasticLoraModel(LoraModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         if self._plan is not None:  # the first thing that peft does after the last module
             raise _PlanIsComplete
+        if any(not m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer)):
+            self._check_together([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._apply_structure()
 
@@ -736,15 +827,29 @@ class ElasticLoraModel(LoraModel):
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
 
         Raises:
-            ValueError: if the adapter changed the base weights when it was initialised (PiSSA and relatives).
+            ValueError: if the adapter changed the base weights when it was initialised (PiSSA and relatives), or the active
+                subnet narrows or skips parts of the base.
             OSError: if the folder cannot be written; nothing is changed then.
         """
         adapter_name = self._resolve_adapter(adapter_name)
         layers = self._elastic_layers(adapter_name)
-        export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
+        narrowing = self._narrowing(adapter_name)
+        if narrowing:
+            raise ValueError(
+                f"The active subnet of adapter {adapter_name!r} narrows or skips parts of the base ({next(iter(narrowing))!r}), which "
+                "a plain LoRA adapter cannot say. Use `extract_subnet()` or `merge_and_unload()`, or choose a subnet whose ranks "
+                "alone are smaller."
+            )
+        with self._whole_base():
+            export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """As in peft; what can be refused is refused before any layer is merged."""
+        if is_narrowed(self.model):
+            raise ValueError(
+                "The active subnet narrows or skips parts of the base, into which an adapter cannot be merged in place. Use "
+                "`merge_and_unload()` or `extract_subnet()`, or `set_subnet('max')` first."
+            )
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -773,7 +878,7 @@ class ElasticLoraModel(LoraModel):
         adapter_names: Optional[list[str]] = None,
     ) -> nn.Module:
         kept: dict[str, list[int]] = {}
-        narrowed = self._is_narrowed()
+        narrowed = is_narrowed(self.model)
         if merge:
             self._check_merge(adapter_names, safe_merge)
             if narrowed:
@@ -783,8 +888,11 @@ class ElasticLoraModel(LoraModel):
             self._apply_structure()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model.__dict__.pop(HOST_ATTRIBUTE, None)
+        for hook in (self._follower, self._order_guard):
+            if hook is not None:
+                hook.remove()
         if not merge:
-            reorder(model, {})
+            reorder(model, self._own_orders or {})
         elif narrowed and isinstance(model, PreTrainedModel) and not describe(model, kept):
             mark_checkpoint(model)
         if self._tagged:
@@ -860,10 +968,10 @@ class ElasticLoraModel(LoraModel):
         return copied.merge_and_unload(sparse_kernel=sparse_kernel, sparse_dtype=sparse_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._structural_values.pop(adapter_name, None)  # lets go of the base
         super().delete_adapter(adapter_name)
-        self._elastic_adapters.pop(adapter_name, None)
-        self._structural_values.pop(adapter_name, None)
         self._apply_structure()
+        self._elastic_adapters.pop(adapter_name, None)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -880,7 +988,7 @@ class ElasticLoraModel(LoraModel):
         self._weighted_adapter = adapter_name
         self.peft_config[adapters[0]] = template
         try:
-            with self._inactive_ranks_zeroed(adapters):
+            with self._whole_base(), self._inactive_ranks_zeroed(adapters):
                 super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             self.peft_config[adapters[0]] = own_config
@@ -913,8 +1021,9 @@ class ElasticLoraModel(LoraModel):
         # peft warns of weights that a sharded model left empty for the type LORA only
         _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        config.sorted_base = bool(noted_orders(base_model))
         for name, order in noted_orders(base_model).items():
-            state_dict[f"{_FILE_PREFIX}{name}.{_ORDER}"] = order.to(torch.int32)
+            state_dict[f"{FILE_PREFIX}{name}{ORDER_SUFFIX}"] = order.to(torch.int32)
         return state_dict
 
     @classmethod
@@ -951,6 +1060,11 @@ class ElasticLoraModel(LoraModel):
         peft appends the initial A0, B0 behind A and B, so that B A - B0 A0 comes out. Here the initial part goes in
         front: it belongs to every subnet, and rank k of the trained adapter becomes rank r + k.
         """
+        if noted_orders(peft_model.get_base_model()):
+            raise ValueError(
+                "`path_initial_model_for_weight_conversion` does not work with a base that was sorted after the adapter changed it, "
+                "as the initial weights are in another order."
+            )
         if peft_config.target_parameters:
             raise ValueError("`path_initial_model_for_weight_conversion` does not work with `target_parameters`.")
         # peft sets the field `init_weights` for types other than LORA, so its copy on disk still asks for PiSSA
@@ -973,15 +1087,11 @@ class ElasticLoraModel(LoraModel):
                 if name.endswith(".lora_A.weight")
             }
             choices = cls._build_choices(peft_config, ranks, peft_model.get_base_model())
-            peft_config.active_subnet = {c.key: c.options[0] + peft_config.active_subnet[c.key] for c in choices}
+            ranks_now = {c.key: c.options[0] + peft_config.active_subnet[c.key] for c in choices}
+            peft_config.active_subnet |= ranks_now
         peft_config.elastic_ranks = [peft_config.r + k for k in peft_config.elastic_ranks]
         # what does not depend on the base weights stays: DoRA's magnitudes, `modules_to_save`, biases
         return output_state_dict | converted
-
-
-# What the file of an adapter calls the order of its base.
-_FILE_PREFIX = "base_model.model."
-_ORDER = "elastic_order"
 
 
 def _follow_order(
@@ -989,11 +1099,11 @@ def _follow_order(
 ) -> dict[str, torch.Tensor]:
     """Bring the base into the order that the file of an adapter says, or the weights of the adapter into that of the base."""
     orders = {
-        key.removeprefix(_FILE_PREFIX).removesuffix(f".{_ORDER}"): order.long().cpu()
+        key.removeprefix(FILE_PREFIX).removesuffix(ORDER_SUFFIX): order.long().cpu()
         for key, order in state_dict.items()
-        if key.endswith(f".{_ORDER}")
+        if key.endswith(ORDER_SUFFIX)
     }
-    state_dict = {key: tensor for key, tensor in state_dict.items() if not key.endswith(f".{_ORDER}")}
+    state_dict = {key: tensor for key, tensor in state_dict.items() if not key.endswith(ORDER_SUFFIX)}
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     host = getattr(base_model, HOST_ATTRIBUTE, None)
     if not orders and not noted_orders(base_model):
@@ -1002,11 +1112,19 @@ def _follow_order(
                 f"Adapter {adapter_name!r} belongs to a sorted base, and its file does not hold the order; it is damaged."
             )
         return state_dict
+    if is_stored_in(base_model, orders):
+        if orders:
+            note_orders(base_model, orders)
+            if host is not None:
+                host._own_orders = orders
+        config.sorted_base = bool(orders)
+        return state_dict
     others = [c for name, c in getattr(model, "peft_config", {}).items() if name != adapter_name]
     if not any(getattr(other, "elastic_width", None) for other in others):
         if host is None:
             reorder(base_model, orders)
         else:
+            host._check_unmerged()
             with host._whole_base():
                 reorder(base_model, orders)
         config.sorted_base = bool(orders)
@@ -1017,7 +1135,14 @@ def _follow_order(
             "each of them on a base of its own."
         )
     config.sorted_base = True
-    return move_adapter(base_model, orders, state_dict, _FILE_PREFIX)
+    return move_adapter(base_model, orders, noted_orders(base_model), state_dict, FILE_PREFIX)
+
+
+def _follow_active_adapters(module: nn.Module, args: Any) -> None:
+    """A hook on the base model: transformers' own `set_adapter` and `disable_adapters` do not tell the tuner."""
+    host = module.__dict__.get(HOST_ATTRIBUTE)
+    if host is not None and not torch.compiler.is_compiling() and host._followed != host._enabled_adapters():
+        host._apply_structure()
 
 
 def _demand_order(module: nn.Module, args: Any) -> None:

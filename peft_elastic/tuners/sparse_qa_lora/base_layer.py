@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ...quantization import Grid, QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel, read_layer
 from ...structure.bitsandbytes import dequantize, is_bitsandbytes
-from ...structure.narrow import plain_class
+from ...structure.narrow import active_ranges, plain_class
 
 
 def is_float(layer: nn.Module) -> bool:
@@ -40,9 +40,11 @@ def is_supported(layer: nn.Module) -> bool:
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The weight (out, in): a view of the parameter of a layer in floating point (before rounding, for a `QuantizedLinear`),
-    dequantised anew otherwise."""
+    """The active weight (out, in): a view of the parameter of a layer in floating point (before rounding, for a
+    `QuantizedLinear`), dequantised anew otherwise."""
     if is_bitsandbytes(layer):
+        if active_ranges(layer) != (None, None):
+            return layer.active_weight()  # type: ignore[operator]
         return dequantize(layer.weight, getattr(layer, "state", None))
     if is_gptqmodel(layer):
         integers, grid = read_layer(layer)

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ...quantization import Grid, QuantizedLinear, fit_grid
 from ...quantization.gptqmodel import is_gptqmodel, to_quantized_linear
 from ...quantization.grid import check_group_size
+from ...structure.narrow import active_ranges
 from . import base_layer as base
 from .config import SparseQALoraConfig
 from .effective_weight import effective_linear, effective_weight
@@ -149,7 +150,7 @@ class SparseLoraLinear(lora.Linear):
         return torch.cat(lora_B, dim=1), torch.cat(lora_A, dim=0)
 
     def kind(self, names: list[str]) -> tuple[bool, Optional[Grid]]:
-        """Whether these adapters together are masked, and the grid they round to.
+        """Whether these adapters together are masked, and the grid they round to, as far as it is active.
 
         Raises:
             ValueError: if only some round, or they round to different grids.
@@ -164,7 +165,7 @@ class SparseLoraLinear(lora.Linear):
                 )
         if first is not None and len({self.masked[name] for name in names}) > 1:
             raise ValueError(f"The adapters {names} cannot be active together: only some of them are masked.")
-        return self.masked[names[0]], first
+        return self.masked[names[0]], None if first is None else first.take(*active_ranges(self.get_base_layer()))
 
     # -- merging ---------------------------------------------------------------------------------------------------
 
