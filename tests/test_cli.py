@@ -281,6 +281,81 @@ def test_adapters_that_merge_without_loss(folder, pruned, logits, tmp_path, bits
         assert "was not trained with `--bits`" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+WIDTH = ["--elastic-width", "heads=1.0,0.5", "mlp=96,72,48", "--elastic-depth", "1"]
+
+
+def test_width_and_depth(folder, logits, tmp_path, capsys):
+    """From training to a smaller model; the adapter belongs to the sorted base, and is loaded on the one that was given."""
+    adapter, search = tmp_path / "adapter", tmp_path / "search"
+    train = ["train", "--model", folder / "model", "--dataset", folder / "train.jsonl", *TRAIN, *WIDTH]
+    sandwich = ["--strategy", "sandwich", "--distillation", "max", "--steps", "4"]
+    assert run(*train, *sandwich, "--out", adapter) == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    config, space = model.active_peft_config, model.search_space
+    assert config.sorted_base and config.importance == "activation"
+    options = {choice.kind: choice.options for choice in space}
+    assert options == {"rank": (4, 3, 2), "heads": (4, 2), "mlp": (96, 72, 48), "depth": (1, 0)}
+
+    data = ["--dataset", folder / "validation.jsonl", "--samples", "8"]
+    limit = ["--cost", "parameters", "--budget", "90%"]
+    assert run("search", "--adapter", adapter, *data, *limit, "--evals", "5", "--select", "--out", search) == 0
+    assert SearchResult.load(search).objectives == {"loss": "min", "parameters": "min"}
+    capsys.readouterr()
+
+    chosen = AutoPeftModelForCausalLM.from_pretrained(adapter).active_subnet
+    unequal = Subnet({**space.max, "mlp:model.layers.0": 48})
+    unequal.save(tmp_path / "unequal.json")
+    for name, subnet, ordinary in (
+        ("chosen", chosen, None),
+        ("min", space.min, True),
+        ("unequal", unequal, False),
+    ):
+        option = {"chosen": [], "min": ["--subnet", "min"], "unequal": ["--subnet", tmp_path / "unequal.json"]}[name]
+        assert run("merge", "--adapter", adapter, *option, "--out", tmp_path / name) == 0
+        assert ordinary in (None, "import peft_elastic" not in capsys.readouterr().out)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model.set_subnet(subnet)
+        torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
+        assert sum(p.numel() for p in merged.parameters()) < sum(
+            p.numel() for key, p in model.named_parameters() if ".lora_" not in key
+        )
+    assert (
+        len(merged.model.layers) == 2 and len(AutoModelForCausalLM.from_pretrained(tmp_path / "min").model.layers) == 1
+    )
+    assert run("merge", "--adapter", adapter, "--subnet", "min", "--export-lora", tmp_path / "lora") == 2
+    assert "plain LoRA adapter cannot say" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+
+
+def test_resumed_training_is_of_the_same_sorted_base(folder, tmp_path):
+    train = [
+        "train",
+        "--model",
+        folder / "model",
+        "--dataset",
+        folder / "train.jsonl",
+        *TRAIN,
+        *WIDTH,
+        "--save-steps",
+        "2",
+    ]
+    assert run(*train, "--samples", "40", "--steps", "4", "--out", tmp_path / "whole") == 0
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    callbacks = trainer.DEFAULT_CALLBACKS
+    try:
+        trainer.DEFAULT_CALLBACKS = [*callbacks, Stop]
+        assert run(*train, "--samples", "40", "--steps", "4", "--out", tmp_path / "broken") == 130
+    finally:
+        trainer.DEFAULT_CALLBACKS = callbacks
+    assert run(*train, "--samples", "40", "--steps", "4", "--out", tmp_path / "broken", "--resume") == 0
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+
+
 def test_bench_of_layers(capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -334,6 +409,11 @@ SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--ou
 @pytest.mark.parametrize(
     "command, message",
     [
+        ([*TRAIN_HERE, "--elastic-width", "mlp"], "such as mlp=1.0,0.75"),
+        ([*TRAIN_HERE, "--elastic-width", "layers=2"], "['heads', 'mlp']"),
+        ([*TRAIN_HERE, "--elastic-width", "heads=4,3"], "which move in groups of 2"),
+        ([*TRAIN_HERE, "--elastic-depth", "7"], "the blocks are 0 to 1"),
+        ([*TRAIN_HERE, "--distillation", "max"], "`--strategy sandwich`"),
         ([*TRAIN_HERE, "--prompt-column", "nope"], "'nope' is not a column; there are 'prompt', 'label'"),
         ([*TRAIN_HERE, "--text-column", "prompt", "--label-column", "label"], "goes without"),
         ([*TRAIN_HERE, "--template", "{nope}"], "{prompt}, {label}"),

@@ -69,6 +69,35 @@ def test_sqft_smoke_mode(pipeline, more, merged, shared_data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "script, train, test, options",
+    [
+        ("lonas_glue.py", "sst2_train.tsv", "sst2_dev.tsv", []),
+        (
+            "lonas_commonsense.py",
+            "arc_easy_train.jsonl",
+            "arc_easy_test.jsonl",
+            ["--strategy", "sandwich", "--distillation", "--depth", "1", "--progressive", "--order", "gradient"],
+        ),
+        pytest.param("lonas_glue.py", "sst2_train.tsv", "sst2_dev.tsv", ["--order", "none"], marks=pytest.mark.slow),
+    ],
+)
+def test_lonas_smoke_mode(script, train, test, options, shared_data, tmp_path):
+    command = [sys.executable, EXAMPLES / script, "--smoke", "--out", tmp_path / "out", *options]
+    command += ["--train", shared_data / train, "--test", shared_data / test]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["subnets"]
+    assert list(rows) == ["max", "heuristic", "searched", "min"]
+    assert all(0 <= row[f"{data} accuracy"] <= 1 for row in rows.values() for data in ("validation", "test"))
+    for name in ("macs", "parameters"):
+        assert rows["max"][name] > rows["heuristic"][name] > rows["min"][name]
+        assert rows["max"][name] >= rows["searched"][name] >= rows["min"][name]
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert "largest difference of a logit" in done.stdout
+    assert (tmp_path / "out" / "extracted" / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
     "text, number",
     [
         ("#### 72", 72.0),

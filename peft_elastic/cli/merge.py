@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "transformers loads without this package; or export the subnet as a plain LoRA adapter, which peft\n"
         "and other programs load without this package. With --sparse, layers that are still sparse are stored\n"
         "compressed and run on the sparse CPU kernel; that checkpoint loads where peft_elastic is imported.\n"
+        "A subnet of fewer heads, channels or blocks becomes a smaller model; so does that of a model whose blocks then\n"
+        "differ in size.\n"
         "Adapters that were trained with --bits are merged into integers of so many bits: --gptq writes these as a\n"
         "GPTQ checkpoint, and --sparse stores them as they are.",
         epilog="examples:\n"
@@ -103,16 +106,21 @@ def run(args: argparse.Namespace) -> int:
             )
         loads_with = "AutoModelForCausalLM.from_pretrained(...)"
         if args.sparse:
-            report = sparsify_linears(merged, args.sparse)
-            print(report)
-            if report.swapped:
-                loads_with = f"import peft_elastic; {loads_with}"
+            print(sparsify_linears(merged, args.sparse))
         if args.gptq:
             save_gptq(merged, args.out, tokenizer=tokenizer)
             loads_with = "peft_elastic.load_gptq(...), or AutoModelForCausalLM.from_pretrained(...) with GPTQModel"
         else:
             with _common.new_folder(args.out) as folder:
                 _common.save_model(merged, tokenizer, folder)
+            if _needs_this_package(args.out):
+                loads_with = f"import peft_elastic; {loads_with}"
         written.append((args.out, f"merged model: {loads_with}"))
     _common.say_written(written)
     return 0
+
+
+def _needs_this_package(folder: Path) -> bool:
+    """Whether a saved model has sparse layers or blocks of different sizes, which transformers alone does not build."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization_config", {}).get("quant_method") == "peft_elastic"
