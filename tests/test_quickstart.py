@@ -115,6 +115,31 @@ def test_what_is_left_behind(finished):
     assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
 
 
+def test_width(tmp_path, capsys):
+    """The other path: the extracted model is a smaller one, and computes what the searched subnet computes."""
+    out = tmp_path / "out"
+    assert smoke(out, "--width", "--max-parameters", "90%") == 0
+    found = results(out)
+    rows = {row["name"]: row for row in found["table"]}
+    names = ["dense", "tuned, max subnet", "tuned, heuristic subnet", "tuned, searched subnet", "extracted, reloaded"]
+    assert list(rows) == names
+    dense, searched, extracted = rows["dense"], rows["tuned, searched subnet"], rows["extracted, reloaded"]
+    assert searched["parameters"] <= 0.9 * rows["tuned, max subnet"]["parameters"]
+    assert extracted["parameters"] == searched["parameters"] - searched["adapter_parameters"] < dense["parameters"]
+    assert extracted["bytes"] < dense["bytes"] and extracted["accuracy"] == searched["accuracy"]
+    assert found["checks"]["same_tokens_generated"] and found["checks"]["reloaded_against_saved"] < 1e-4
+    speeds = {name: entry["tokens_per_second"] for name, entry in found["deployment"]["serving"].items()}
+    assert set(speeds) == {f"{name}{mode}" for name in ("dense", names[-1]) for mode in ("", _report.OPTIMIZED)}
+    model = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert sum(parameter.numel() for parameter in model.parameters()) == extracted["parameters"]
+    result = SearchResult.load(out / "search")
+    assert AutoPeftModelForCausalLM.from_pretrained(out / "adapter").active_subnet == result.best()
+    capsys.readouterr()
+    assert smoke(out, "--width", "--max-parameters", "90%") == 0
+    assert capsys.readouterr().out.count("done before") == 8
+    assert smoke(out, "--width", "--sparsity", "0.5") == 2 and smoke(out, "--max-parameters", "1") == 2
+
+
 def test_the_test_data_is_used_for_nothing_else(finished):
     splits = {name: set(part) for name, part in _data.read_splits(finished / "data.json").items()}
     assert {name: len(part) for name, part in splits.items()} == {"test": 24, "validation": 16, "train": 408}

@@ -15,9 +15,10 @@
 what it computed before it was saved. The file is run as a script, so that nothing of this package is there at that time.
 
 Arguments: the folder of the model; the device; the JSON file with the examples; the .npz file with the expected outputs;
-the JSON file to write the answer to.
+the JSON file to write the answer to; packages to import first, for a model whose blocks differ in size.
 """
 
+import importlib
 import json
 import signal
 import sys
@@ -49,8 +50,10 @@ def outputs(model, tokenizer, prompts, new_tokens=16):
     return {"logits": np.stack(logits), "tokens": np.stack(tokens)}
 
 
-def main(folder, device, data, expected, answer):
+def main(folder, device, data, expected, answer, *imports):
     disable_progress_bar()
+    for name in imports:
+        importlib.import_module(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = np.load(expected)

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+# Behind the name of a model that is also served in another way.
+OPTIMIZED = ", optimize_generation"
 # A difference of less than that many standard errors is called noise.
 _CLEAR = 2.0
 
@@ -68,17 +70,22 @@ def _serving(serving: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 def serving_legend(serving: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> str:
     """What the columns of serving mean, and how much of the speed is not the sparse layers'."""
+    optimized = [name for name, found in serving.items() if found["optimized"]]
+    beside = [name for name in optimized if name.endswith(OPTIMIZED)]
     lines = [
         f"tokens/s: {tokens[1]} new tokens after a prompt of {tokens[0]}, one sequence, on the CPU; load s, peak MB: of a fresh",
-        "process; medians of turns. The deployed models run with `optimize_generation`, the dense one as transformers runs it;",
+        "process; medians of turns."
+        + (
+            " The deployed models run with `optimize_generation`, the dense one as transformers runs it;"
+            if len(optimized) > len(beside)
+            else ""
+        ),
     ]
-    for name, found in serving.items():
-        if name.startswith("dense,") and found["optimized"]:
-            lines.append(
-                f"with `optimize_generation` the dense one reaches {found['tokens_per_second']:.1f} tokens/s."
-            )
-    if len(lines) == 2:
-        lines[1] = lines[1].rsplit(" The deployed", 1)[0]
+    for name in beside:
+        speed = serving[name]["tokens_per_second"]
+        lines.append(
+            f"with `optimize_generation` the {name.removesuffix(OPTIMIZED)} one reaches {speed:.1f} tokens/s."
+        )
     return "\n".join(lines)
 
 

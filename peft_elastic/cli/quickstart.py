@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -39,6 +40,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_elastic import (
+    ElasticLoraConfig,
     SparseQALoraConfig,
     WandaConfig,
     _native,
@@ -56,7 +58,7 @@ from peft_elastic.utils import atomic_path, atomic_write_text
 from . import _common, _data, _evaluation, _reload, _report, _serving, info
 from ._journal import Journal
 from .prune import calibration_batches
-from .train import fit
+from .train import fit, sort
 
 
 # The groups of the Shears paper, for models whose modules have these names.
@@ -66,25 +68,12 @@ _DEPLOYED = "deployed (sparse bf16)"
 _DEPLOYED_INT4 = "deployed (sparse int4)"
 _BITS = 4
 _GROUP_SIZES = (128, 64, 32)
-_DENSE_OPTIMIZED = "dense, optimize_generation"
 # Options of the command line that do not change the results.
 _NOT_SETTINGS = ("device", "fresh", "out", "run", "traceback", "sparsity", "steps", "evals")
-_COMPARISONS = [
-    ("pruned", "dense"),
-    ("tuned, searched subnet", "pruned"),
-    ("tuned, searched subnet", "dense"),
-    ("tuned, searched subnet", "tuned, max subnet"),
-    ("tuned, searched subnet", "tuned, heuristic subnet"),
-    ("merged, reloaded", "tuned, searched subnet"),
-    (_DEPLOYED, "merged, reloaded"),
-    (_DEPLOYED, "dense"),
-    (_DEPLOYED_INT4, "merged, reloaded"),
-    (_DEPLOYED_INT4, "dense"),
-]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How much of everything. The numbers are chosen for 10 minutes on two CPU cores."""
 
     sparsity: float = 0.5
@@ -100,7 +89,7 @@ class _Plan:
     serving: tuple[int, int, int, int] = (32, 32, 2, 2)  # tokens of the prompt, new tokens, repeats, rounds
 
 
-_SMOKE = _Plan(
+_SMOKE = Plan(
     calibration=(8, 32),
     ranks=(8, 6, 4),
     batch_size=8,
@@ -121,22 +110,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "subnet, merge the subnet into the model, deploy that on the sparse CPU kernel; train on with the rounding to 4\n"
         "bits, and deploy that as well. Load the results in other processes, and compare everything on held-out data.\n"
         "Without options: SmolLM2-135M-Instruct and the sentiment of movie reviews, both from the Python package\n"
-        "index; 10 minutes at most on two cores, 4 GB of memory, 1.3 GB in --out. Interrupted, the same command continues.",
+        "index; 10 minutes at most on two cores, 4 GB of memory, 1.3 GB in --out. Interrupted, the same command continues.\n"
+        "With --width the model is not pruned but made narrower and shorter: sort its heads and channels by importance,\n"
+        "train a super-network of elastic width, depth and rank, search it for a subnet of at most --max-parameters,\n"
+        "extract that as an ordinary smaller model, and compare.",
         epilog="examples:\n"
         "  peft-elastic quickstart\n"
+        "  peft-elastic quickstart --width --max-parameters 70%%\n"
         "  peft-elastic quickstart --sparsity 0.6 --steps 100 --evals 60 --out quickstart-60\n"
         "  peft-elastic quickstart --model Qwen/Qwen2.5-0.5B --dataset stanfordnlp/sst2 \\\n"
         "      --template 'Review: {}\\nSentiment:' --out quickstart-qwen",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plan = _Plan()
+    plan = Plan()
     _common.add_model_arguments(parser, required=False, more_help=" (default: SmolLM2-135M-Instruct, downloaded once)")
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("quickstart"),
         metavar="DIR",
-        help="folder for everything (default: %(default)s)",
+        help="folder for everything (default: quickstart, or quickstart-width)",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="delete what an earlier run left in --out, and start again"
@@ -145,6 +137,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--smoke", action="store_true", help="only see that it runs: a tiny random model, made-up data"
     )
     _common.add_seed_argument(parser, "everything random")
+    parser.add_argument("--width", action="store_true", help="elastic width and depth instead of pruning")
+    parser.add_argument(
+        "--max-parameters", metavar="B", help="with --width: a number, or a share of all such as 80%% (default: 80%%)"
+    )
     parser.add_argument("--sparsity", type=float, help=f"of the pruned model (default: {plan.sparsity})")
     parser.add_argument("--steps", type=_data.positive_int, help=f"optimizer steps (default: {plan.steps})")
     parser.add_argument("--evals", type=_data.positive_int, help=f"evaluations of the search (default: {plan.evals})")
@@ -158,7 +154,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     changes = {name: value for name in ("sparsity", "steps", "evals") if (value := getattr(args, name)) is not None}
-    plan = dataclasses.replace(_SMOKE if args.smoke else _Plan(), **changes)
+    plan = dataclasses.replace(_SMOKE if args.smoke else Plan(), **changes)
+    if args.width and args.sparsity is not None:
+        raise ValueError("`--sparsity` goes without `--width`, which prunes nothing.")
+    if args.max_parameters is not None and not args.width:
+        raise ValueError("`--max-parameters` goes with `--width`.")
+    args.out = args.out or Path("quickstart-width" if args.width else "quickstart")
     WandaConfig(sparsity=plan.sparsity)  # raises if it is out of range
     if args.smoke and (args.model or args.dataset):
         raise ValueError("`--smoke` makes its own model and data; leave `--model` and `--dataset` out.")
@@ -167,49 +168,82 @@ def run(args: argparse.Namespace) -> int:
     elif args.fresh and args.out.exists():
         shutil.rmtree(args.out)
     transformers.utils.logging.disable_progress_bar()  # models load in a second
-    _Quickstart(args, plan).run()
+    if args.width:
+        from ._quickstart_width import WidthQuickstart  # which builds on this module
+
+        WidthQuickstart(args, plan).run()
+    else:
+        Quickstart(args, plan).run()
     return 0
 
 
-class _Quickstart:
+class Quickstart:
     """The stages. Each reads what it needs from the folder of the run and leaves what it makes there, so that any of them
     can be the first after an interruption. A stage returns what `Journal` keeps, with `rows` for the table."""
 
-    def __init__(self, args: argparse.Namespace, plan: _Plan) -> None:
+    # what has to be imported to load the merged model
+    imports: tuple[str, ...] = ()
+    reloaded = "merged, reloaded"
+    comparisons: tuple[tuple[str, str], ...] = (
+        ("pruned", "dense"),
+        ("tuned, searched subnet", "pruned"),
+        ("tuned, searched subnet", "dense"),
+        ("tuned, searched subnet", "tuned, max subnet"),
+        ("tuned, searched subnet", "tuned, heuristic subnet"),
+        ("merged, reloaded", "tuned, searched subnet"),
+        (_DEPLOYED, "merged, reloaded"),
+        (_DEPLOYED, "dense"),
+        (_DEPLOYED_INT4, "merged, reloaded"),
+        (_DEPLOYED_INT4, "dense"),
+    )
+
+    def __init__(self, args: argparse.Namespace, plan: Plan) -> None:
         self.args, self.plan, self.out = args, plan, args.out
         self.pruned, self.adapter, self.merged = self.out / "pruned", self.out / "adapter", self.out / "merged"
         self.deployed, self.quantized_adapter = self.out / "deployed", self.out / "adapter-int4"
         self.quantized, self.deployed_int4 = self.out / "gptq-int4", self.out / "deployed-int4"
         self.expected = self.out / "merged_outputs.npz"
-        self.stages = [
+        self.stages = self.make_stages()
+        options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+        settings = {**options, **json.loads(json.dumps(dataclasses.asdict(plan)))}
+        self.journal = Journal(self.out / "stages.json", settings, len(self.stages))
+
+    def make_stages(self) -> list[tuple[str, str, Callable[[], dict[str, Any]]]]:
+        """Name, title and work of each stage."""
+        return [
             ("data", "Model and data", self.get_data),
             ("dense", "Measure the dense model", self.measure_dense),
-            ("prune", f"Prune: Wanda, {plan.sparsity:.0%} of the weights", self.prune),
-            ("train", f"Train the elastic super-adapter: {plan.steps} steps, ranks {list(plan.ranks)}", self.train),
-            ("search", f"Search: {plan.evals} subnets on {plan.validation} validation examples", self.search),
+            ("prune", f"Prune: Wanda, {self.plan.sparsity:.0%} of the weights", self.prune),
+            (
+                "train",
+                f"Train the elastic super-adapter: {self.plan.steps} steps, ranks {list(self.plan.ranks)}",
+                self.train,
+            ),
+            (
+                "search",
+                f"Search: {self.plan.evals} subnets on {self.plan.validation} validation examples",
+                self.search,
+            ),
             ("tuned", "Measure the tuned model", self.measure_tuned),
             ("merge", "Merge the searched subnet", self.merge),
             ("reload", "Load the merged model in a fresh process, with transformers alone", self.reload),
             ("deploy", "Swap in the sparse layers that are faster here", self.deploy),
             (
                 "quantize",
-                f"Train on with the rounding to {_BITS} bits ({plan.quantized_steps} steps), merge, and deploy that",
+                f"Train on with the rounding to {_BITS} bits ({self.plan.quantized_steps} steps), merge, and deploy that",
                 self.quantize,
             ),
             ("serve", "Serve the dense and the deployed models, each in a fresh process", self.serve),
         ]
-        options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
-        settings = {**options, **json.loads(json.dumps(dataclasses.asdict(plan)))}
-        self.journal = Journal(self.out / "stages.json", settings, len(self.stages))
 
-    def run(self) -> None:
-        results = {name: self.journal.run(name, title, work) for name, title, work in self.stages}
-        rows = [row for result in results.values() for row in result.get("rows", [])]
-        for row in rows:
-            row["serving"] = results["serve"]["serving"].get(row["name"])
-        names = {row["name"] for row in rows}
-        differences = _report.compare(rows, [pair for pair in _COMPARISONS if names.issuperset(pair)])
-        files = [
+    @property
+    def base(self) -> str | Path:
+        """The model that the adapter is trained on."""
+        return self.pruned
+
+    def files(self) -> list[tuple[Path, str]]:
+        """What the run leaves, and what it is."""
+        return [
             (self.out / "results.json", "the table and everything behind it"),
             (self.out / "pareto.png", "the search: progress and Pareto front"),
             (self.deployed, "deployed model: import peft_elastic; AutoModelForCausalLM.from_pretrained(...)"),
@@ -219,8 +253,16 @@ class _Quickstart:
             (self.adapter, "super-adapter with the searched subnet active"),
             (self.pruned, "pruned model"),
         ]
-        files = [(path, what) for path, what in files if path.exists()]
+
+    def run(self) -> None:
+        results = {name: self.journal.run(name, title, work) for name, title, work in self.stages}
+        rows = [row for result in results.values() for row in result.get("rows", [])]
+        for row in rows:
+            row["serving"] = results["serve"]["serving"].get(row["name"])
+        names = {row["name"] for row in rows}
+        differences = _report.compare(rows, [pair for pair in self.comparisons if names.issuperset(pair)])
         self._write_results(results, rows, differences)
+        files = [(path, what) for path, what in self.files() if path.exists()]
         print(f"\n{_report.table(rows)}\n")
         print(_report.legend(results["data"]["examples"]))
         print(_report.serving_legend(results["serve"]["serving"], self.plan.serving))
@@ -229,7 +271,7 @@ class _Quickstart:
         print(f"\n{_report.describe(differences)}")
         _common.say_written(
             files,
-            ["peft-elastic", "merge", "--model", self.pruned, "--adapter", self.adapter]
+            ["peft-elastic", "merge", "--model", self.base, "--adapter", self.adapter]
             + ["--subnet", "heuristic", "--out", "heuristic-merged"],
         )
 
@@ -257,7 +299,7 @@ class _Quickstart:
         model = self._load(name)
         # what comes from the hub lies in a cache; it is as large there as here
         size = _weights_size(Path(name)) or model.get_memory_footprint()
-        return {"rows": [self._row("dense", model, size)]}
+        return {"rows": [self._row("dense", model, size)], "bytes": size}
 
     def prune(self) -> dict[str, Any]:
         model = self._load(self.journal.done["data"]["model"])
@@ -267,12 +309,12 @@ class _Quickstart:
         return {"rows": [self._row("pruned", model, _weights_size(self.pruned))]}
 
     def train(self) -> dict[str, Any]:
-        base = self._load(self.pruned)
+        base = self._load(self.base)
         names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
         paper = [name for group in _GROUPS for name in group]
         known = names.issuperset(paper)
-        # masked by the zeros of the pruned weights, so that merging keeps them (SparsePEFT)
-        config = SparseQALoraConfig(
+        config = self.adapter_config(
+            base,
             r=max(self.plan.ranks),
             elastic_ranks=list(self.plan.ranks),
             lora_alpha=2 * max(self.plan.ranks),
@@ -282,17 +324,22 @@ class _Quickstart:
         )
         transformers.set_seed(self.args.seed)  # of the initial weights
         model = get_peft_model(base, config)
+        sort(model, self._features()[: self.plan.calibration[0]])
         model.print_trainable_parameters()
         return self._fit(model, self.plan.steps, self.adapter)
 
-    def _fit(self, model: PeftModel, steps: int, adapter: Path) -> dict[str, Any]:
+    def adapter_config(self, base: Any, **settings: Any) -> ElasticLoraConfig:
+        """Masked by the zeros of the pruned weights, so that merging keeps them (SparsePEFT)."""
+        return SparseQALoraConfig(**settings)
+
+    def _fit(self, model: PeftModel, steps: int, adapter: Path, **sampling: Any) -> dict[str, Any]:
         """Train for so many steps, and save the adapter."""
         checkpoints = self.out / "checkpoints"
         trained = fit(
             model,
-            _data.encode(self.tokenizer, self._examples("train"), self.args.max_length),
+            self._features(),
             checkpoints,
-            strategy="uniform",
+            **{"strategy": "uniform", **sampling},
             seed=self.args.seed,
             max_steps=steps,
             per_device_train_batch_size=self.plan.batch_size,
@@ -307,22 +354,26 @@ class _Quickstart:
         return trained
 
     def search(self) -> dict[str, Any]:
+        def cost(model: Any) -> int:
+            return model.search_space.count_parameters(model.active_subnet)
+
+        return self._search({_COST: cost})
+
+    def _search(self, cost: Any, **bounds: Any) -> dict[str, Any]:
+        """Search for the least loss and cost, and make the best subnet the active one of the saved adapter."""
         model = self._load_tuned()
         print(
             f"      {model.search_space}; the objective is the loss on the labels, which moves sooner than the accuracy"
         )
-
-        def cost(model: Any) -> int:
-            return model.search_space.count_parameters(model.active_subnet)
-
         result = search_subnet(
             model,
             _evaluation.ChoiceEvaluator(self._examples("validation"), self.tokenizer),
-            objectives=["loss", {_COST: cost}],
+            objectives=["loss", cost],
             mode="min",
             n_evals=self.plan.evals,
             seed=self.args.seed,
             save_dir=self.out / "search",
+            **bounds,
         )
         result.plot(self.out / "pareto.png")
         chosen = result.best()
@@ -342,7 +393,8 @@ class _Quickstart:
         for name, subnet in (("max", "max"), ("heuristic", "heuristic"), ("searched", searched)):
             model.set_subnet(subnet)
             adapter = model.search_space.count_parameters(model.active_subnet)
-            size = _weights_size(self.pruned) + adapter * torch.float32.itemsize  # as adapters are trained and saved
+            size = self._base_size(model) - _inactive(model) * model.dtype.itemsize
+            size += adapter * torch.float32.itemsize  # as adapters are trained and saved
             rows.append(self._row(f"tuned, {name} subnet", model, size))
         return {"rows": rows}
 
@@ -364,16 +416,17 @@ class _Quickstart:
             answer = Path(folder) / "answer.json"
             script = Path(_reload.__file__).read_text(encoding="utf-8")
             device = self.args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            arguments = [self.merged, device, self.out / "data.json", self.expected, answer]
+            arguments = [self.merged, device, self.out / "data.json", self.expected, answer, *self.imports]
             subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
             found = json.loads(answer.read_text(encoding="utf-8"))
-        if not found["without_peft_elastic"] or not found["same_tokens"] or found["largest_logit_difference"] > 1e-4:
+        alone = found["without_peft_elastic"] or self.imports
+        if not alone or not found["same_tokens"] or found["largest_logit_difference"] > 1e-4:
             raise RuntimeError(f"the merged model computes something else after it was loaded: {found}")
         print(
             f"      largest difference of a logit to the model that was saved: {found['largest_logit_difference']:.1e}; "
             "the generated tokens are the same"
         )
-        row = self._row("merged, reloaded", self._load(self.merged), _weights_size(self.merged), found.pop("measured"))
+        row = self._row(self.reloaded, self._load(self.merged), _weights_size(self.merged), found.pop("measured"))
         return {"rows": [row], **found}
 
     def deploy(self) -> dict[str, Any]:
@@ -420,16 +473,12 @@ class _Quickstart:
     def serve(self) -> dict[str, Any]:
         """Loads, generates and measures in turns, so that a machine that slows down slows down all of them."""
         dense = self.journal.done["data"]["model"]
-        runs: dict[str, tuple[Any, str]] = {"dense": (dense, "plain"), _DENSE_OPTIMIZED: (dense, "optimized")}
-        deployed = {
-            name: folder
-            for name, stage, folder in (
-                (_DEPLOYED, "deploy", self.deployed),
-                (_DEPLOYED_INT4, "quantize", self.deployed_int4),
-            )
-            if self.journal.done[stage]["report"] is not None
+        runs: dict[str, tuple[Any, str]] = {
+            "dense": (dense, "plain"),
+            f"dense{_report.OPTIMIZED}": (dense, "optimized"),
         }
-        runs |= {name: (folder, "optimized") for name, folder in deployed.items()}
+        deployed = self.deployed_models()
+        runs |= self.more_to_serve() | {name: (folder, "optimized") for name, folder in deployed.items()}
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
         prompt, new, repeats, rounds = self.plan.serving
         for round_ in range(rounds):
@@ -447,6 +496,21 @@ class _Quickstart:
             rows.append(self._row(name, model, _weights_size(folder), answers[name][0]["measured"]))
         return {"rows": rows, "serving": serving}
 
+    def deployed_models(self) -> dict[str, Path]:
+        """Name -> folder of the models with sparse layers."""
+        return {
+            name: folder
+            for name, stage, folder in (
+                (_DEPLOYED, "deploy", self.deployed),
+                (_DEPLOYED_INT4, "quantize", self.deployed_int4),
+            )
+            if self.journal.done[stage]["report"] is not None
+        }
+
+    def more_to_serve(self) -> dict[str, tuple[Any, str]]:
+        """Name -> (folder, mode) of what is served beside them."""
+        return {}
+
     def _serve(self, folder: Any, mode: str, settings: dict[str, int], measure: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as temporary:
             options, answer = Path(temporary) / "settings.json", Path(temporary) / "answer.json"
@@ -457,6 +521,9 @@ class _Quickstart:
             return json.loads(answer.read_text(encoding="utf-8"))
 
     # -- what they share -------------------------------------------------------------------------------------------
+
+    def _features(self) -> list[dict[str, list[int]]]:
+        return _data.encode(self.tokenizer, self._examples("train"), self.args.max_length)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -476,8 +543,12 @@ class _Quickstart:
         """The deployed model with its sparse layers as dense ones, to count in them."""
         return densify_linears(_common.load_causal_lm(str(name), self.args.dtype, "cpu").eval())
 
+    def _base_size(self, model: PeftModel) -> int:
+        """Bytes of the weights that the adapter was trained on."""
+        return _weights_size(self.pruned)
+
     def _load_tuned(self) -> PeftModel:
-        return _common.load_adapter(self._load(self.pruned), str(self.adapter))
+        return _common.load_adapter(self._load(self.base), str(self.adapter))
 
     def _row(self, name: str, model: Any, size: int, measured: dict[str, Any] | None = None) -> dict[str, Any]:
         """A row of the table; `size` is that of the weights on disk, in bytes."""
@@ -492,7 +563,7 @@ class _Quickstart:
         row = {
             "name": name,
             "measured": measured,
-            "parameters": own + adapter,
+            "parameters": own - (_inactive(model) if is_tuned else 0) + adapter,
             "adapter_parameters": adapter,
             "zeros": _common.zero_share(base, layers),
             "bytes": size,
@@ -527,7 +598,7 @@ class _Quickstart:
                 "same_tokens_generated": results["reload"]["same_tokens"],
             },
             "deployment": {
-                "reports": [results[stage]["report"] for stage in ("deploy", "quantize")],
+                "reports": [results[stage]["report"] for stage in ("deploy", "quantize") if stage in results],
                 "serving": results["serve"]["serving"],
             },
             "table": [_report.summary(row) for row in rows],
@@ -568,6 +639,12 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with _common.new_folder(folder) as temporary:
         _common.save_model(model, tokenizer, temporary)
+
+
+def _inactive(model: PeftModel) -> int:
+    """Parameters of the base that the active subnet leaves out."""
+    space = model.search_space
+    return space.count_base_parameters(space.max) - space.count_base_parameters(model.active_subnet)
 
 
 def _weights_size(folder: Path) -> int:
