@@ -23,7 +23,7 @@ from .deploy import (
 )
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
-from .search import SearchResult, search_subnet
+from .search import LatencyModel, SearchResult, search_subnet
 from .structure import sort_by_importance
 from .supernet import (
     BalancedSampler,
@@ -56,6 +56,7 @@ __all__ = [
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "GPTQConfig",
+    "LatencyModel",
     "MagnitudeConfig",
     "PruningReport",
     "QuantizationReport",

@@ -17,9 +17,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from models import tiny_llama
+from narrow import NarrowLlama
 from scipy import stats
 
 from peft_elastic import BalancedSampler, Choice, SandwichSampler, SearchSpace, UniformSampler
+from peft_elastic.supernet.samplers import _expected_count
 
 
 # Parameters per rank of q, k, v, o, gate, up and down in SmolLM2-135M.
@@ -163,12 +166,56 @@ def test_balanced_follows_a_change_of_the_space():
         assert all(subnet in space for subnet in draw(sampler, space, 5))
 
 
+# -- balanced, with width and depth ------------------------------------------------------------------------------------
+
+
+def total(space, subnet):
+    return space.count_parameters(subnet) + space.count_base_parameters(subnet)
+
+
+def elastic_space(blocks, **kwargs):
+    return NarrowLlama(tiny_llama(num_hidden_layers=blocks), **kwargs).search_space
+
+
+@pytest.mark.parametrize("depth", [True, False])
+def test_balanced_fills_bins_of_all_active_parameters(depth):
+    space = elastic_space(10, depth=depth)
+    low, high = total(space, space.min), total(space, space.max)
+
+    def bins(sampler):
+        shares = [(total(space, subnet) - low) / (high - low) for subnet in draw(sampler, space, 800)]
+        return np.histogram(shares, 16, (0, 1))[0]
+
+    assert stats.chisquare(bins(BalancedSampler())).pvalue > 1e-3
+    assert stats.chisquare(bins(UniformSampler())).pvalue < 1e-6
+
+
+def test_balanced_where_some_bins_are_empty():
+    """One block, with or without depth: few sizes, with gaps between them; every draw is a subnet all the same."""
+    for space in (elastic_space(1), elastic_space(1, depth=False)):
+        subnets = draw(BalancedSampler(), space, 300)
+        assert all(subnet in space for subnet in subnets)
+        sizes = {total(space, subnet) for subnet in subnets}
+        assert {total(space, space.min), total(space, space.max)} <= sizes
+
+
+def test_expected_count_is_the_mean():
+    space = elastic_space(2)
+    rng = np.random.default_rng(0)
+    odds = [rng.dirichlet(np.ones(len(choice.options))) for choice in space]
+    mean = sum(
+        np.prod([p[i] for p, i in zip(odds, space.encode(subnet))]) * total(space, subnet)
+        for subnet in space.subnets()
+    )
+    assert _expected_count(space, odds) == pytest.approx(mean)
+
+
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler_cls", [UniformSampler, BalancedSampler])
-def test_same_generator_same_subnet(sampler_cls):
-    space = space_of(SMOLLM2_BLOCK * 3)
+@pytest.mark.parametrize("space", [space_of(SMOLLM2_BLOCK * 3), elastic_space(4)], ids=["ranks", "width-and-depth"])
+def test_same_generator_same_subnet(sampler_cls, space):
     subnets = draw(sampler_cls(), space, 20)
     assert subnets == draw(sampler_cls(), space, 20)
     assert len(set(subnets)) == 20

@@ -125,6 +125,8 @@ def quality(model):
 
 
 def search(model, evaluate=quality, **kwargs):
+    if kwargs.get("algorithm") == "r-nsga2":
+        kwargs.setdefault("reference_points", {"accuracy": 0.8, "macs": 1000})
     return search_subnet(model, evaluate, **{"n_evals": 30, "progress": False, **kwargs})
 
 
@@ -525,7 +527,10 @@ def test_the_search_follows_the_direction(objectives):
         ({"mode": {"acc": "max"}}, "`mode` names 'acc'"),
         ({"mode": {"macs": "max"}}, "always minimised"),
         ({"mode": {"accuracy": None}}, "'max' or 'min', got None"),
-        ({"algorithm": "nsga3"}, r"`algorithm` must be one of \['exhaustive', 'nsga2', 'random'\], got 'nsga3'"),
+        (
+            {"algorithm": "nsga3"},
+            r"`algorithm` must be one of \['exhaustive', 'nsga2', 'r-nsga2', 'random'\], got 'nsga3'",
+        ),
         ({"algorithm": "exhaustive"}, "all 4096 subnets.*`n_evals` is 30"),
         ({"n_evals": 0}, "`n_evals`.*at least 1, got 0"),
         ({"n_evals": 2.5}, "`n_evals`.*2.5"),
@@ -552,9 +557,20 @@ def test_progress_bar_and_profile(model, capfd):
     shown = capfd.readouterr().err
     assert "best accuracy=1" in shown and "pareto=" in shown and "30/30" in shown
     costs = CostModel(model, model.search_space)
+    table = [line.split() for line in shown.splitlines()]
+    most = costs.costs(model.search_space.max)
     for name in ("max", "min", "heuristic"):
         subnet = getattr(model.search_space, name)
-        assert f"{name:<10}accuracy {quality_of(subnet):.4g}, {costs.macs(subnet):,d} MACs per token" in shown
+        assert f"{name} {quality_of(subnet):.4g}" in shown
+        assert [
+            name,
+            f"{costs.parameters(subnet):,}",
+            f"{costs.parameters(subnet) / most['parameters']:.1%}",
+            f"{costs.macs(subnet):,}",
+            f"{costs.macs(subnet) / most['macs']:.1%}",
+            f"{costs.bytes(subnet) / 1e6:.2f}",
+            "100.0%",
+        ] in table
     search(model, progress=False)
     assert capfd.readouterr() == ("", "")
 
@@ -776,9 +792,10 @@ def test_plot(tmp_path, objectives, n_layers, options):
     labels = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
     assert {"evaluated", "best so far"} <= labels
     assert any("heuristic" in label for label in labels) and any("max" in label for label in labels)
-    assert len(figure.axes) == (1 if objectives == "accuracy" else 2)
+    assert len(figure.axes) == (1 if objectives == "accuracy" else 3)
     assert figure.axes[0].get_ylabel() == "accuracy" and figure.axes[0].get_xlabel() == "evaluations"
-    if len(figure.axes) == 2:
+    if len(figure.axes) == 3:
+        assert "hypervolume" in labels and figure.axes[2].get_ylabel() == "hypervolume"
         assert figure.axes[1].get_xlabel() == "MACs per token"
         assert any(label.startswith(f"Pareto front ({len(result.pareto)})") for label in labels)
 
@@ -811,7 +828,8 @@ def test_cost_of_the_small_network(model):
     subnet = model.search_space.heuristic  # rank 6 in 6 layers of 8 x 8
     assert costs.macs(subnet) == 6 * (8 * 8 + 6 * (8 + 8))
     assert costs.parameters(subnet) == costs.macs(subnet)
-    assert costs.costs(subnet) == {"macs": costs.macs(subnet), "parameters": costs.parameters(subnet)}
+    assert costs.bytes(subnet) == 6 * 8 * 8 * 4  # merged: the adapter is gone
+    assert costs.costs(subnet) == {name: getattr(costs, name)(subnet) for name in ("bytes", "macs", "parameters")}
 
 
 def tiny_llama(**kwargs):

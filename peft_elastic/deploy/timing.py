@@ -11,14 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which is faster here for one token, the dense layer or the sparse one: measured once a machine, and kept in a file."""
+"""How long a linear layer takes here, dense or sparse: measured once a machine, and kept in a file."""
 
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,15 +41,32 @@ _known: dict[str, list[float]] | None = None  # what the file holds
 
 
 class Timing(NamedTuple):
-    """Medians of one call with one row of activations, in seconds, the weights not in the caches."""
+    """Medians of one call, in seconds, the weights not in the caches."""
 
     dense: float
     sparse: float
 
 
+class DenseLayer(NamedTuple):
+    """A dense linear layer and the number of rows of activations that one call of it gets."""
+
+    out_features: int
+    in_features: int
+    bias: bool
+    rows: int
+    dtype: torch.dtype
+
+
 def timings_file() -> Path:
     """Where the measurements are kept."""
     return assets.home() / "kernel_timings.json"
+
+
+def clock() -> Callable[[], float]:
+    """The clock to time with. One thread is timed by the processor time it takes, which does not grow when other processes
+    compete for the core; several, which wait for each other, by the time that passes."""
+    fine = hasattr(time, "thread_time") and time.get_clock_info("thread_time").resolution <= 1e-6
+    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def measure(
@@ -58,8 +76,9 @@ def measure(
     value_dtype: str,
     linear_dtype: torch.dtype,
     group_size: int | None = None,
+    rows: int = 1,
 ) -> Timing:
-    """Time a dense layer of `linear_dtype` against a sparse one with random weights, for one row of activations.
+    """Time a dense layer of `linear_dtype` against a sparse one with random weights.
 
     The weights are read from memory, as in a model that does not fit into the caches: copies take turns until they
     are twice as large as the last-level cache. The two are timed alternately. A result holds for `torch.get_num_threads()`
@@ -73,24 +92,56 @@ def measure(
             sparsities.
         linear_dtype (`torch.dtype`): float32, bfloat16 or float16, of the dense layer and the activations.
         group_size (`int`, *optional*): of int4.
+        rows (`int`, defaults to 1): of activations.
     """
-    global _known
     rounded = 0.5 if value_dtype == "int4 dense" else round(round(sparsity / _SPARSITY_STEP) * _SPARSITY_STEP, 2)
     layer = [out_features, in_features, rounded, value_dtype, str(linear_dtype).removeprefix("torch.")]
     layer += [] if group_size is None else [group_size]
+    layer += [] if rows == 1 else [f"{rows} rows"]
     key = json.dumps([*_machine(), *layer])
+    known = _all_known()
+    if key not in known:
+        known[key] = list(_time(out_features, in_features, rounded, value_dtype, linear_dtype, group_size, rows))
+        _write({key: known[key]})
+    return Timing(*known[key])
+
+
+def measure_dense(layers: Collection[DenseLayer]) -> dict[DenseLayer, float]:
+    """Seconds of one call of dense layers, which take turns, so that what else happens on the machine hits all alike.
+
+    As with `measure`, the weights are read from memory, the medians are kept in `timings_file()` and not measured again, and
+    hold for this machine and number of threads. The extension is not needed.
+    """
+    known, keys = _all_known(), {}
+    for layer in layers:
+        kind = ["dense", *layer[:-1], str(layer.dtype).removeprefix("torch.")]
+        keys[layer] = json.dumps([*_machine(), *kind])
+    missing = [layer for layer in keys if keys[layer] not in known]
+    if missing:
+        new = {keys[layer]: [seconds] for layer, seconds in zip(missing, _time_dense(missing), strict=True)}
+        known.update(new)
+        _write(new)
+    return {layer: known[key][0] for layer, key in keys.items()}
+
+
+def _all_known() -> dict[str, list[float]]:
+    global _known
     if _known is None:
         _known = _read(timings_file())
-    if key not in _known:
-        _known[key] = list(_time(out_features, in_features, rounded, value_dtype, linear_dtype, group_size))
-        _write(key, _known[key])
-    return Timing(*_known[key])
+    return _known
 
 
 def _machine() -> list[Any]:
     """What a measurement depends on besides the layer."""
     report = _native.cpu_report()
-    assert report is not None and _native._C is not None
+    if report is None or _native._C is None:
+        return [
+            platform.processor() or platform.machine(),
+            None,
+            torch.get_num_threads(),
+            torch.__version__,
+            __version__,
+        ]
     built = Path(str(_native._C.__file__)).stat().st_mtime_ns
     return [report["brand"], _native.selected_level(), torch.get_num_threads(), torch.__version__, __version__, built]
 
@@ -101,7 +152,7 @@ def _read(file: Path) -> dict[str, list[float]]:
         return {
             key: [float(value) for value in entry]
             for key, entry in data.items()
-            if len(entry) == 2 and all(value > 0 for value in entry)
+            if len(entry) in (1, 2) and all(value > 0 for value in entry)
         }
     except FileNotFoundError:
         return {}
@@ -109,12 +160,12 @@ def _read(file: Path) -> dict[str, list[float]]:
         return {}  # damaged or unreadable: a cache, so measure again
 
 
-def _write(key: str, entry: list[float]) -> None:
+def _write(entries: dict[str, list[float]]) -> None:
     file = timings_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            atomic_write_text(file, json.dumps({**_read(file), key: entry}, indent=0))
+            atomic_write_text(file, json.dumps({**_read(file), **entries}, indent=0))
     except OSError:
         return  # a cache folder that cannot be written to: the measurement lasts as long as the process
 
@@ -127,11 +178,12 @@ def _time(
     value_dtype: str,
     linear_dtype: torch.dtype,
     group_size: int | None,
+    rows: int,
 ) -> Timing:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
     weight *= torch.rand(out_features, in_features, generator=generator) >= sparsity
-    x = torch.randn(1, in_features, generator=generator).to(linear_dtype)
+    x = torch.randn(rows, in_features, generator=generator).to(linear_dtype)
     scales = None
     if value_dtype in ("bf16", "int8"):
         tensors = compress(weight, value_dtype)
@@ -155,22 +207,56 @@ def _time(
         (sparse, _copies(packed)),
     ]
     seconds: list[list[float]] = [[], []]
+    now = clock()
     start = time.perf_counter()
     for round_ in range(_MAX_ROUNDS):
         if round_ >= _MIN_ROUNDS and time.perf_counter() - start > _SECONDS:
             break
         for (call, copies), times in zip(contenders, seconds, strict=True):
             copy = copies[round_ % len(copies)]
-            before = time.perf_counter()
+            before = now()
             call(copy)
-            times.append(time.perf_counter() - before)
+            times.append(now() - before)
     # the first call of each starts threads and loads code
     return Timing(*(statistics.median(times[1:]) for times in seconds))
 
 
+@torch.no_grad()
+def _time_dense(layers: list[DenseLayer]) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    pools = {}
+    for dtype in {layer.dtype for layer in layers}:
+        largest = max(layer.out_features * layer.in_features for layer in layers if layer.dtype == dtype)
+        block = torch.randn(2**20, generator=generator).to(dtype)
+        pools[dtype] = block.repeat(-(-max(_wanted_bytes() // block.element_size(), largest) // len(block)))
+    inputs = [torch.randn(layer.rows, layer.in_features, generator=generator).to(layer.dtype) for layer in layers]
+    biases = [torch.zeros(layer.out_features, dtype=layer.dtype) if layer.bias else None for layer in layers]
+    seconds: list[list[float]] = [[] for _ in layers]
+    at = dict.fromkeys(pools, 0)
+    now = clock()
+    start = time.perf_counter()
+    for round_ in range(_MAX_ROUNDS):
+        if round_ > _MIN_ROUNDS and time.perf_counter() - start > _SECONDS * len(layers):
+            break
+        for layer, x, bias, times in zip(layers, inputs, biases, seconds, strict=True):
+            pool, size = pools[layer.dtype], layer.out_features * layer.in_features
+            if at[layer.dtype] + size > len(pool):
+                at[layer.dtype] = 0
+            weight = pool[at[layer.dtype] : at[layer.dtype] + size].view(layer.out_features, layer.in_features)
+            at[layer.dtype] += -(-size // 64) * 64
+            before = now()
+            torch.nn.functional.linear(x, weight, bias)
+            times.append(now() - before)
+    return [statistics.median(times[1:]) for times in seconds]
+
+
 def _copies(tensor: torch.Tensor) -> list[torch.Tensor]:
+    size = tensor.numel() * tensor.element_size()
+    return [tensor, *(tensor.clone() for _ in range(-(-_wanted_bytes() // size) - 1))]
+
+
+def _wanted_bytes() -> int:
+    """Of weights, so that none of them is still in the caches when its turn comes again."""
     report = _native.cpu_report()
     last_level = (report["cache_bytes"]["l3"] or report["cache_bytes"]["l2"]) if report else 0
-    size = tensor.numel() * tensor.element_size()
-    wanted = min(2 * (last_level or 32 * 2**20), _MAX_COPIES_BYTES)
-    return [tensor, *(tensor.clone() for _ in range(-(-wanted // size) - 1))]
+    return min(2 * (last_level or 32 * 2**20), _MAX_COPIES_BYTES)

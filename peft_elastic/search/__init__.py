@@ -25,6 +25,8 @@ from .evaluators import (
     MultipleChoiceEvaluator,
     PerplexityEvaluator,
 )
+from .hypervolume import hypervolume_of
+from .latency import LatencyModel, LatencyReport
 from .result import Evaluation, SearchResult
 from .search import search_subnet
 
@@ -36,11 +38,14 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "LMEvalEvaluator",
+    "LatencyModel",
+    "LatencyReport",
     "LossEvaluator",
     "MetricEvaluator",
     "MultipleChoiceEvaluator",
     "PerplexityEvaluator",
     "SearchResult",
     "estimate_effects",
+    "hypervolume_of",
     "search_subnet",
 ]

@@ -24,9 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .constraints import NEEDS_LATENCY
 from .cost import COST_NAMES
 from .evaluators import Evaluator
 
+
+# What a search computes itself; always minimised.
+_BUILT_IN = (*COST_NAMES, "latency")
 
 # An entry of `objectives` as a user may write it.
 ObjectiveLike = str | tuple[str, Callable[[Any], float]] | Mapping[str, Callable[[Any], float]]
@@ -50,13 +54,19 @@ class Objective:
     @property
     def measured(self) -> bool:
         """Whether the value must come from `evaluate`."""
-        return self.function is None and self.name not in COST_NAMES
+        return self.function is None and self.name not in _BUILT_IN
 
 
 def parse_objectives(
-    objectives: str | Sequence[ObjectiveLike] | None, mode: str | Mapping[str, str] | None, evaluate: Callable
+    objectives: str | Sequence[ObjectiveLike] | None,
+    mode: str | Mapping[str, str] | None,
+    evaluate: Callable,
+    with_latency: bool = False,
 ) -> list[Objective]:
     """Check `objectives` and `mode` of `search_subnet`, whose documentation says what they may be.
+
+    Args:
+        with_latency (`bool`): whether the search has a latency model.
 
     Raises:
         ValueError: if an entry, a name or a direction is not allowed.
@@ -67,29 +77,32 @@ def parse_objectives(
     names = [name for name, _ in entries]
     if len(set(names)) != len(names):
         raise ValueError(f"`objectives` holds a name twice: {names}.")
+    if ("latency", None) in entries and not with_latency:
+        raise ValueError(f"the objective 'latency' {NEEDS_LATENCY}")
+    taken_names = _BUILT_IN if with_latency else COST_NAMES
     first, function = entries[0]
-    if function is not None or first in COST_NAMES:
+    if function is not None or first in _BUILT_IN:
         raise ValueError(
             f"the first of `objectives` must name the value that `evaluate` returns, e.g. 'accuracy', got {first!r}."
         )
-    taken = [name for name, function in entries if function is not None and name in COST_NAMES]
+    taken = [name for name, function in entries if function is not None and name in taken_names]
     if taken:
         raise ValueError(f"`objectives` gives a function the name {taken[0]!r}, which is built in; choose another.")
 
     if mode is None:
         mode = evaluate.mode if isinstance(evaluate, Evaluator) else "max"
     if not isinstance(mode, Mapping):
-        mode = {name: mode for name, function in entries if function is None and name not in COST_NAMES}
+        mode = {name: mode for name, function in entries if function is None and name not in _BUILT_IN}
     for name, direction in mode.items():
         if direction not in ("max", "min"):
             raise ValueError(f"`mode` must be 'max' or 'min', got {direction!r} for {name!r}.")
         if name not in names:
             raise ValueError(f"`mode` names {name!r}, which is not among the objectives {names}.")
-        if name in COST_NAMES and direction != "min":
+        if name in taken_names and direction != "min":
             raise ValueError(f"`mode` asks to maximise {name!r}, which is always minimised.")
 
     def default(name: str, function: Callable | None) -> str:
-        return "min" if function is not None or name in COST_NAMES else "max"
+        return "min" if function is not None or name in _BUILT_IN else "max"
 
     return [Objective(name, mode.get(name, default(name, function)), function) for name, function in entries]
 

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito, distinguishable with every kind of colour vision; the shapes tell them apart in print.
 _EVALUATED, _LINE = "#9a9a9a", "#0072b2"
 _MARKS = {"max": ("^", "#d55e00"), "min": ("v", "#009e73"), "heuristic": ("D", "#e69f00")}
-_LABELS = {"macs": "MACs per token", "parameters": "parameters"}
+_HYPERVOLUME = "#cc79a7"
+_LABELS = {"bytes": "bytes", "latency": "latency (s)", "macs": "MACs per token", "parameters": "parameters"}
 
 
 def draw(result: SearchResult, path: str | os.PathLike[str] | None) -> Figure:
@@ -51,7 +52,7 @@ def draw(result: SearchResult, path: str | os.PathLike[str] | None) -> Figure:
     _progress(axes[0], result)
     if several:
         _front(axes[1], result)
-    labelled = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels())}
+    labelled = {label: handle for a in figure.axes for handle, label in zip(*a.get_legend_handles_labels())}
     figure.legend(
         labelled.values(), labelled, loc="outside lower center", ncols=len(labelled) if several else 3, fontsize=9
     )
@@ -64,7 +65,9 @@ def draw(result: SearchResult, path: str | os.PathLike[str] | None) -> Figure:
 def _progress(axes: Axes, result: SearchResult) -> None:
     x = [e.index + 1 for e in result.history]
     y = np.array([e.metrics[result.metric] for e in result.history], dtype=float)
-    best = np.maximum.accumulate(y) if result.objectives[result.metric] == "max" else np.minimum.accumulate(y)
+    # what violates a constraint is not the best; NaN until something keeps them all
+    kept = np.array([v if result.keeps_constraints(e) else np.nan for v, e in zip(y, result.history)])
+    best = np.fmax.accumulate(kept) if result.objectives[result.metric] == "max" else np.fmin.accumulate(kept)
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
     axes.step(x, best, where="post", color=_LINE, linewidth=1.8, label="best so far")
     _mark(axes, result, lambda e: (e.index + 1, e.metrics[result.metric]))
@@ -73,6 +76,12 @@ def _progress(axes: Axes, result: SearchResult) -> None:
     axes.set_xlabel("evaluations")
     axes.set_ylabel(result.metric)
     _finish(axes)
+    if len(result.objectives) > 1:
+        right = axes.twinx()
+        right.plot(x, result.hypervolume, color=_HYPERVOLUME, linewidth=1.2, linestyle="--", label="hypervolume")
+        right.set_ylabel("hypervolume", color=_HYPERVOLUME)
+        right.set_ylim(bottom=0)
+        right.spines["top"].set_visible(False)
 
 
 def _front(axes: Axes, result: SearchResult) -> None:
@@ -81,7 +90,7 @@ def _front(axes: Axes, result: SearchResult) -> None:
 
     x, y = zip(*(point(e) for e in result.history))
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
-    front_x, front_y = zip(*(point(e) for e in result.pareto))
+    front_x, front_y = [point(e)[0] for e in result.pareto], [point(e)[1] for e in result.pareto]
     # with another objective the front does not lie in this plane, and a line through its points would mean nothing
     in_plane = list(result.objectives) == [result.metric, result.cost]
     line = {"drawstyle": "steps-post", "linewidth": 1.4} if in_plane else {"linestyle": ""}

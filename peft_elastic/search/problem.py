@@ -22,15 +22,17 @@ from ..supernet.space import SearchSpace
 
 
 class SubnetProblem(Problem):
-    """One integer variable per choice, the index of its option (0 is the largest); every objective is minimised.
+    """One integer variable per choice, the index of its option (0 is the largest); every objective is minimised, and a
+    constraint is kept where its value is not positive.
 
     It has no `_evaluate`: `search_subnet` asks the algorithm for subnets, evaluates them and tells it the result.
     """
 
-    def __init__(self, space: SearchSpace, n_objectives: int) -> None:
+    def __init__(self, space: SearchSpace, n_objectives: int, n_constraints: int = 0) -> None:
         super().__init__(
             n_var=len(space),
             n_obj=n_objectives,
+            n_ieq_constr=n_constraints,
             xl=np.zeros(len(space)),
             xu=np.array([len(choice.options) - 1 for choice in space]),
             vtype=int,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,9 @@ from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
 from ..supernet.space import SearchSpace, Subnet
 from ..utils import atomic_write_text
+from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
 from .cost import COST_NAMES
+from .hypervolume import hypervolume_of
 
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 _FILE_NAME = "search_result.json"
 _FORMAT = "peft-elastic/search-result"
 _VERSION = 1
-# Room for rounding when metrics and costs are compared: 0.81 - 0.80 is a little more than 0.01 in binary.
-_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Evaluation:
         index (`int`): position in the history, from 0.
         source (`str`): `"max"`, `"min"`, `"heuristic"`, or `"search"` for a subnet that the algorithm proposed.
         subnet (`Subnet`): the subnet.
-        metrics (`dict[str, float]`): the objectives, whatever else `evaluate` returned, `macs` and `parameters`.
+        metrics (`dict[str, float]`): the objectives, whatever else `evaluate` returned, `macs` and `parameters`, and
+            `bytes` and `latency` (seconds) where they were an objective or bounded.
         held_out (`dict[str, float]`, *optional*): measured after the search on other data; it steers nothing.
     """
 
@@ -71,7 +72,8 @@ class SearchResult:
         objectives (`dict[str, str]`): name -> `"max"` or `"min"`; the first is the metric, the others are costs or
             further metrics.
         history (`list[Evaluation]`): in the order of evaluation; the first is the max subnet.
-        settings (`dict[str, Any]`): algorithm, seed and population.
+        settings (`dict[str, Any]`): algorithm, seed and population; `constraints`, the bounds by name of the cost, and
+            `reference_points`, where the search had some.
     """
 
     space: SearchSpace
@@ -95,13 +97,51 @@ class SearchResult:
         return self.history[0]
 
     @property
+    def constraints(self) -> dict[str, float]:
+        """The upper bounds of the search, by name of the cost."""
+        return dict(self.settings.get("constraints") or {})
+
+    def keeps_constraints(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation keeps `constraints`; of those of a search, only max, min and heuristic may not."""
+        return all(excess(evaluation.metrics[name], bound) <= TOLERANCE for name, bound in self.constraints.items())
+
+    @property
     def pareto(self) -> list[Evaluation]:
-        """The evaluations that no other beats in one objective without being worse in another, cheapest first.
+        """The evaluations that no other beats in one objective without being worse in another, cheapest first, among those
+        that keep `constraints`.
 
         Subnets with equal objectives are all listed. With a single objective these are the best ones.
         """
-        front = [self.history[i] for i in non_dominated(self.history, self.objectives)]
+        allowed = [e for e in self.history if self.keeps_constraints(e)]
+        if not allowed:
+            return []
+        values = np.array([self.minimised(e) for e in allowed], dtype=float)
+        front = [allowed[i] for i in find_non_dominated(values).tolist()]
         return sorted(front, key=lambda e: (e.metrics[self.cost], -self._quality(e), e.index))
+
+    def minimised(self, evaluation: Evaluation) -> list[float]:
+        """The objectives of an evaluation in order, turned so that smaller is better."""
+        return minimised(evaluation.metrics, self.objectives)
+
+    @property
+    def hypervolume_box(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Reference and ideal point of `hypervolume`: in each objective the worst and the best value of the max, min and
+        heuristic subnet. Searches of the same model with the same `evaluate` share them."""
+        references = [e for e in self.history if e.source != "search"] or self.history[:1]
+        low, high = ({n: f(e.metrics[n] for e in references) for n in self.objectives} for f in (min, max))
+        worst = {name: high[name] if direction == "min" else low[name] for name, direction in self.objectives.items()}
+        best = {name: low[name] if direction == "min" else high[name] for name, direction in self.objectives.items()}
+        return worst, best
+
+    @property
+    def hypervolume(self) -> list[float]:
+        """The hypervolume after each evaluation; it never falls, and evaluations that violate `constraints` add nothing.
+
+        It is the volume that the Pareto front dominates, in units of the box between the two points of `hypervolume_box`: 0
+        while nothing is better than the reference point in every objective, 1 for a subnet that has the best value of each
+        reference subnet at once, and more than 1 only if the search finds better ones.
+        """
+        return hypervolume_of(self, *self.hypervolume_box) if self.history else []
 
     def evaluation(self, subnet: Subnet | Mapping[str, int] | str) -> Evaluation:
         """The evaluation of a subnet, also by name: `"max"`, `"min"`, `"heuristic"`.
@@ -116,7 +156,10 @@ class SearchResult:
         raise ValueError(f"`subnet` {subnet!r} was not evaluated in this search.")
 
     def best(
-        self, max_drop: float | None = None, budget: float | str | Mapping[str, float | str] | None = None
+        self,
+        max_drop: float | None = None,
+        budget: float | str | Mapping[str, float | str] | None = None,
+        constrained: bool = True,
     ) -> Subnet:
         """The subnet to use, chosen by the metrics of the search alone (never by `held_out`).
 
@@ -128,31 +171,35 @@ class SearchResult:
                 Largest loss of the metric against the max subnet, absolute, in the metric's own unit: 0.01 is one point
                 of an accuracy given as a fraction.
             budget (`float`, `str` or `dict`, *optional*):
-                Upper bound on `cost`, or bounds by name of minimised objectives, `"macs"` or `"parameters"`. A number,
-                or a share of what the max subnet costs, such as `"60%"`.
+                Upper bound on `cost`, or bounds by name of minimised objectives, `"macs"`, `"parameters"` or other
+                costs that were recorded. A number, or a share of what the max subnet costs, such as `"60%"`.
+            constrained (`bool`, defaults to `True`):
+                Keep to the `constraints` of the search as well.
 
         Raises:
             ValueError: if an argument is not allowed, or no evaluated subnet satisfies it; the message says which comes
                 closest.
         """
         limits = self._limits(budget)
-        if max_drop is not None and (not _is_number(max_drop) or max_drop < 0):
+        for name, bound in (self.constraints if constrained else {}).items():
+            limits[name] = min(bound, limits.get(name, math.inf))
+        if max_drop is not None and (not is_number(max_drop) or max_drop < 0):
             raise ValueError(f"`max_drop` must be a number that is not negative, got {max_drop!r}.")
 
-        def excess(evaluation: Evaluation) -> float:
+        def violation(evaluation: Evaluation) -> float:
             """The largest violation of a limit, as a share of it; not positive if all are kept."""
-            return max((_excess(evaluation.metrics[name], limit) for name, limit in limits.items()), default=0.0)
+            return max((excess(evaluation.metrics[name], limit) for name, limit in limits.items()), default=0.0)
 
-        affordable = [e for e in self.history if excess(e) <= _TOLERANCE]
+        affordable = [e for e in self.history if violation(e) <= TOLERANCE]
         if not affordable:
-            raise ValueError(
-                f"no evaluated subnet keeps `budget` {budget!r}. The closest is {self._describe(min(self.history, key=excess))}."
-            )
+            bounds = f"`budget` {budget!r}" if budget is not None else "the constraints"
+            closest = self._describe(min(self.history, key=violation))
+            raise ValueError(f"no evaluated subnet keeps {bounds}. The closest is {closest}.")
         best = min(affordable, key=lambda e: (-self._quality(e), e.metrics[self.cost], e.index))
         if max_drop is None:
             return best.subnet
         floor = self._quality(self.reference) - max_drop
-        floor -= _TOLERANCE * max(1.0, abs(floor))
+        floor -= TOLERANCE * max(1.0, abs(floor))
         good = [e for e in affordable if self._quality(e) >= floor]
         if not good:
             raise ValueError(
@@ -167,13 +214,14 @@ class SearchResult:
             return {}
         bounds = budget if isinstance(budget, Mapping) else {self.cost: budget}
         minimised = [name for name, direction in self.objectives.items() if direction == "min"]
-        allowed = list(dict.fromkeys([*minimised, *COST_NAMES]))
+        recorded = [name for name in (*COST_NAMES, "latency") if name in self.reference.metrics]
+        allowed = list(dict.fromkeys([*minimised, *recorded]))
         limits = {}
         for name, bound in bounds.items():
             if name not in allowed:
                 raise ValueError(f"`budget` bounds {name!r}, allowed are {allowed}.")
-            limits[name] = _parse_bound(bound, self.reference.metrics[name])
-            if not _is_number(limits[name]) or limits[name] <= 0:
+            limits[name] = parse_bound(bound, self.reference.metrics[name])
+            if not is_bound(limits[name]):
                 raise ValueError(
                     f"`budget` must be positive numbers or shares of the max subnet's cost such as '60%', got {bound!r} "
                     f"for {name!r}."
@@ -194,7 +242,7 @@ class SearchResult:
         per choice; the index is that of the evaluation."""
         import pandas
 
-        front = set(non_dominated(self.history, self.objectives))
+        front = {e.index for e in self.pareto}
         rows = [
             {
                 "index": e.index,
@@ -256,30 +304,6 @@ class SearchResult:
             raise ValueError(f"{os.fspath(path)!r} is not a search result: {error!r}") from error
 
 
-def non_dominated(history: Sequence[Evaluation], objectives: Mapping[str, str]) -> list[int]:
-    """Positions of the evaluations that are not dominated."""
-    values = np.array([minimised(e.metrics, objectives) for e in history], dtype=float)
-    return find_non_dominated(values).tolist()
-
-
 def minimised(metrics: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:
     """The objectives in order, turned so that smaller is better."""
     return [metrics[name] if direction == "min" else -metrics[name] for name, direction in objectives.items()]
-
-
-def _parse_bound(bound: Any, whole: float) -> Any:
-    """A number as it is, a percentage as a share of `whole`, NaN for any other text."""
-    if not isinstance(bound, str):
-        return bound
-    try:
-        return float(bound.strip().removesuffix("%")) / 100 * whole if "%" in bound else math.nan
-    except ValueError:
-        return math.nan
-
-
-def _excess(value: float, limit: float) -> float:
-    return (value - limit) / limit
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,27 +19,38 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..supernet.host import ElasticHost, get_elastic_host
-from ..supernet.space import SearchSpace
-from .algorithms import ALGORITHMS, reference_subnets
+from ..supernet.space import SearchSpace, Subnet
+from .algorithms import ALGORITHMS, EVOLUTIONARY, reference_subnets
+from .constraints import Constraints, collect_bounds, is_number, resolve_bounds
 from .context import eval_mode, seeded, subnet_restored
-from .cost import CostModel
+from .cost import ALWAYS_RECORDED, CostModel
 from .history import HistoryFile
+from .hypervolume import HypervolumeTracker
+from .latency import LatencyModel
 from .objectives import Objective, ObjectiveLike, parse_objectives, read_values
-from .result import Evaluation, SearchResult, minimised, non_dominated
+from .result import Evaluation, SearchResult, minimised
 
 
 logger = logging.getLogger(__name__)
 
+_LATENCY_FILE = "latency.json"
+# Subnets that are looked through at most to see whether an exhaustive search is within `n_evals`.
+_MAX_LISTED = 10**5
+
 # What `evaluate` and `held_out` are: functions of the model that return a number or a dict of named numbers.
 Evaluate = Callable[[Any], float | Mapping[str, float]]
+# One point or several, each by name or in the order of the objectives.
+ReferencePoints = Mapping[str, float] | Sequence[Mapping[str, float] | Sequence[float]]
 
 
 def search_subnet(
@@ -54,12 +65,20 @@ def search_subnet(
     mode: str | Mapping[str, str] | None = None,
     held_out: Evaluate | None = None,
     progress: bool = True,
+    latency: LatencyModel | None = None,
+    constraints: Mapping[str, float | str] | None = None,
+    max_latency: float | str | None = None,
+    max_parameters: float | str | None = None,
+    max_params: float | str | None = None,
+    max_macs: float | str | None = None,
+    max_bytes: float | str | None = None,
+    reference_points: ReferencePoints | None = None,
 ) -> SearchResult:
     """Search the subnets of an elastic model for the best trade-offs.
 
-    The max, min and heuristic subnets are evaluated first, then those that the algorithm proposes; none twice. The model
-    is left as it was found: the chosen and the sampled subnet, and the training mode of every module, also if an
-    exception ends the search.
+    First the costs of the max, min and heuristic subnet are shown. These three are evaluated first, then those that the
+    algorithm proposes; none twice. The model is left as it was found: the chosen and the sampled subnet, and the training
+    mode of every module, also if an exception ends the search.
 
     Args:
         model (`nn.Module`):
@@ -71,15 +90,15 @@ def search_subnet(
             generators (`random`, NumPy, PyTorch) are seeded with `seed`, and put back afterwards.
         objectives (`Sequence`, *optional*, defaults to `("accuracy", "macs")`):
             What to optimise. The first is the name of the number that `evaluate` returns (an evaluator of this package
-            brings its own name), or of an entry of its dict. The others are `"macs"` and `"parameters"` (see
-            `CostModel`), further entries of the dict, or functions of the model as `(name, function)` or
-            `{name: function}`. The first alone makes a single-objective search.
+            brings its own name), or of an entry of its dict. The others are `"macs"`, `"parameters"` and `"bytes"` (see
+            `CostModel`), `"latency"` in seconds (see `latency`), further entries of the dict, or functions of the model as
+            `(name, function)` or `{name: function}`. The first alone makes a single-objective search.
         algorithm (`str`, defaults to `"nsga2"`):
-            `"nsga2"`, `"random"`, or `"exhaustive"`, which evaluates the whole space.
+            `"nsga2"`, `"r-nsga2"` (see `reference_points`), `"random"`, or `"exhaustive"`, which evaluates the whole space.
         n_evals (`int`, defaults to 200):
-            Number of evaluations, exactly; fewer only if the space has fewer subnets.
+            Number of evaluations, exactly; fewer only if fewer subnets keep the constraints.
         population (`int`, defaults to 8):
-            Subnets per generation of `"nsga2"`, at least 4. LoNAS uses 8 for language models, 40 for GLUE.
+            Subnets per generation of `"nsga2"` and `"r-nsga2"`, at least 4. LoNAS uses 8 for language models, 40 for GLUE.
         seed (`int`, defaults to 0):
             The same seed gives the same search, independent of the global random generators.
         save_dir (`str` or `os.PathLike`, *optional*):
@@ -93,51 +112,103 @@ def search_subnet(
             Like `evaluate`, on data that neither training nor search has seen. Called after the search for the Pareto
             front, the max and the heuristic subnet; the values go to `Evaluation.held_out` and steer nothing.
         progress (`bool`, defaults to `True`):
-            Show a progress bar with the best metric and the size of the Pareto front.
+            Show a progress bar with the best metric, the size of the Pareto front and the hypervolume.
+        latency (`LatencyModel`, *optional*):
+            Predicts the latency of a subnet once it is deployed, for the objective `"latency"` and for bounds on it. With
+            `save_dir` its measurements are kept there (`latency.json`), and a search that is continued goes on with those
+            it began with.
+        constraints (`Mapping`, *optional*):
+            Upper bounds by name of a cost, `"latency"` (seconds), `"parameters"`, `"macs"` or `"bytes"`: a number, or a
+            share of what the max subnet costs such as `"60%"`. Costs are known beforehand, so no evaluation is spent on a
+            subnet that exceeds one, but for max, min and heuristic; `SearchResult.best` and `pareto` keep to them.
+        max_latency, max_parameters (or max_params), max_macs, max_bytes (`float` or `str`, *optional*):
+            The same as entries of `constraints`.
+        reference_points (`Mapping` or `Sequence`, *optional*):
+            Of `"r-nsga2"`, where on the front to search: one point as `{objective: value}`, or a list of such points or of
+            lists in the order of the objectives, in the units of the objectives.
 
     Returns:
         `SearchResult`: all evaluations, with `pareto`, `best(...)`, `plot(...)`.
 
     Raises:
-        ValueError: if an argument is not allowed; if `save_dir` belongs to another search; if `evaluate`, `held_out` or
-            an objective does not return finite numbers under the expected names, or changes the active subnet. What was
-            evaluated before stays in `save_dir`.
+        ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search;
+            if `evaluate`, `held_out` or an objective does not return finite numbers under the expected names, or changes
+            the active subnet. What was evaluated before stays in `save_dir`.
     """
     host = get_elastic_host(model)
     space = host.search_space
-    _check_arguments(space, evaluate, held_out, algorithm, n_evals, population, seed)
-    targets = parse_objectives(objectives, mode, evaluate)
+    _check_arguments(space, evaluate, held_out, algorithm, n_evals, population, seed, latency)
+    targets = parse_objectives(objectives, mode, evaluate, latency is not None)
     directions = {target.name: target.direction for target in targets}
-    settings = {"algorithm": algorithm, "seed": seed, "population": population if algorithm == "nsga2" else None}
-    meter = _Meter(model, host, evaluate, held_out, targets, seed)
+    keywords = {
+        "max_bytes": max_bytes,
+        "max_latency": max_latency,
+        "max_macs": max_macs,
+        "max_parameters": max_parameters,
+        "max_params": max_params,
+    }
+    wanted = collect_bounds(constraints, keywords, latency is not None)
+    points = _parse_reference_points(reference_points, algorithm, directions)
+    settings: dict[str, Any] = {
+        "algorithm": algorithm,
+        "seed": seed,
+        "population": population if algorithm in EVOLUTIONARY else None,
+    }
+    if points is not None:
+        settings["reference_points"] = points
+    if latency is not None and save_dir is not None:
+        latency = latency.as_begun(Path(save_dir) / _LATENCY_FILE)
+    meter = _Meter(model, host, evaluate, held_out, targets, seed, latency, wanted)
+    bounds = Constraints(resolve_bounds(wanted, space, meter.costs), meter.costs)
+    if algorithm == "exhaustive":
+        _check_exhaustive(space, n_evals, bounds)
+
     file, held_out_file = None, None
     if save_dir is not None:
-        costs = {f"{name} of the max subnet": cost for name, cost in meter.cost_model.costs(space.max).items()}
-        header = {"space": repr(space), "fingerprint": space.fingerprint, "objectives": directions} | settings | costs
+        costs = meter.costs(space.max)
+        header = {"space": repr(space), "fingerprint": space.fingerprint, "objectives": directions} | settings
+        header |= {f"{name} of the max subnet": costs[name] for name in ALWAYS_RECORDED}
+        header |= {"constraints": wanted} if wanted else {}
+        header |= {"latency": latency.workload} if latency is not None else {}
         file = HistoryFile(Path(save_dir) / "history.jsonl", header)
         held_out_file = HistoryFile(Path(save_dir) / "held_out.jsonl", header) if held_out is not None else None
+        if latency is not None:
+            latency.save(Path(save_dir) / _LATENCY_FILE)
+    if wanted:
+        settings["constraints"] = bounds.bounds
 
     limit = min(n_evals, space.size)
     named = reference_subnets(space)
-    history: list[Evaluation] = []
-    search = ALGORITHMS[algorithm](space, len(targets), population, seed)
+    result = SearchResult(space, directions, [], settings)
+    history = result.history
+    minimised_points = None
+    if points is not None:
+        minimised_points = np.array([minimised(dict(zip(directions, point)), directions) for point in points])
+    search = ALGORITHMS[algorithm](space, len(targets), population, seed, bounds, minimised_points)
+    tracker = None
     with subnet_restored(host), tqdm(total=limit, desc="search", disable=not progress) as bar:
+        _say(bar, _profile({name: meter.costs(subnet) for subnet, name in named.items()}, bounds.bounds))
         if file is not None and file.n_rows:
             _say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
-        while True:
+        while len(history) < limit:
             batch = search.ask()[: limit - len(history)]
+            if not batch:
+                _say(bar, f"Only {len(history)} subnets keep the constraints; all are evaluated.")
+                break
             for subnet in batch:
                 evaluation = Evaluation(len(history), named.get(subnet, "search"), subnet, metrics={})
                 metrics = _recall_or_measure(file, evaluation, meter.metrics)
                 history.append(dataclasses.replace(evaluation, metrics=metrics))
                 if len(history) == min(len(named), limit):
-                    _say(bar, _profile(history, targets[0].name))
-                _show(bar, history, directions)
-            if len(history) == limit:
-                break
-            search.tell([minimised(e.metrics, directions) for e in history[-len(batch) :]])
+                    name = result.metric
+                    _say(bar, f"{name}: " + ", ".join(f"{e.source} {e.metrics[name]:.4g}" for e in history))
+                    tracker = _begin_tracking(result)
+                elif tracker is not None and result.keeps_constraints(history[-1]):
+                    tracker.add(result.minimised(history[-1]))
+                _show(bar, result, tracker)
+            if len(history) < limit:
+                search.tell([result.minimised(e) for e in history[-len(batch) :]])
 
-        result = SearchResult(space, directions, history, settings)
         if held_out is not None:
             reported = {e.index for e in result.pareto}
             reported |= {e.index for e in history if e.source in ("max", "heuristic")}
@@ -160,10 +231,24 @@ class _Meter:
         held_out: Evaluate | None,
         targets: Sequence[Objective],
         seed: int,
+        latency: LatencyModel | None,
+        bounded: Iterable[str],
     ) -> None:
         self.model, self.host, self.seed = model, host, seed
         self.evaluate, self.held_out, self.targets = evaluate, held_out, targets
-        self.cost_model = CostModel(model, host.search_space)
+        self.cost_model, self.latency = CostModel(model, host.search_space), latency
+        asked = {target.name for target in targets if target.function is None} | set(bounded)
+        self.recorded = [
+            name for name in ("macs", "parameters", "bytes", "latency") if name in {*asked, *ALWAYS_RECORDED}
+        ]
+        self.costs = lru_cache(maxsize=4096)(self._compute_costs)
+
+    def _compute_costs(self, subnet: Subnet) -> dict[str, float]:
+        """All costs that are known without an evaluation, by name."""
+        costs: dict[str, float] = dict(self.cost_model.costs(subnet))
+        if self.latency is not None:
+            costs["latency"] = self.latency.predict(subnet)
+        return costs
 
     def metrics(self, evaluation: Evaluation) -> dict[str, float]:
         """All objectives of a subnet, what else `evaluate` returns, and the built-in costs."""
@@ -173,7 +258,8 @@ class _Meter:
         if missing:
             raise ValueError(f"`evaluate` returned {metrics} without {missing}, which `objectives` names ({where}).")
         functions = {target.name: target.function for target in self.targets if target.function is not None}
-        computed = self.cost_model.costs(evaluation.subnet)
+        costs = self.costs(evaluation.subnet)
+        computed: dict[str, float] = {name: costs[name] for name in self.recorded}
         twice = [name for name in metrics if name in functions or name in computed]
         if twice:
             raise ValueError(
@@ -209,6 +295,7 @@ def _check_arguments(
     n_evals: int,
     population: int,
     seed: int,
+    latency: Any,
 ) -> None:
     if not callable(evaluate):
         raise ValueError(f"`evaluate` must be a function of the model, got {evaluate!r}.")
@@ -224,10 +311,56 @@ def _check_arguments(
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
             allowed = f"from {low} to {high}" if high else f"of at least {low}"
             raise ValueError(f"`{name}` must be an integer {allowed}, got {value!r}.")
-    if algorithm == "exhaustive" and space.size > n_evals:
+    if latency is not None and not isinstance(latency, LatencyModel):
+        raise ValueError(f"`latency` must be a LatencyModel, got {latency!r}.")
+    if latency is not None and latency.space != space:
         raise ValueError(
-            f"`algorithm='exhaustive'` evaluates all {space.size} subnets of the space, but `n_evals` is {n_evals}."
+            f"`latency` was measured for another search space ({latency.space!r}) than that of `model` ({space!r})."
         )
+
+
+def _check_exhaustive(space: SearchSpace, n_evals: int, constraints: Constraints) -> None:
+    number = space.size
+    if n_evals < number <= _MAX_LISTED:
+        named = reference_subnets(space)
+        number = sum(subnet in named or constraints.allows(subnet) for subnet in space.subnets())
+    if number > n_evals:
+        which = f"all {number} subnets of the space"
+        if constraints.bounds and space.size <= _MAX_LISTED:
+            which = f"the {number} subnets that keep the constraints, and max, min and heuristic"
+        raise ValueError(f"`algorithm='exhaustive'` evaluates {which}, but `n_evals` is {n_evals}.")
+
+
+def _parse_reference_points(
+    points: ReferencePoints | None, algorithm: str, directions: Mapping[str, str]
+) -> list[list[float]] | None:
+    """The points as lists of numbers in the order of the objectives, in their units."""
+    names = list(directions)
+    if algorithm != "r-nsga2":
+        if points is not None:
+            raise ValueError(f"`reference_points` are for `algorithm='r-nsga2'`, not for {algorithm!r}.")
+        return None
+    example = "{" + ", ".join(f"{name!r}: ..." for name in names) + "}"
+    if len(names) < 2:
+        raise ValueError(f"`algorithm='r-nsga2'` needs at least two `objectives`, got {names}.")
+    if isinstance(points, Mapping):
+        points = [points]
+    if not isinstance(points, Sequence) or isinstance(points, str) or not points:
+        raise ValueError(f"`reference_points` must be a point such as {example} or a list of points, got {points!r}.")
+    parsed = []
+    for point in points:
+        if isinstance(point, Mapping) and set(point) == set(names):
+            values = [point[name] for name in names]
+        elif isinstance(point, Sequence) and not isinstance(point, str) and len(point) == len(names):
+            values = list(point)
+        else:
+            raise ValueError(
+                f"a point of `reference_points` must be like {example}, with every objective, got {point!r}."
+            )
+        if not all(is_number(value) for value in values):
+            raise ValueError(f"the values in `reference_points` must be finite numbers, got {point!r}.")
+        parsed.append([float(value) for value in values])
+    return parsed
 
 
 def _recall_or_measure(
@@ -253,21 +386,55 @@ def _say(bar: tqdm, text: str) -> None:
         bar.write(text, file=sys.stderr)
 
 
-def _profile(references: Sequence[Evaluation], metric: str) -> str:
-    """A line for each of the max, min and heuristic subnets."""
+_UNITS = {
+    "parameters": ("parameters", 1, ",.0f"),
+    "macs": ("MACs per token", 1, ",.0f"),
+    "bytes": ("MB", 1e-6, ",.2f"),
+    "latency": ("ms", 1e3, ",.3f"),
+}
+
+
+def _profile(references: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]) -> str:
+    """The costs of the max, min and heuristic subnet, and the bounds on them, as a table."""
+    rows = dict(references) | ({"at most": bounds} if bounds else {})
+    whole = references["max"]
+    columns = [name for name in _UNITS if name in whole]
+    table = [["", *(_UNITS[name][0] for name in columns)]]
+    for row, costs in rows.items():
+        cells = []
+        for name in columns:
+            _, factor, form = _UNITS[name]
+            share = f"{costs[name] / whole[name]:>6.1%}" if name in costs and whole[name] else ""
+            cells.append(f"{format(factor * costs[name], form)} {share}" if name in costs else "")
+        table.append([row, *cells])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     return "\n".join(
-        f"{e.source:<10}{metric} {e.metrics[metric]:.4g}, {e.metrics['macs']:,d} MACs per token, "
-        f"{e.metrics['parameters']:,d} parameters"
-        for e in references
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in table
     )
 
 
-def _show(bar: tqdm, history: Sequence[Evaluation], directions: Mapping[str, str]) -> None:
+def _begin_tracking(result: SearchResult) -> HypervolumeTracker:
+    """The hypervolume of the reference subnets, which also give its scale."""
+    tracker = HypervolumeTracker(*(minimised(point, result.objectives) for point in result.hypervolume_box))
+    for evaluation in result.history:
+        if result.keeps_constraints(evaluation):
+            tracker.add(result.minimised(evaluation))
+    return tracker
+
+
+def _show(bar: tqdm, result: SearchResult, tracker: HypervolumeTracker | None) -> None:
     if bar.disable:
         return
-    metric, direction = next(iter(directions.items()))
-    best = (max if direction == "max" else min)(e.metrics[metric] for e in history)
-    bar.set_postfix(
-        {f"best {metric}": f"{best:.4g}", "pareto": len(non_dominated(history, directions))}, refresh=False
-    )
+    direction = result.objectives[result.metric]
+    values = [e.metrics[result.metric] for e in result.history if result.keeps_constraints(e)]
+    shown: dict[str, Any] = {}
+    if values:
+        shown[f"best {result.metric}"] = f"{(max if direction == 'max' else min)(values):.4g}"
+    shown["pareto"] = len(result.pareto)
+    if tracker is not None:
+        shown["hypervolume"] = f"{tracker.value:.3f}"
+    bar.set_postfix(shown, refresh=False)
     bar.update()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -49,24 +50,38 @@ class UniformSampler:
 
 
 class BalancedSampler:
-    """Subnets spread evenly over the number of active adapter parameters, from the smallest to the largest subnet (the
-    calibrated sampling of Sukthanker et al. 2024, https://huggingface.co/papers/2405.10299).
+    """Subnets spread evenly over the number of active parameters, from the smallest to the largest subnet (the calibrated
+    sampling of Sukthanker et al. 2024, https://huggingface.co/papers/2405.10299): those of the adapter, and in a space with
+    `layers` also those of the base model that width and depth change.
 
-    The range of parameter counts is cut into 16 bins. One of the bins that hold a subnet is drawn, then one of the
+    The range of parameter counts is cut into 16 bins.
+
+    In a space of ranks, where a count is a sum over the choices, one of the bins that hold a subnet is drawn, then one of the
     parameter counts in it, then one of the subnets with that count, each time uniformly. Counts are exact where the
     range is at most 4096 of their largest common steps (any space of SmolLM2-135M, say), else rounded, option by option,
     to that many steps.
+
+    With width and depth, a bin is drawn uniformly, and then every choice independently, its options weighted by an
+    exponential of what they save, so that the expected count is the centre of the bin. What falls outside of the bin is drawn
+    again, up to 64 times; if nothing falls inside, the nearest is taken.
     """
 
     _BINS = 16
     _STEPS = 4096
+    _TRIES = 64
 
     def __init__(self) -> None:
         self._space: SearchSpace | None = None
 
     def __call__(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
         if space != self._space:
-            self._prepare(space)
+            if space.layers:
+                self._prepare_tilts(space)
+            else:
+                self._prepare(space)
+        return self._draw_tilted(space, rng) if space.layers else self._draw_exact(space, rng)
+
+    def _draw_exact(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
         cells = self._bins[rng.integers(len(self._bins))]
         cell = int(cells[rng.integers(len(cells))])
         # Undo the sum, last choice first: an option is as likely as the number of ways to reach what is left of `cell`
@@ -80,6 +95,46 @@ class BalancedSampler:
             indices.append(index)
             cell -= costs[index]
         return space.decode(indices[::-1])
+
+    def _draw_tilted(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
+        bin_ = int(rng.integers(self._BINS))
+        nearest, distance = space.max, math.inf
+        for _ in range(self._TRIES):
+            draws = rng.random(len(space)).tolist()
+            indices = [min(bisect(c, u), len(c) - 1) for c, u in zip(self._cumulative[bin_], draws, strict=True)]
+            subnet = space.decode(indices)
+            off = abs(_count(space, subnet) - self._centres[bin_])
+            if off < distance:
+                nearest, distance = subnet, off
+            if distance <= self._half_width:
+                break
+        return nearest
+
+    def _prepare_tilts(self, space: SearchSpace) -> None:
+        """For each bin the cumulative probabilities of the options of each choice."""
+        low, high = _count(space, space.min), _count(space, space.max)
+        self._half_width = (high - low) / self._BINS / 2
+        self._centres = [low + (2 * i + 1) * self._half_width for i in range(self._BINS)]
+        # what each option saves against the largest, in a network that is whole otherwise; 1 is the mean of the choices
+        savings = [
+            np.array([high - _count(space, {**space.max, choice.key: option}) for option in choice.options])
+            for choice in space
+        ]
+        unit = sum(float(saved.max()) for saved in savings) / len(space) or 1.0
+
+        def probabilities(tilt: float) -> list[np.ndarray]:
+            weights = [np.exp(tilt * saved / unit - (tilt * saved / unit).max()) for saved in savings]
+            return [weight / weight.sum() for weight in weights]
+
+        self._cumulative = []
+        for centre in self._centres:
+            least, most = -1e3, 1e3  # the expected count falls as the tilt rises
+            for _ in range(50):
+                tilt = (least + most) / 2
+                above = _expected_count(space, probabilities(tilt)) > centre
+                least, most = (tilt, most) if above else (least, tilt)
+            self._cumulative.append([list(accumulate(p.tolist())) for p in probabilities(least)])
+        self._space = space
 
     def _prepare(self, space: SearchSpace) -> None:
         """Count the subnets of each size: `_log_ways[i][c]` is the logarithm of the number of ways in which the first i
@@ -158,3 +213,27 @@ def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
     raise ValueError(
         f"`{argument}` must be one of {sorted(named)} or a callable (space, rng) -> Subnet, got {value!r}."
     )
+
+
+def _count(space: SearchSpace, subnet: Mapping[str, int]) -> int:
+    return space.count_parameters(subnet) + space.count_base_parameters(subnet)
+
+
+def _expected_count(space: SearchSpace, probabilities: list[np.ndarray]) -> float:
+    """Mean number of active parameters where every choice is drawn on its own: each term of `_count` is a product of numbers
+    that depend on different choices."""
+    mean = {choice.key: float(p @ choice.options) for choice, p in zip(space, probabilities, strict=True)}
+    of_key = {choice.key: p for choice, p in zip(space, probabilities, strict=True)}
+    total = sum(mean[choice.key] * choice.unit_parameters for choice in space)
+    for layer in space.layers:
+        # a depth choice is 0 or 1, so that its mean is the probability that the layer is there
+        there = math.prod(mean[key] for key in layer.depth)
+        sides = [float(layer.out_features), float(layer.in_features)]
+        if layer.width is not None:
+            side = 0 if layer.narrows == "out" else 1
+            active = [int(sides[side]) * option // layer.full_width for option in space[layer.width].options]
+            sides[side] = float(of_key[layer.width] @ active)
+        total += there * (sides[0] * sides[1] + layer.bias * sides[0])
+        if layer.rank is not None:
+            total -= mean[layer.rank] * (layer.out_features + layer.in_features - there * sum(sides))
+    return total
