@@ -51,6 +51,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, SearchResult, assets, search_subnet
+from peft_elastic.search import hypervolume_of
 from peft_elastic.utils import atomic_write_text
 
 
@@ -180,16 +181,6 @@ def best_within(result: SearchResult, limit: float) -> Any:
     return max(affordable, key=lambda e: (e.metrics["accuracy"], -e.metrics["macs"]))
 
 
-def hypervolume(points: list[tuple[float, float]], limits: tuple[float, float]) -> float:
-    """Share of the rectangle between (0 %, all MACs) and (100 %, no MACs) that (accuracy, MACs) points dominate."""
-    area, best = 0.0, 0.0
-    for quality, cost in sorted(points, key=lambda point: (point[1], -point[0])):
-        if quality > best:
-            area += (quality - best) / limits[0] * (1 - cost / limits[1])
-            best = quality
-    return area
-
-
 def student(values: list[float]) -> str:
     from scipy import stats
 
@@ -255,6 +246,9 @@ def report(results: dict[str, Any]) -> str:
             ]
             for name in names
         ]
+        parts.append(
+            "Hypervolume of validation accuracy and MACs, the box from (50%, all MACs) to (100%, none) being 1:"
+        )
         parts.append(
             table([f"hypervolume after {settings['hypervolume_evaluations']} evaluations", "mean", "per seed"], cells)
         )
@@ -345,9 +339,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 save_dir=args.out / f"{algorithm}-{seed}",
                 progress=False,
             )
-            points = [(e.metrics["accuracy"], e.metrics["macs"]) for e in result.history]
-            limits = 100.0, result.reference.metrics["macs"]
-            volumes.append({"algorithm": algorithm, "seed": seed, "hypervolume": hypervolume(points, limits)})
+            # between guessing at the price of all MACs and the best validation accuracy for nothing
+            worst = {"accuracy": 50.0, "macs": result.reference.metrics["macs"]}
+            volume = hypervolume_of(result, worst, {"accuracy": 100.0, "macs": 0.0})
+            volumes.append({"algorithm": algorithm, "seed": seed, "hypervolume": volume[-1], "after_each": volume})
 
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "methods", "train_only")}
     results = {"settings": settings, "machine": machine(), "rows": rows, "hypervolume": volumes}
