@@ -527,7 +527,10 @@ def test_the_search_follows_the_direction(objectives):
         ({"mode": {"acc": "max"}}, "`mode` names 'acc'"),
         ({"mode": {"macs": "max"}}, "always minimised"),
         ({"mode": {"accuracy": None}}, "'max' or 'min', got None"),
-        ({"algorithm": "nsga3"}, r"`algorithm` must be one of \['exhaustive', 'nsga2', 'r-nsga2', 'random'\], got 'nsga3'"),
+        (
+            {"algorithm": "nsga3"},
+            r"`algorithm` must be one of \['exhaustive', 'nsga2', 'r-nsga2', 'random'\], got 'nsga3'",
+        ),
         ({"algorithm": "exhaustive"}, "all 4096 subnets.*`n_evals` is 30"),
         ({"n_evals": 0}, "`n_evals`.*at least 1, got 0"),
         ({"n_evals": 2.5}, "`n_evals`.*2.5"),

@@ -108,6 +108,7 @@ def test_bytes_of_quantized_layers(sparsity):
         weight = 32 * 64 // 2 + 32 * 2 * 2 + 32 * 2 // 2  # as GPTQ packs it
     assert costs.bytes(space.max) == weight + 32 * 4
     assert costs.parameters(space.max) == 32 * 64 + 32
+    assert costs.macs(space.max) == 32 * 64
 
 
 def test_fused_layers_and_depth_alone():

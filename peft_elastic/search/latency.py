@@ -47,13 +47,15 @@ _MODES = ("forward", "decode")
 _KERNELS = ("auto", "dense", "sparse")
 _MIN_ROUNDS = 3
 _N_RANDOM = 3
+_VISIT_SECONDS = 0.02
 
 
 class LatencyModel:
     """Seconds that a subnet takes on this machine for one forward pass, or one decode step, once it is deployed: merged, and
     extracted as a physically smaller model.
 
-    Two parts are measured when the object is made, with as many threads as torch has then:
+    Two parts are measured when the object is made, with as many threads as torch has then; with one thread in processor time, so
+    that other processes on the machine count little (`peft_elastic.deploy.timing.clock`):
 
     - each distinct shape of a linear layer, with weights that are not in the caches; the shapes take turns, medians are
       kept in a file of this machine (`peft_elastic.deploy.timing`) and not measured again;
@@ -165,6 +167,16 @@ class LatencyModel:
                     times.append(step())
             measured.append(statistics.median(times))
         return LatencyReport(tuple(chosen), tuple(self.predict(subnet) for subnet in chosen), tuple(measured))
+
+    def stepper(self, module: nn.Module) -> Callable[[], float]:
+        """A function that makes one forward pass, or decode step, of a module with the inputs of this model, and returns the
+        seconds that it took: to compare modules that take turns.
+
+        Args:
+            module (`nn.Module`): what is deployed, in evaluation mode.
+        """
+        step = self._run.begin(module)
+        return torch.no_grad()(step)
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
@@ -290,12 +302,21 @@ class LatencyModel:
             while rounds < _MIN_ROUNDS or time.perf_counter() - start < seconds:
                 for subnet, step, times in zip(subnets, steps, outside, strict=True):
                     host.set_subnet(subnet)
-                    step()  # what the switch has left in the caches is not what a deployed model finds
-                    watch.reset()
-                    times.append(step() - watch.inside - watch.calls * watch.overhead)
+                    # what the switch has left in the caches is not what a deployed model finds, and a small one needs
+                    # several runs until it runs as when it is served
+                    visit = step()
+                    while True:
+                        watch.reset()
+                        visit += (last := step())
+                        if visit >= _VISIT_SECONDS or last > _VISIT_SECONDS / 4:
+                            break
+                    times.append(last - watch.inside - watch.calls * watch.overhead)
                 rounds += 1
         features = np.array([_features(self.space, subnet) for subnet in subnets], dtype=float)
-        return _non_negative_least_squares(features, np.array([statistics.median(times) for times in outside]))
+        medians = np.array([statistics.median(times) for times in outside])
+        # relative errors count: small subnets, which absolute ones would neglect, are what a search looks for
+        weights = 1 / np.maximum(medians, 0.01 * medians.max())
+        return _non_negative_least_squares(features * weights[:, None], medians * weights)
 
 
 @dataclass(frozen=True)
@@ -374,10 +395,12 @@ class _Workload:
             if (mask := self._inputs.get("attention_mask")) is not None:
                 inputs["attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
 
+        now = timing.clock()
+
         def step() -> float:
-            before = time.perf_counter()
+            before = now()
             model(**inputs)
-            seconds = time.perf_counter() - before
+            seconds = now() - before
             if cache is not None:
                 cache.crop(-1)  # removes the token
             return seconds
@@ -391,6 +414,7 @@ class _Stopwatch:
     overhead = 0.0  # seconds of a call outside of what is counted, less those of a deployed layer
 
     def __init__(self) -> None:
+        self.now = timing.clock()
         self.reset()
         self._started = 0.0
         self._depth = 0
@@ -401,12 +425,12 @@ class _Stopwatch:
     def before(self, *_: Any) -> None:
         self._depth += 1
         if self._depth == 1:  # one layer may be inside of another
-            self._started = time.perf_counter()
+            self._started = self.now()
 
     def after(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self.inside += time.perf_counter() - self._started
+            self.inside += self.now() - self._started
             self.calls += 1
 
 
@@ -417,10 +441,10 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
     n = 2000
 
     def seconds(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
+        start = watch.now()
         for _ in range(n):
             call()
-        return (time.perf_counter() - start) / n
+        return (watch.now() - start) / n
 
     deployed = seconds(lambda: example(x)) - seconds(lambda: nn.functional.linear(x, example.weight, example.bias))
     handles = []
@@ -545,7 +569,7 @@ def _non_negative_least_squares(features: np.ndarray, values: np.ndarray) -> lis
     """Coefficients of the columns, of which those that would be negative are left out, the most negative one first."""
     kept = list(range(features.shape[1]))
     coefficients = np.zeros(features.shape[1])
-    scale = np.maximum(features.max(axis=0), 1.0)
+    scale = np.where(features.max(axis=0) > 0, features.max(axis=0), 1.0)
     while kept:
         # without a difference between two columns the shorter of the possible solutions, in units of the whole model
         solution = np.linalg.lstsq(features[:, kept] / scale[kept], values, rcond=None)[0]

@@ -77,9 +77,8 @@ def search_subnet(
     """Search the subnets of an elastic model for the best trade-offs.
 
     First the costs of the max, min and heuristic subnet are shown. These three are evaluated first, then those that the
-    algorithm proposes; none twice. The model
-    is left as it was found: the chosen and the sampled subnet, and the training mode of every module, also if an
-    exception ends the search.
+    algorithm proposes; none twice. The model is left as it was found: the chosen and the sampled subnet, and the training
+    mode of every module, also if an exception ends the search.
 
     Args:
         model (`nn.Module`):
@@ -132,9 +131,9 @@ def search_subnet(
         `SearchResult`: all evaluations, with `pareto`, `best(...)`, `plot(...)`.
 
     Raises:
-        ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search; if `evaluate`, `held_out` or
-            an objective does not return finite numbers under the expected names, or changes the active subnet. What was
-            evaluated before stays in `save_dir`.
+        ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search;
+            if `evaluate`, `held_out` or an objective does not return finite numbers under the expected names, or changes
+            the active subnet. What was evaluated before stays in `save_dir`.
     """
     host = get_elastic_host(model)
     space = host.search_space
