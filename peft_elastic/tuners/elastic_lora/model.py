@@ -200,6 +200,7 @@ class ElasticLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if "_elastic_adapters" not in self.__dict__:
             self._elastic_adapters, self._structural_values = {}, {}
+            self._take_over(model)
         if self._own_orders is None:
             self._own_orders = noted_orders(model)
         if adapter_name == self._weighted_adapter:
@@ -226,6 +227,16 @@ class ElasticLoraModel(LoraModel):
         if hasattr(model, "add_model_tags") and "lora" not in (model.model_tags or []):
             model.add_model_tags("lora")
             self._tagged = True
+
+    def _take_over(self, model: nn.Module) -> None:
+        """Go on from the tuner of the adapters that are there: transformers' `add_adapter` makes a new one for each."""
+        before = model.__dict__.get(HOST_ATTRIBUTE)
+        if before is not None:
+            there = self._elastic_configs()
+            self._elastic_adapters = {k: v for k, v in before._elastic_adapters.items() if k in there}
+            self._structural_values = {k: v for k, v in before._structural_values.items() if k in there}
+            for name in ("_followed", "_follower", "_order_guard", "_own_orders", "_tagged"):
+                setattr(self, name, getattr(before, name))
 
     def _check_injection(
         self, model: nn.Module, adapter_name: str, state_dict: Optional[dict[str, torch.Tensor]]
