@@ -56,7 +56,7 @@ def test_each_part_alone_and_several(name):
     choices = [choice.name for choice in model.search_space if choice.kind == "depth"]
     assert len(choices) == (6 if name in T5S else 3 * BLOCKS[name].count)
     whole = outputs(model, inputs)
-    samples = [key for key in (model.search_space.sample(1), model.search_space.sample(2))]
+    samples = [model.search_space.sample(seed) for seed in (1, 2)]
     for subnet in [*(skipping(model, choice) for choice in choices), *samples]:
         model.set_subnet("max")
         skipped = dict(subnet)

@@ -21,8 +21,7 @@ import pickle
 import pytest
 import sparse_qa
 import torch
-import transformers
-from models import BLOCKS, T5S, default_dtype, outputs, randomize, tiny_gpt2, tiny_llama, tokens
+from models import BLOCKS, default_dtype, outputs, randomize, tiny_gpt2, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from structures import (
