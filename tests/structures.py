@@ -118,8 +118,9 @@ def masked(model: Any, name: str, subnet: Mapping[str, int]) -> Iterator[None]:
         return torch.zeros_like(output)
 
     def unchanged(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        # BERT's output layer gets what is added last
-        hidden = kwargs.get("hidden_states") if not args else args[-1 if len(args) == 2 and args[1].dim() == 3 else 0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if type(module).__name__ in ("BertOutput", "RobertaOutput"):  # gets what is added last
+            hidden = args[1]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as hooks:

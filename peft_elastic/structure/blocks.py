@@ -215,8 +215,10 @@ def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states
     if cache is None or not layers:
         return
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    place = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
     for layer in layers:
+        made = cache.layers[layer].keys if layer < len(cache.layers) else None  # by whoever made the cache
+        heads, size = (1, 1) if made is None else (made.shape[1], made.shape[3])
+        place = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], size)
         cache.update(place, place, layer)
 
 

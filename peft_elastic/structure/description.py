@@ -277,27 +277,32 @@ def _difference(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
             apply_description(built, own)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         return f"building it fails ({error})"
-    expected, found = _fingerprint(built), _fingerprint(model)
+    (expected, numbers), (found, own_numbers) = _fingerprint(built), _fingerprint(model)
+    # not what only one of them has: a kind of position embeddings, say, that none of the blocks uses any more
+    both = numbers.keys() & own_numbers.keys()
+    expected |= {name: numbers[name] for name in numbers if name in both}
+    found |= {name: own_numbers[name] for name in own_numbers if name in both}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             return f"{name} would be {expected.get(name)}, and is {found.get(name)}"
     return None
 
 
-def _fingerprint(model: nn.Module) -> dict[str, Any]:
+def _fingerprint(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes of the parameters, and the numbers that the modules keep about themselves. Of linear layers their sizes alone, as
     these may be quantised."""
     prints: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     linears = linear_layers(model)
     for path, module in model.named_modules():
         if path in linears:
             prints[path] = (*layer_sizes(module), module._parameters.get("bias") is not None)
         in_linear = path in linears or path.rpartition(".")[0] in linears
-        if in_linear or isinstance(module, Removed):  # whose numbers are those of what was there
+        if in_linear or isinstance(module, Removed) or not path:  # whose numbers are those of what was there, or of its use
             continue
         for name, value in module.__dict__.items():
             if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):
-                prints[f"{path}.{name}"] = value
+                numbers[f"{path}.{name}"] = value
         for name, tensor in module.named_parameters(path, recurse=False):
             prints[name] = tuple(tensor.shape)
-    return prints
+    return prints, numbers

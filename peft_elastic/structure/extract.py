@@ -18,25 +18,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..quantization.grid import Grid
 from ..quantization.layer import QuantizedLinear
-from .bitsandbytes import is_bitsandbytes
+from .bitsandbytes import dequantize, is_bitsandbytes
 from .blocks import Block, Ranges, Removed, Structure
 from .importance import note_orders
+from .inputs import is_encoder_decoder
 from .modules import replace_layers
-from .narrow import active_ranges, is_skipped, set_active, take
+from .narrow import active_ranges, is_skipped, set_active, set_skipped, take
 
 
 def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
 
-    Skipped blocks leave their list, and the layers of the key-value cache are numbered again. A skipped attention or MLP
-    becomes a module without parameters. Layers of bitsandbytes that are narrowed become ordinary ones. The configuration is left
-    alone.
+    Skipped blocks leave their list (some of an encoder may stay without any parameters), and the layers of the key-value cache are numbered again. A skipped attention or MLP
+    becomes a module without parameters. Layers of bitsandbytes become ordinary ones, as its blocks of numbers cannot be cut, and
+    no checkpoint holds both. The configuration is left alone but for that.
 
     Args:
         model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
@@ -55,6 +56,7 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
         skipped = sum(is_skipped(model.get_submodule(block.path)) for block in blocks)
         if skipped == len(model.get_submodule(stack)._modules):
             raise ValueError(f"Every block of {stack!r} is skipped; at least one must stay.")
+    _keep_room_for_cache(model, stacks)
     for block in structure.blocks:
         for part in ("attention", "mlp"):
             for path, skip in block.skips.get(part, {}).items():
@@ -65,13 +67,36 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
         if isinstance(module, LoraLayer):
             _cut_adapters(module)
     replacements = []
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for layer in list(model.modules()):
-        if active_ranges(layer) != (None, None):
-            replacements.append((layer, _cut(layer)))
-    replace_layers(model, [(old, new) for old, new in replacements if old is not new])
+        if is_bitsandbytes(layer):
+            replacements.append((layer, _ordinary(layer, dtype)))
+        elif active_ranges(layer) != (None, None):
+            _cut(layer)
+    if replacements:
+        replace_layers(model, replacements)
+        _leave_bitsandbytes(model, [new for _, new in replacements])
     kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
     note_orders(model, {})  # what is left of the units has no order of the whole
     return {stack: numbers for stack, numbers in kept.items() if numbers}
+
+
+def _keep_room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> None:
+    """Let skipped blocks of an encoder stay, as empty ones, while it would have fewer than the decoder: transformers makes the
+    key-value cache of T5 with as many layers as the encoder has blocks."""
+    if not is_encoder_decoder(model):
+        return
+    skipped = {
+        stack: [block for block in blocks if is_skipped(model.get_submodule(block.path))]
+        for stack, blocks in stacks.items()
+    }
+    left = {stack: len(blocks) - len(skipped[stack]) for stack, blocks in stacks.items()}
+    most = max(left.values(), default=0)
+    for stack, blocks in skipped.items():
+        for block in blocks[: most - left[stack]] if "encoder" in stack.split(".") else ():
+            set_skipped(model, block, "block", False)
+            for part in ("attention", "mlp"):
+                set_skipped(model, block, part, True)
 
 
 def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[int]:
@@ -112,11 +137,9 @@ def _cut_adapters(module: LoraLayer) -> None:
         grids[name] = Grid.copy_of(grid.take(outputs, inputs), persistent=True)
 
 
-def _cut(layer: nn.Module) -> nn.Module:
-    """The layer with its active part alone: itself, or an ordinary one in its place."""
+def _cut(layer: nn.Module) -> None:
+    """Leave the active part of a layer alone."""
     outputs, inputs = active_ranges(layer)
-    if is_bitsandbytes(layer):
-        return _ordinary(layer)
     grid = layer.grid if isinstance(layer, QuantizedLinear) else None
     set_active(layer, "out", None)
     set_active(layer, "in", None)
@@ -127,7 +150,6 @@ def _cut(layer: nn.Module) -> nn.Module:
     if grid is not None:
         layer.grid = Grid.copy_of(grid)
     set_sizes(layer)
-    return layer
 
 
 def set_sizes(layer: nn.Module) -> None:
@@ -141,15 +163,32 @@ def set_sizes(layer: nn.Module) -> None:
         layer.__dict__["out_features"], layer.__dict__["in_features"] = sizes
 
 
-def _ordinary(layer: Any) -> nn.Module:
-    weight = layer.active_weight()
+def _ordinary(layer: Any, dtype: torch.dtype) -> nn.Module:
+    """The active part of a layer of bitsandbytes."""
+    outputs, inputs = active_ranges(layer)
+    full = dequantize(layer._parameters["weight"], getattr(layer, "state", None))
+    weight = take(take(full, 0, outputs), 1, inputs).to(dtype, memory_format=torch.contiguous_format, copy=True)
     bias = layer.bias
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear.train(layer.training)
+
+
+def _leave_bitsandbytes(model: Any, ordinary: list[nn.Module]) -> None:
+    """Let a model, and the adapters in it, forget that these layers were of bitsandbytes."""
+    replaced = {id(layer) for layer in ordinary}
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and id(module.get_base_layer()) in replaced and not isinstance(module, Linear):
+            module.__class__ = Linear
+            module.__dict__.update(fan_in_fan_out=False, is_target_conv_1d_layer=False)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(name, None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 @torch.no_grad()

@@ -434,7 +434,10 @@ def _loss(model: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
             raise ValueError("`calibration`: importance 'gradient' needs batches with `labels`.")
         mask = arguments.get("attention_mask")
         labels = arguments["input_ids"]
-        arguments = arguments | {"labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, -100)
+            labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)  # nor is the first token predicted from padding
+        arguments = arguments | {"labels": labels}
     loss = model(**arguments).loss
     if loss is None:
         raise ValueError(f"`model` ({type(model).__name__}) computes no loss, which importance 'gradient' needs.")

@@ -200,6 +200,7 @@ class ElasticLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if "_elastic_adapters" not in self.__dict__:
             self._elastic_adapters, self._structural_values = {}, {}
+            self._take_over(model)
         if self._own_orders is None:
             self._own_orders = noted_orders(model)
         if adapter_name == self._weighted_adapter:
@@ -226,6 +227,16 @@ class ElasticLoraModel(LoraModel):
         if hasattr(model, "add_model_tags") and "lora" not in (model.model_tags or []):
             model.add_model_tags("lora")
             self._tagged = True
+
+    def _take_over(self, model: nn.Module) -> None:
+        """Go on from the tuner of the adapters that are there: transformers' `add_adapter` makes a new one for each."""
+        before = model.__dict__.get(HOST_ATTRIBUTE)
+        if before is not None:
+            there = self._elastic_configs()
+            self._elastic_adapters = {k: v for k, v in before._elastic_adapters.items() if k in there}
+            self._structural_values = {k: v for k, v in before._structural_values.items() if k in there}
+            for name in ("_followed", "_follower", "_order_guard", "_own_orders", "_tagged"):
+                setattr(self, name, getattr(before, name))
 
     def _check_injection(
         self, model: nn.Module, adapter_name: str, state_dict: Optional[dict[str, torch.Tensor]]
@@ -1020,10 +1031,10 @@ class ElasticLoraModel(LoraModel):
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         # peft warns of weights that a sharded model left empty for the type LORA only
         _validate_lora_adapter_state_dict(state_dict, adapter_name=adapter_name)
-        base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        base_model, prefix = _base_and_prefix(model)
         config.sorted_base = bool(noted_orders(base_model))
         for name, order in noted_orders(base_model).items():
-            state_dict[f"{FILE_PREFIX}{name}{ORDER_SUFFIX}"] = order.to(torch.int32)
+            state_dict[f"{prefix}{name}{ORDER_SUFFIX}"] = order.to(torch.int32)
         return state_dict
 
     @classmethod
@@ -1094,17 +1105,22 @@ class ElasticLoraModel(LoraModel):
         return output_state_dict | converted
 
 
+def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model, and the prefix of its names in state dicts of adapters."""
+    return (model.get_base_model(), FILE_PREFIX) if isinstance(model, PeftModel) else (model, "")
+
+
 def _follow_order(
     model: nn.Module, config: ElasticLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Bring the base into the order that the file of an adapter says, or the weights of the adapter into that of the base."""
+    base_model, prefix = _base_and_prefix(model)
     orders = {
-        key.removeprefix(FILE_PREFIX).removesuffix(ORDER_SUFFIX): order.long().cpu()
+        key.removeprefix(prefix).removesuffix(ORDER_SUFFIX): order.long().cpu()
         for key, order in state_dict.items()
         if key.endswith(ORDER_SUFFIX)
     }
     state_dict = {key: tensor for key, tensor in state_dict.items() if not key.endswith(ORDER_SUFFIX)}
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     host = getattr(base_model, HOST_ATTRIBUTE, None)
     if not orders and not noted_orders(base_model):
         if config.sorted_base:
@@ -1135,7 +1151,7 @@ def _follow_order(
             "each of them on a base of its own."
         )
     config.sorted_base = True
-    return move_adapter(base_model, orders, noted_orders(base_model), state_dict, FILE_PREFIX)
+    return move_adapter(base_model, orders, noted_orders(base_model), state_dict, prefix)
 
 
 def _follow_active_adapters(module: nn.Module, args: Any) -> None:
