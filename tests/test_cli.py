@@ -300,6 +300,8 @@ def test_width_and_depth(folder, logits, tmp_path, capsys):
     limit = ["--cost", "parameters", "--budget", "90%"]
     assert run("search", "--adapter", adapter, *data, *limit, "--evals", "5", "--select", "--out", search) == 0
     assert SearchResult.load(search).objectives == {"loss": "min", "parameters": "min"}
+    # the costs are those of before, with a narrow subnet active now
+    assert run("search", "--adapter", adapter, *data, *limit, "--evals", "7", "--select", "--out", search) == 0
     capsys.readouterr()
 
     chosen = AutoPeftModelForCausalLM.from_pretrained(adapter).active_subnet

@@ -132,6 +132,22 @@ def test_fused_layers_and_depth_alone():
     }
 
 
+def test_costs_do_not_depend_on_the_active_subnet():
+    config = ElasticLoraConfig(
+        r=4,
+        target_modules="all-linear",
+        elastic_width={"heads": [1.0, 0.5], "mlp": [1.0, 0.5]},
+        elastic_depth=[1],
+        importance="none",
+    )
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+    space = model.search_space
+    before = CostModel(model, space)
+    model.set_subnet("min")
+    after = CostModel(model, space)
+    assert all(before.costs(subnet) == after.costs(subnet) for subnet in (space.max, space.heuristic, space.min))
+
+
 def test_cost_model_errors():
     choices = [Choice("depth", "a", (1, 0))]
     with pytest.raises(ValueError, match=r"the choices \['depth:a'\], on which none"):

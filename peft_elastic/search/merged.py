@@ -108,12 +108,12 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
     for name, module in base_modules(model):
         if not is_mergeable(module):
             continue
-        weight: Any = module.weight
+        weight: Any = module._parameters["weight"]  # all of it, whatever width is active
         called = model.get_submodule(name) if name else module
         out_features, in_features = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
         masked, grid = _adapter(called)
         if grid is None and isinstance(module, QuantizedLinear):
-            grid = module.grid
+            grid = module._modules["grid"]
         stays_dense = shared[id(weight)] > 1 or module is output
         sparsity = 0.0
         if masked and not stays_dense and weight.numel():
