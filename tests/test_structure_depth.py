@@ -35,7 +35,7 @@ def depths_of(name):
     if name in T5S:
         parts = ["encoder.block.1", "encoder.block.1.attention", "encoder.block.0.mlp"]
         return [*parts, *(part.replace("encoder", "decoder") for part in parts)]
-    return ["all", "all.attention", "all.mlp"]
+    return [f"0-{BLOCKS[name].count - 1}", "all.attention", "all.mlp"]
 
 
 def deep(name, dtype=torch.float32, **settings):
@@ -335,3 +335,14 @@ def test_inputs_of_every_kind():
         close(model(inputs_embeds=embeddings).logits, model(tokens()).logits)
         assert model(**inputs_of("llama"), use_cache=False).past_key_values is None
     assert isinstance(tiny_llama(), nn.Module)
+
+
+def test_all_leaves_out_the_first_block_and_training_needs_one():
+    model, _ = deep("llama", elastic_depth="all")
+    assert [choice.name for choice in model.search_space if choice.kind == "depth"] == [
+        f"model.layers.{index}" for index in range(1, BLOCKS["llama"].count)
+    ]
+    model, _ = deep("llama", elastic_depth=f"0-{BLOCKS['llama'].count - 1}")
+    with pytest.raises(ValueError, match="skips every block of 'model.layers'; one has to stay"):
+        model.sample_subnet("min")
+    assert model.active_subnet == model.search_space.max

@@ -105,6 +105,17 @@ def layer_shapes(
     return [shape for shape in shapes if shape.choices != (shape.rank,) and shape.choices]
 
 
+def check_depth(structure: Structure, values: Mapping[str, int]) -> None:
+    """ValueError if a stack would be left without blocks."""
+    for stack in {block.stack for block in structure.blocks}:
+        names = [block.path for block in structure.blocks if block.stack == stack]
+        others = any(path.rpartition(".")[0] == stack for path in structure.unknown)
+        if not others and not any(values.get(f"depth:{name}", 1) for name in names):
+            raise ValueError(
+                f"The subnet skips every block of {stack!r}; one has to stay. Leave one out of `elastic_depth`, as 'all' does."
+            )
+
+
 def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> None:
     """Let a model compute with these values of its structural choices, and with everything of what they do not name."""
     for width in structure.widths:
@@ -195,7 +206,8 @@ def _read_depth(structure: Structure, entry: int | str) -> dict[str, str]:
     stacks = {block.stack for block in structure.blocks}
     number = re.fullmatch(r"(-?\d+)(?:-(\d+))?", text)
     if text == "all":
-        blocks = [block for block in structure.blocks if part in block.skips]
+        # one block of a stack has to stay
+        blocks = [block for block in structure.blocks if part in block.skips and (block.index > 0 or part != "block")]
     elif number:
         if len(stacks) != 1:
             raise ValueError(

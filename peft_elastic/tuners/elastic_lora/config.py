@@ -50,13 +50,14 @@ class ElasticLoraConfig(LoraConfig):
             `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`; a targeted module that is in
             no list keeps a rank of its own.
         elastic_width (`dict[str, list]`, *optional*):
-            The widths that each transformer block of the base may take (LoNAS, https://huggingface.co/papers/2404.18213):
+            The widths that each transformer block of the base may take (LoNAS, https://aclanthology.org/2024.lrec-main.940):
             `{"heads": [1.0, 0.75, 0.5], "mlp": [1.0, 0.875, 0.75, 0.5]}`, one of the two or both. Fractions of the heads
             or MLP channels of the block, or whole numbers of them. Heads move in whole key-value groups: a fraction is
             rounded to the nearest one, and to the nearest multiple of 8 channels. The first heads and channels are kept, so
             they must be sorted by importance. Architectures are known by `peft_elastic.structure.register_layout`.
         elastic_depth (`"all"`, `int`, `str` or a list or `range` of them, *optional*):
-            The transformer blocks that may be skipped: their numbers, `"4-8"`, `"all"`, or paths inside the base model.
+            The transformer blocks that may be skipped: their numbers, `"4-8"`, paths inside the base model, or `"all"` of them
+            but the first, as one has to stay.
             `".attention"` or `".mlp"` behind one of them, as in `"all.mlp"`, makes that part of it skippable alone.
         importance (`"activation"`, `"gradient"`, `"magnitude"` or `"none"`):
             What heads and channels are sorted by before anything is narrowed, see `sort_by_importance`. `"magnitude"`

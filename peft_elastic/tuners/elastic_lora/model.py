@@ -57,7 +57,7 @@ from ...structure.importance import (
     sort_by_importance,
 )
 from ...structure.narrow import active_ranges, is_narrowed
-from ...structure.space import activate, check_narrowable_layers, layer_shapes, structural_choices
+from ...structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -556,7 +556,10 @@ class ElasticLoraModel(LoraModel):
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
         """
         adapter_name = self._resolve_adapter(adapter_name)
-        self._activate(self.get_search_space(adapter_name).subnet(subnet), adapter_name)
+        checked = self.get_search_space(adapter_name).subnet(subnet)
+        if (structure := self._elastic(adapter_name).structure) is not None:
+            check_depth(structure, checked)
+        self._activate(checked, adapter_name)
         self._sampled = True
         self._trained_version = None
 
