@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -78,9 +79,14 @@ def describe(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> bool:
         config = uniform
     else:
         described = _describe_blocks(structure, config)
-        if not _as_per_layer_config(config, structure, described):
+        plain = copy.deepcopy(config)
+        difference: str | None = ""
+        if _as_per_layer_config(config, structure, described):
+            difference = _difference(model, config)
+        if difference is not None:  # or transformers does not accept the numbers of some layer
+            config = plain
             setattr(config, BLOCKS_ATTRIBUTE, described)
-        difference = _difference(model, config)
+            difference = _difference(model, config)
         if difference is not None:
             raise ValueError(
                 f"No configuration describes the model that was extracted, so it could not be loaded: {difference}."
@@ -269,13 +275,15 @@ def _difference(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """How a model built from this configuration differs from `model`, None if it does not."""
     try:
         own = copy.deepcopy(config)
+        if callable(validate := getattr(own, "validate", None)):
+            validate()  # as saving and loading do
         sizes = take_layer_sizes(own)
         with torch.device("meta"):
             built = type(model)(own)
         put_layer_sizes_back(own, sizes)
         if is_described(config):
             apply_description(built, own)
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError) as error:
         return f"building it fails ({error})"
     (expected, numbers), (found, own_numbers) = _fingerprint(built), _fingerprint(model)
     # not what only one of them has: a kind of position embeddings, say, that none of the blocks uses any more
