@@ -112,7 +112,9 @@ def test_nothing_of_it_is_computed(name):
         model.set_subnet(subnet)
         with MatrixProducts() as products:
             found = outputs(model, inputs)
-        if name != "t5" and not any(subnet[f"depth:{block}"] for block in blocks_of(name)):
+        parts = ("", ".attention", ".mlp")
+        there = [[subnet.get(f"depth:{block}{part}", 1) for part in parts] for block in blocks_of(name)]
+        if name != "t5" and not any(block and (attention or mlp) for block, attention, mlp in there):
             continue  # cannot be extracted
         extracted = model.extract_subnet(sparse_kernel=False)
         with MatrixProducts() as expected:
@@ -258,13 +260,16 @@ def test_the_cache_holds_no_keys_of_skipped_blocks():
 def test_a_model_without_blocks_is_not_extracted():
     model, inputs = deep("llama")
     before = {name: id(module) for name, module in model.named_modules()}
+    model.set_subnet(skipping(model, "model.layers.0", "model.layers.1.attention", "model.layers.1.mlp"))
+    with pytest.raises(ValueError, match="at least one attention or MLP must stay"):
+        model.extract_subnet()
     model.set_subnet(skipping(model, "model.layers.0", "model.layers.1"))
     found = outputs(model, inputs)
     base = model.get_base_model()
     with torch.no_grad():  # what is left
         close(found, base.lm_head(base.model.norm(base.model.embed_tokens(inputs["input_ids"]))))
     for refused in (model.merge_and_unload, model.extract_subnet):
-        with pytest.raises(ValueError, match="Every block of 'model.layers' is skipped; at least one must stay"):
+        with pytest.raises(ValueError, match="Every block of 'model.layers' is skipped; at least one attention or MLP must stay"):
             refused()
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert torch.equal(outputs(model, inputs), found)

@@ -26,7 +26,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
-from .modules import find_stacks
+from .modules import find_stacks, module_at
 
 
 # Runs of one dimension of a weight, as (start, stop).
@@ -229,12 +229,14 @@ class Structure:
         blocks (`list[Block]`): all blocks that some layout fits, in the order of the model.
         widths (`list[Width]`): all that can be narrowed, in that order.
         unknown (`list[str]`): paths of the blocks that no layout fits.
+        active (`dict[str, int]`): what of it is narrowed or skipped now, by the key of the choice; see `activate`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks: list[Block] = []
         self.widths: list[Width] = []
         self.unknown: list[str] = []
+        self.active: dict[str, int] = {}
         for stack in find_stacks(model):
             found = list(self._read_stack(model, stack))
             self.blocks += found
@@ -271,7 +273,7 @@ class Structure:
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
     """The layer of the base model at `path`, without the adapters around it."""
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
