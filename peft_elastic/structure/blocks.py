@@ -194,6 +194,9 @@ class Removed(nn.Module):
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
         self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
+        names = (name for name, _ in module.named_parameters() if "lora_" not in name)
+        # of one of the parameters that are not there; checkpoints name it
+        self.absent = next(names, "").replace("base_layer.", "")
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
