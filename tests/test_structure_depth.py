@@ -27,7 +27,20 @@ from peft_elastic.structure.narrow import is_narrowed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DECODERS = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt2", "gpt_neox", "opt"]
+DECODERS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+]
 
 
 def depths_of(name):
@@ -106,8 +119,12 @@ def t5_masked(model, subnet):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert", "opt", "t5"])
 def test_nothing_of_it_is_computed(name):
-    model, inputs = deep(name, target_modules=["q_proj", "c_attn", "query_key_value", "query", "q"][:1] if name in (
-        "llama", "opt") else {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "bert": ["query"], "t5": ["q"]}[name])
+    model, inputs = deep(
+        name,
+        target_modules=["q_proj", "c_attn", "query_key_value", "query", "q"][:1]
+        if name in ("llama", "opt")
+        else {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "bert": ["query"], "t5": ["q"]}[name],
+    )
     for subnet in (model.search_space.max, model.search_space.sample(3), model.search_space.sample(4)):
         model.set_subnet(subnet)
         with MatrixProducts() as products:
@@ -212,7 +229,9 @@ def test_a_static_cache_made_beforehand():
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize(
-    "names", [["decoder.block.1"], ["decoder.block.1.attention", "encoder.block.1"], ["encoder.block.0.mlp"]], ids="+".join
+    "names",
+    [["decoder.block.1"], ["decoder.block.1.attention", "encoder.block.1"], ["encoder.block.0.mlp"]],
+    ids="+".join,
 )
 @pytest.mark.parametrize("name", T5S)
 def test_encoder_decoders(name, names, num_beams):
@@ -269,7 +288,9 @@ def test_a_model_without_blocks_is_not_extracted():
     with torch.no_grad():  # what is left
         close(found, base.lm_head(base.model.norm(base.model.embed_tokens(inputs["input_ids"]))))
     for refused in (model.merge_and_unload, model.extract_subnet):
-        with pytest.raises(ValueError, match="Every block of 'model.layers' is skipped; at least one attention or MLP must stay"):
+        with pytest.raises(
+            ValueError, match="Every block of 'model.layers' is skipped; at least one attention or MLP must stay"
+        ):
             refused()
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert torch.equal(outputs(model, inputs), found)

@@ -153,7 +153,9 @@ def test_the_words_of_per_layer_config(tmp_path):
     extracted = model.extract_subnet(subnet, sparse_kernel=False)
     extracted.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["quantization_config"]["quant_method"] == "peft_elastic" and saved["quantization_config"]["layers"] == {}
+    assert (
+        saved["quantization_config"]["quant_method"] == "peft_elastic" and saved["quantization_config"]["layers"] == {}
+    )
     assert saved["num_hidden_layers"] == 2
     per_layer = saved["per_layer_config"]
     assert per_layer == {
@@ -253,7 +255,9 @@ def test_in_a_fresh_process(tmp_path):
     model.set_subnet(model.search_space.sample(1))
     merged = model.merge_and_unload(sparse_kernel=False)
     expected |= save(merged, tmp_path / "AutoModelForSequenceClassification-llama-0", inputs_of("llama"))
-    run = run_fresh("import peft_elastic\n" + FRESH, tmp_path / "results.pt", *[key for key in expected if isinstance(key, str)])
+    run = run_fresh(
+        "import peft_elastic\n" + FRESH, tmp_path / "results.pt", *[key for key in expected if isinstance(key, str)]
+    )
     assert run.returncode == 0, run.stderr
     results = torch.load(tmp_path / "results.pt")
     assert results.keys() == expected.keys()
@@ -276,7 +280,9 @@ def test_uniform_subnets_need_no_import(tmp_path):
         model, inputs = elastic(name, elastic_width={"mlp": [1.0, 0.5]}, elastic_depth=[0])
         expected |= save(model.extract_subnet("min", sparse_kernel=False), tmp_path / f"{kind}-{name}", inputs)
     forbidden = "import sys\nsys.modules['peft_elastic'] = None\n"
-    script = forbidden + FRESH.replace("from structures import inputs_of", "from models import BLOCKS\ninputs_of = lambda n: BLOCKS[n].inputs()")
+    script = forbidden + FRESH.replace(
+        "from structures import inputs_of", "from models import BLOCKS\ninputs_of = lambda n: BLOCKS[n].inputs()"
+    )
     run = run_fresh(script, tmp_path / "results.pt", *[key for key in expected if isinstance(key, str)])
     assert run.returncode == 0, run.stderr
     results = torch.load(tmp_path / "results.pt")
@@ -286,7 +292,9 @@ def test_uniform_subnets_need_no_import(tmp_path):
 
 def test_without_the_import_the_error_names_the_package(tmp_path):
     model, _ = flexible("llama")
-    for number, change in enumerate(({"mlp:model.layers.0": 24}, {"depth:model.layers.1.mlp": 0}, {"heads:model.layers.0": 2})):
+    for number, change in enumerate(
+        ({"mlp:model.layers.0": 24}, {"depth:model.layers.1.mlp": 0}, {"heads:model.layers.0": 2})
+    ):
         subnet = {**model.search_space.max, **change}
         model.extract_subnet(subnet, sparse_kernel=False).save_pretrained(tmp_path / str(number))
         script = "import os, sys\nos.environ['TRANSFORMERS_VERBOSITY'] = 'warning'\nimport transformers\ntransformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
@@ -303,7 +311,10 @@ def test_without_the_import_the_error_names_the_package(tmp_path):
 def test_elastic_once_more(name, tmp_path):
     model, inputs = flexible(name)
     # the last block stays, narrowed
-    subnet = {k: model.search_space.max[k] if ".1" in k and "depth" in k else v for k, v in model.search_space.sample(2).items()}
+    subnet = {
+        k: model.search_space.max[k] if ".1" in k and "depth" in k else v
+        for k, v in model.search_space.sample(2).items()
+    }
     subnet |= {key: 24 for key in subnet if key.startswith("mlp") and ".1" in key}
     first = model.extract_subnet(subnet, sparse_kernel=False)
     expected = outputs(first, inputs)
@@ -349,7 +360,12 @@ def test_training_copies_and_pickles(name):
 
 def test_compile():
     model, inputs = flexible("llama")
-    subnet = {**model.search_space.max, "mlp:model.layers.0": 24, "heads:model.layers.1": 2, "depth:model.layers.1.mlp": 0}
+    subnet = {
+        **model.search_space.max,
+        "mlp:model.layers.0": 24,
+        "heads:model.layers.1": 2,
+        "depth:model.layers.1.mlp": 0,
+    }
     extracted = model.extract_subnet(subnet, sparse_kernel=False)
     compiled = torch.compile(extracted, backend="aot_eager", fullgraph=True)
     close(outputs(compiled, {"input_ids": tokens()}), outputs(extracted, {"input_ids": tokens()}))
@@ -365,7 +381,9 @@ def test_compile():
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_tied_weights_stay_tied(name, tmp_path):
-    model = adapted(build(name, tie_word_embeddings=True), elastic_depth=["1.mlp"] if name == "llama" else "encoder.block.1")
+    model = adapted(
+        build(name, tie_word_embeddings=True), elastic_depth=["1.mlp"] if name == "llama" else "encoder.block.1"
+    )
     inputs = inputs_of(name)
     model.set_subnet({**model.search_space.min})
     expected = outputs(model, inputs)
@@ -417,7 +435,9 @@ def test_sparse_kernels(tmp_path):
     assert ((found - expected).norm() / expected.norm()) < 0.02  # bfloat16
     extracted.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert len(saved["quantization_config"]["layers"]) == 10 and saved["per_layer_config"]["0"]["skip"] == ["attention"]
+    assert len(saved["quantization_config"]["layers"]) == 10 and saved["per_layer_config"]["0"]["skip"] == [
+        "attention"
+    ]
     logits, names = reload_fresh(tmp_path)
     assert torch.equal(logits, found) and names.count("SparseLinear") == 10 and names.count("Removed") == 1
 
@@ -512,7 +532,10 @@ def test_any_subnet(space_of_three_blocks, data):
 
 def test_choosing_a_subnet_takes_milliseconds():
     model = adapted(
-        tiny_llama(num_hidden_layers=30), elastic_ranks=[5, 2], elastic_depth=["all.attention", "all.mlp"], target_modules="all-linear"
+        tiny_llama(num_hidden_layers=30),
+        elastic_ranks=[5, 2],
+        elastic_depth=["all.attention", "all.mlp"],
+        target_modules="all-linear",
     )
     subnets = [model.search_space.sample(seed) for seed in range(6)]
     times = []
@@ -520,7 +543,7 @@ def test_choosing_a_subnet_takes_milliseconds():
         start = time.perf_counter()
         model.sample_subnet(subnet)
         times.append(time.perf_counter() - start)
-    print(f"\nset_subnet, 30 blocks: median {sorted(times)[len(times) // 2] * 1e3:.1f} ms, fastest {min(times) * 1e3:.1f} ms")
+    print(
+        f"\nset_subnet, 30 blocks: median {sorted(times)[len(times) // 2] * 1e3:.1f} ms, fastest {min(times) * 1e3:.1f} ms"
+    )
     assert min(times) < 0.03
-
-

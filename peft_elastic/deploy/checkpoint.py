@@ -355,7 +355,9 @@ def check_safetensors(file: str | os.PathLike[str]) -> None:
 
 def _absent_parameters(model: nn.Module) -> list[str]:
     """A parameter of each part that was removed."""
-    return [f"{path}.{part.absent}" for path, part in model.named_modules() if isinstance(part, Removed) and part.absent]
+    return [
+        f"{path}.{part.absent}" for path, part in model.named_modules() if isinstance(part, Removed) and part.absent
+    ]
 
 
 def _stored_dtypes(entry: dict[str, Any]) -> dict[str, torch.dtype]:

@@ -188,7 +188,11 @@ def _leave_bitsandbytes(model: Any, ordinary: list[nn.Module]) -> None:
     """Let a model, and the adapters in it, forget that these layers were of bitsandbytes."""
     replaced = {id(layer) for layer in ordinary}
     for module in model.modules():
-        if isinstance(module, LoraLayer) and id(module.get_base_layer()) in replaced and not isinstance(module, Linear):
+        if (
+            isinstance(module, LoraLayer)
+            and id(module.get_base_layer()) in replaced
+            and not isinstance(module, Linear)
+        ):
             module.__class__ = Linear
             module.__dict__.update(fan_in_fan_out=False, is_target_conv_1d_layer=False)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
