@@ -81,7 +81,7 @@ def test_extraction(name, tmp_path):
     before = {key: (id(module), type(module)) for key, module in model.named_modules()}
     weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     config = json.dumps(model.get_base_model().config.to_dict(), default=str)
-    for number, subnet in enumerate(subnets_with_blocks(model, name)):
+    for number, subnet in enumerate(subnets_with_blocks(model, name, 2)):
         model.set_subnet(subnet)
         expected = outputs(model, inputs)
         model.set_subnet("max")

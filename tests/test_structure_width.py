@@ -645,3 +645,17 @@ def test_training_moves_the_active_part_alone():
     factor = "base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight"
     now = model.get_parameter(factor)
     assert torch.equal(now[8:], before[factor][8:]) and not torch.equal(now[:8], before[factor][:8])
+
+
+def test_merging_another_adapter_than_the_narrowed_one():
+    model, inputs = two_adapters()
+    model.set_adapter("a")
+    expected = outputs(model, inputs)
+    with pytest.raises(ValueError, match=r"`adapter_names`: \['b'\] belong to another width or depth"):
+        model.merge_and_unload(adapter_names=["b"])
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match=r"`adapter_names`: \['a'\] belong to another width or depth"):
+        model.merge_and_unload(adapter_names=["a"])
+    model.set_adapter("a")
+    assert torch.equal(outputs(model, inputs), expected)
+    close(outputs(model.merge_and_unload(adapter_names=["a"], sparse_kernel=False), inputs), expected)

@@ -894,6 +894,13 @@ class ElasticLoraModel(LoraModel):
         narrowed = is_narrowed(self.model)
         if merge:
             self._check_merge(adapter_names, safe_merge)
+            if adapter_names is not None and self._check_together(adapter_names) != self._check_together(
+                self._enabled_adapters()
+            ):
+                raise ValueError(
+                    f"`adapter_names`: {adapter_names} belong to another width or depth of the base than the active one. Call "
+                    "`set_adapter` first."
+                )
             if narrowed:
                 kept = extract(self.model, Structure(self.model))
         elif narrowed:
