@@ -27,7 +27,20 @@ from peft_elastic.structure.narrow import is_narrowed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DECODERS = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt2", "gpt_neox", "opt"]
+DECODERS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+]
 
 
 def depths_of(name):
@@ -106,13 +119,19 @@ def t5_masked(model, subnet):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert", "opt", "t5"])
 def test_nothing_of_it_is_computed(name):
-    model, inputs = deep(name, target_modules=["q_proj", "c_attn", "query_key_value", "query", "q"][:1] if name in (
-        "llama", "opt") else {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "bert": ["query"], "t5": ["q"]}[name])
+    model, inputs = deep(
+        name,
+        target_modules=["q_proj", "c_attn", "query_key_value", "query", "q"][:1]
+        if name in ("llama", "opt")
+        else {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "bert": ["query"], "t5": ["q"]}[name],
+    )
     for subnet in (model.search_space.max, model.search_space.sample(3), model.search_space.sample(4)):
         model.set_subnet(subnet)
         with MatrixProducts() as products:
             found = outputs(model, inputs)
-        if name != "t5" and not any(subnet[f"depth:{block}"] for block in blocks_of(name)):
+        parts = ("", ".attention", ".mlp")
+        there = [[subnet.get(f"depth:{block}{part}", 1) for part in parts] for block in blocks_of(name)]
+        if name != "t5" and not any(block and (attention or mlp) for block, attention, mlp in there):
             continue  # cannot be extracted
         extracted = model.extract_subnet(sparse_kernel=False)
         with MatrixProducts() as expected:
@@ -210,7 +229,9 @@ def test_a_static_cache_made_beforehand():
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize(
-    "names", [["decoder.block.1"], ["decoder.block.1.attention", "encoder.block.1"], ["encoder.block.0.mlp"]], ids="+".join
+    "names",
+    [["decoder.block.1"], ["decoder.block.1.attention", "encoder.block.1"], ["encoder.block.0.mlp"]],
+    ids="+".join,
 )
 @pytest.mark.parametrize("name", T5S)
 def test_encoder_decoders(name, names, num_beams):
@@ -258,13 +279,18 @@ def test_the_cache_holds_no_keys_of_skipped_blocks():
 def test_a_model_without_blocks_is_not_extracted():
     model, inputs = deep("llama")
     before = {name: id(module) for name, module in model.named_modules()}
+    model.set_subnet(skipping(model, "model.layers.0", "model.layers.1.attention", "model.layers.1.mlp"))
+    with pytest.raises(ValueError, match="at least one attention or MLP must stay"):
+        model.extract_subnet()
     model.set_subnet(skipping(model, "model.layers.0", "model.layers.1"))
     found = outputs(model, inputs)
     base = model.get_base_model()
     with torch.no_grad():  # what is left
         close(found, base.lm_head(base.model.norm(base.model.embed_tokens(inputs["input_ids"]))))
     for refused in (model.merge_and_unload, model.extract_subnet):
-        with pytest.raises(ValueError, match="Every block of 'model.layers' is skipped; at least one must stay"):
+        with pytest.raises(
+            ValueError, match="Every block of 'model.layers' is skipped; at least one attention or MLP must stay"
+        ):
             refused()
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert torch.equal(outputs(model, inputs), found)

@@ -162,7 +162,9 @@ class TestRegistering:
         close(extracted(x), expected)
         assert len(extracted.blocks) == 1 and extracted.blocks[0].attn.wk.weight.shape == (4, 16)
         with pytest.raises(ValueError, match="cannot be skipped in that way"):
-            adapted(self.Net(), elastic_depth=["all.attention", "0.mlp"])  # the layout does not say what an MLP leaves out
+            adapted(
+                self.Net(), elastic_depth=["all.attention", "0.mlp"]
+            )  # the layout does not say what an MLP leaves out
 
     def test_again_replaces_and_the_last_is_tried_first(self):
         register_layout(self.LAYOUT)
@@ -179,19 +181,26 @@ class TestRegistering:
         register_layout(self.LAYOUT)
         model = self.Net()
         model.blocks[1].attn.head_dim = 3
-        with pytest.raises(ValueError, match="blocks.1.attn has no attribute head_dim .* that divides its 16 features"):
+        with pytest.raises(
+            ValueError, match="blocks.1.attn has no attribute head_dim .* that divides its 16 features"
+        ):
             adapted(model, elastic_width={"heads": [1.0]})
         model.blocks[1].attn.head_dim = 4
         model.blocks[1].w3 = nn.Linear(16, 20)
         with pytest.raises(ValueError, match="blocks.1.w3 has 20 rows for 24 channels"):
             adapted(model, elastic_width={"mlp": [1.0]})
         model.blocks[1].attn.wk = nn.Linear(16, 12)
-        with pytest.raises(ValueError, match=r"projections of blocks.1.attn have \[16, 12, 8\] rows, which are no 4 heads of 4"):
+        with pytest.raises(
+            ValueError, match=r"projections of blocks.1.attn have \[16, 12, 8\] rows, which are no 4 heads of 4"
+        ):
             adapted(model, elastic_width={"heads": [1.0]})
 
 
 def test_unknown_architectures():
-    for model, targets in ((net(ConvNet), ["head"]), (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), ["0"])):
+    for model, targets in (
+        (net(ConvNet), ["head"]),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), ["0"]),
+    ):
         for settings in ({"elastic_width": {"heads": [1.0, 0.5]}}, {"elastic_width": None, "elastic_depth": "all"}):
             with pytest.raises(ValueError, match="no block of the model.*register_layout"):
                 adapted(model, target_modules=targets, **settings)
@@ -201,7 +210,9 @@ def test_unknown_architectures():
 def test_a_mixture_of_experts_has_heads_alone():
     with pytest.raises(ValueError, match=r"elastic_width\['mlp'\].*register_layout"):
         adapted(tiny_mixtral(), target_modules=["q_proj"])
-    model = adapted(tiny_mixtral(), target_modules=["q_proj"], elastic_width={"heads": [1.0, 0.5]}, elastic_depth="all")
+    model = adapted(
+        tiny_mixtral(), target_modules=["q_proj"], elastic_width={"heads": [1.0, 0.5]}, elastic_depth="all"
+    )
     assert {choice.kind for choice in model.search_space} == {"rank", "heads", "depth"}
 
 
@@ -222,7 +233,9 @@ def test_parameters_of_heads_that_the_layout_does_not_know():
             "layer_types": ["sliding_attention", "full_attention"],
         },
     )
-    with pytest.raises(ValueError, match=r"self_attn.sinks \(4,\) seems to belong to heads, and the layout does not know"):
+    with pytest.raises(
+        ValueError, match=r"self_attn.sinks \(4,\) seems to belong to heads, and the layout does not know"
+    ):
         adapted(model, target_modules=["q_proj"], elastic_width={"heads": [1.0, 0.5]})
     assert not any("lora" in name for name, _ in model.named_modules())
     # depth needs no heads
@@ -236,7 +249,9 @@ def test_layers_that_cannot_be_narrowed():
 
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj = Odd(32, 48, bias=False)
-    with pytest.raises(ValueError, match="'model.layers.1.mlp.up_proj' is of type Odd, which cannot be narrowed; known are"):
+    with pytest.raises(
+        ValueError, match="'model.layers.1.mlp.up_proj' is of type Odd, which cannot be narrowed; known are"
+    ):
         adapted(model)
     assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -291,7 +306,10 @@ def test_bad_configurations(settings, message):
         ({"elastic_depth": -1}, "`elastic_depth` has -1; the blocks are 0 to 1"),
         ({"elastic_depth": "1-0"}, "`elastic_depth` has '1-0'; the blocks are 0 to 1"),
         ({"elastic_depth": "0-2"}, "`elastic_depth` has '0-2'; the blocks are 0 to 1"),
-        ({"elastic_depth": "last"}, "`elastic_depth` has 'last', which is no block of the model; the blocks are 'model.l"),
+        (
+            {"elastic_depth": "last"},
+            "`elastic_depth` has 'last', which is no block of the model; the blocks are 'model.l",
+        ),
         ({"elastic_depth": "0.norm"}, "`elastic_depth` has '0.norm', which is no block"),
         ({"modules_to_save": ["mlp"]}, "`modules_to_save`: 'model.layers.0.mlp' is in, or around, a block"),
         ({"modules_to_save": ["input_layernorm"]}, "is in, or around, a block"),

@@ -56,7 +56,10 @@ def calibration(name):
     if name in CAUSAL:
         return [first, second]
     if name.endswith("t5"):
-        return [{**{k: v for k, v in b.items() if k != "decoder_input_ids"}, "labels": tokens(length=5, seed=2)} for b in (first, second)]
+        return [
+            {**{k: v for k, v in b.items() if k != "decoder_input_ids"}, "labels": tokens(length=5, seed=2)}
+            for b in (first, second)
+        ]
     return [{**b, "labels": torch.tensor([0, 1, 2])[: len(next(iter(b.values())))]} for b in (first, second)]
 
 
@@ -81,8 +84,16 @@ def original_weights(name="llama"):
 # -- the same function -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("importance", ["activation", "gradient", "magnitude", "own"])
-@pytest.mark.parametrize("name", ALL)
+EACH_KIND = ["llama", "gemma3", "phi3", "gpt2", "gpt_neox", "bert", "t5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "importance"),
+    [
+        *((name, "activation") for name in ALL),
+        *((name, importance) for name in EACH_KIND for importance in ("gradient", "magnitude", "own")),
+    ],
+)
 def test_sorting_does_not_change_the_function(name, importance):
     model, inputs = unsorted(name, torch.float64)
     with model.disable_adapter():
@@ -175,7 +186,9 @@ def test_masks_and_grids_move_along(kind, base, tmp_path):
     if base == "quantised":
         if kind == "sparse":
             pytest.skip("not mergeable")
-        model = sparse_qa.quantized(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+        model = sparse_qa.quantized(
+            model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        )
     twin = copy.deepcopy(model)
     settings = {**SETTINGS, "importance": "activation", **sparse_qa.KINDS[kind]}
     model = get_peft_model(model, SparseQALoraConfig(**settings)).eval()
@@ -205,7 +218,8 @@ def observed(model, batches, paths):
             found[path].append(args[0].reshape(-1, args[0].shape[-1])[mask.flatten()])
 
         hooks = [
-            model.get_submodule(path).register_forward_pre_hook(lambda m, a, path=path: hook(m, a, path)) for path in paths
+            model.get_submodule(path).register_forward_pre_hook(lambda m, a, path=path: hook(m, a, path))
+            for path in paths
         ]
         with torch.no_grad():
             model(**batch)
@@ -241,9 +255,9 @@ def test_activation_by_hand(name):
     scores = sort_by_importance(model, "activation", batches, progress=False)
     assert scores.keys() == expected.keys()
     for key in scores:
-        order = expected[key].argsort(descending=True)
-        assert torch.equal(noted_orders(model)[key], order)
-        close(scores[key].double(), expected[key][order], 1e-5)
+        order = noted_orders(model)[key]
+        assert sorted(order.tolist()) == list(range(len(order)))
+        close(scores[key].double(), expected[key][order], 1e-5)  # which `test_sorting_...` found to fall
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "bert", "t5"])
@@ -295,7 +309,9 @@ def test_magnitude_by_hand():
     mlp = layer.mlp.gate_proj.weight.abs().sum(1) + layer.mlp.up_proj.weight.abs().sum(1)
     mlp = mlp + layer.mlp.down_proj.weight.abs().sum(0)
     attention = layer.self_attn
-    heads = sum(p.weight.abs().sum(1).view(2, -1).sum(1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    heads = sum(
+        p.weight.abs().sum(1).view(2, -1).sum(1) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     heads = heads + attention.o_proj.weight.abs().sum(0).view(2, -1).sum(1)
     scores = sort_by_importance(model, "magnitude")
     close(scores["model.layers.1"], mlp.sort(descending=True)[0].detach())
@@ -437,15 +453,13 @@ def test_a_second_adapter_on_a_sorted_base(tmp_path):
         model.load_adapter(tmp_path / "other", adapter_name="other")
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 @pytest.mark.parametrize("sorted_first", [True, False])
 def test_a_plain_elastic_adapter_beside(tmp_path, sorted_first, settings):
     first, inputs = sorted_model(elastic_ranks=[5])
     first.save_pretrained(tmp_path / "first")
     config = ElasticLoraConfig(**PLAIN | settings | {"target_modules": "all-linear"})
-    plain = get_peft_model(tiny_llama(attention_bias=True) if "bias" in settings else tiny_llama(), config).eval()
-    if "bias" in settings:
-        pytest.skip("a base has one set of biases")
+    plain = get_peft_model(tiny_llama(), config).eval()
     for name, parameter in plain.named_parameters():
         if "lora_" in name:
             with torch.no_grad():
@@ -572,7 +586,9 @@ def test_a_checkpoint_of_a_sorted_base_is_not_sorted_twice(tmp_path):
     own = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), importance="none")
     own.set_subnet("min")
     own.save_pretrained(tmp_path / "own")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "own").eval()
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "own"
+    ).eval()
     assert torch.equal(outputs(loaded, inputs), outputs(own, inputs))
 
 
@@ -613,7 +629,10 @@ def test_export_is_in_the_original_order(tmp_path, name, settings):
             if parameter.requires_grad and "lora" not in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.sort_by_importance(calibration(name), progress=False)
-    for subnet in (model.search_space.max, {**model.search_space.max, **{k: 2 for k in model.search_space.max if "rank" in k}}):
+    for subnet in (
+        model.search_space.max,
+        {**model.search_space.max, **{k: 2 for k in model.search_space.max if "rank" in k}},
+    ):
         model.set_subnet(subnet)
         model.export_lora(tmp_path / "plain")
         stock = PeftModel.from_pretrained(build(name), tmp_path / "plain").eval()
@@ -723,9 +742,13 @@ def test_layers_that_cannot_be_sorted():
     bnb = pytest.importorskip("bitsandbytes")
     model = tiny_llama()
     layer = bnb.nn.Linear8bitLt(48, 32, bias=False, has_fp16_weights=False)
-    layer.weight = bnb.nn.Int8Params(model.model.layers[1].mlp.down_proj.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(
+        model.model.layers[1].mlp.down_proj.weight.data, requires_grad=False, has_fp16_weights=False
+    )
     model.model.layers[1].mlp.down_proj = layer.to("cpu")
-    with pytest.raises(ValueError, match="'model.layers.1.mlp.down_proj' is of type Linear8bitLt, whose packed weight"):
+    with pytest.raises(
+        ValueError, match="'model.layers.1.mlp.down_proj' is of type Linear8bitLt, whose packed weight"
+    ):
         sort_by_importance(model, "magnitude")
     with pytest.raises(ValueError, match="whose packed weight"):
         adapted(model, importance="magnitude")
@@ -756,5 +779,3 @@ def test_magnitude_does_not_sort_under_another_adapter():
     with pytest.raises(ValueError, match="would sort the base under adapter 'a'"):
         model.add_adapter("b", ElasticLoraConfig(**{**SETTINGS, "importance": "magnitude"}))
     assert torch.equal(outputs(model, inputs), expected) and "b" not in model.peft_config
-
-

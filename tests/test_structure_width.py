@@ -106,7 +106,9 @@ def test_less_is_computed(name):
 
 def test_less_is_computed_in_training():
     # sizes of which no two are equal: 4 heads of 12 are 48 features, of the 32 of the residual stream
-    model = adapted(tiny_llama(head_dim=12, intermediate_size=40), elastic_width={"heads": [4, 2], "mlp": [40, 16]}).train()
+    model = adapted(
+        tiny_llama(head_dim=12, intermediate_size=40), elastic_width={"heads": [4, 2], "mlp": [40, 16]}
+    ).train()
     inputs = inputs_of("llama")
     sizes = {}
     for subnet in ("max", "min"):
@@ -305,6 +307,7 @@ def test_bitsandbytes(bits, adapter):
         return dense
 
     dense = dense_copy()
+
     def far(a, b):
         return ((a - b).norm() / b.norm()).item()
 
@@ -374,7 +377,9 @@ def test_copies_and_pickles_of_a_narrowed_model(name):
         model.set_subnet("min")
         assert torch.equal(outputs(other, inputs), outputs(model, inputs))
         assert {type(m).__name__ for m in other.modules()} == {type(m).__name__ for m in model.modules()}
-        assert {plain_class(m).__module__ for m in other.modules()} == {plain_class(m).__module__ for m in model.modules()}
+        assert {plain_class(m).__module__ for m in other.modules()} == {
+            plain_class(m).__module__ for m in model.modules()
+        }
 
 
 def test_the_weight_of_a_narrowed_layer_cannot_be_replaced_by_accident():
@@ -425,7 +430,7 @@ def test_the_space_survives_json():
 
 
 def two_adapters():
-    """"a" narrowed, "b" whole and without any choice of width, on one base."""
+    """ "a" narrowed, "b" whole and without any choice of width, on one base."""
     model, inputs = elastic("llama", adapter_name="a")
     model.set_subnet("min")
     model.add_adapter("b", ElasticLoraConfig(r=4, elastic_ranks=[4, 2], target_modules=["q_proj", "down_proj"]))
@@ -440,7 +445,9 @@ def alone(adapter_name):
         model.set_subnet("min")
     else:
         model = get_peft_model(
-            model, ElasticLoraConfig(r=4, elastic_ranks=[4, 2], target_modules=["q_proj", "down_proj"]), adapter_name="b"
+            model,
+            ElasticLoraConfig(r=4, elastic_ranks=[4, 2], target_modules=["q_proj", "down_proj"]),
+            adapter_name="b",
         ).eval()
         randomize(model, seed=5, adapter_name="b")
     return model
@@ -515,7 +522,9 @@ def test_mixed_batches():
     model, _ = two_adapters()
     ids = tokens(2)
     model.set_adapter("a")
-    with pytest.raises(ValueError, match="`adapter_names`: all adapters of a batch compute with one base, and that of '__base"):
+    with pytest.raises(
+        ValueError, match="`adapter_names`: all adapters of a batch compute with one base, and that of '__base"
+    ):
         model(ids, adapter_names=["a", "__base__"])
     with pytest.raises(ValueError, match="that of 'b' has another width"):
         model(ids, adapter_names=["b", "b"])
@@ -638,3 +647,15 @@ def test_training_moves_the_active_part_alone():
     assert torch.equal(now[8:], before[factor][8:]) and not torch.equal(now[:8], before[factor][:8])
 
 
+def test_merging_another_adapter_than_the_narrowed_one():
+    model, inputs = two_adapters()
+    model.set_adapter("a")
+    expected = outputs(model, inputs)
+    with pytest.raises(ValueError, match=r"`adapter_names`: \['b'\] belong to another width or depth"):
+        model.merge_and_unload(adapter_names=["b"])
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match=r"`adapter_names`: \['a'\] belong to another width or depth"):
+        model.merge_and_unload(adapter_names=["a"])
+    model.set_adapter("a")
+    assert torch.equal(outputs(model, inputs), expected)
+    close(outputs(model.merge_and_unload(adapter_names=["a"], sparse_kernel=False), inputs), expected)

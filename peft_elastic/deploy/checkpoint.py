@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -44,6 +45,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
+from ..structure.blocks import Removed
 from ..structure.description import apply_description, is_described, put_layer_sizes_back, take_layer_sizes
 from . import ops
 from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
@@ -212,6 +214,9 @@ class SparseQuantizer(HfQuantizer):
                     f"it is {found[0]} x {found[1]}."
                 )
             model.set_submodule(path, _StoredLinear(entry, linear.bias))
+        absent = {re.escape(name) for name in _absent_parameters(model)}
+        if absent:
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *absent}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         stored = [(name, module) for name, module in model.named_modules() if isinstance(module, _StoredLinear)]
@@ -263,7 +268,12 @@ class SparseQuantizer(HfQuantizer):
         self.quantization_config.layers = {
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
-        return state_to_save(model), {}
+        state, absent = state_to_save(model), _absent_parameters(model)
+        if absent:
+            # Where this package is not imported, transformers would make up the weights of what was removed. Empty tensors in
+            # their place let it fail.
+            state = (model.state_dict() if state is None else state) | {name: torch.empty(0) for name in absent}
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -341,6 +351,13 @@ def check_safetensors(file: str | os.PathLike[str]) -> None:
     for (_, end, _), (begin, _, tensor) in zip(spans, spans[1:]):
         if begin < end:
             raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
+
+
+def _absent_parameters(model: nn.Module) -> list[str]:
+    """A parameter of each part that was removed."""
+    return [
+        f"{path}.{part.absent}" for path, part in model.named_modules() if isinstance(part, Removed) and part.absent
+    ]
 
 
 def _stored_dtypes(entry: dict[str, Any]) -> dict[str, torch.dtype]:

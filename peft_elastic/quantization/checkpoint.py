@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
+from ..structure.description import is_described
 from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head, replace_layers, weight_matrix
 from ..utils import atomic_write_text
 from ..version import __version__
@@ -84,6 +85,12 @@ def save_gptq(
         raise ValueError("`model` has adapters; save_gptq(model.merge_and_unload(), ...) saves the two as one model.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` is a {type(model).__name__}; it must be a model of transformers.")
+    if is_described(model.config):
+        raise ValueError(
+            "`model` has blocks of different sizes, which no reader of GPTQ checkpoints builds. `sparsify_linears(model, "
+            "when='always')` and `model.save_pretrained(...)` store the integers as well, for `from_pretrained` after `import "
+            "peft_elastic`."
+        )
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     if not layers:
         raise ValueError("`model` has no quantised layers; quantize(model, ...) makes some.")

@@ -26,7 +26,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
-from .modules import find_stacks
+from .modules import find_stacks, module_at
 
 
 # Runs of one dimension of a weight, as (start, stop).
@@ -194,6 +194,9 @@ class Removed(nn.Module):
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
         self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
+        names = (name for name, _ in module.named_parameters() if "lora_" not in name)
+        # of one of the parameters that are not there; checkpoints name it
+        self.absent = next(names, "").replace("base_layer.", "")
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
@@ -229,12 +232,14 @@ class Structure:
         blocks (`list[Block]`): all blocks that some layout fits, in the order of the model.
         widths (`list[Width]`): all that can be narrowed, in that order.
         unknown (`list[str]`): paths of the blocks that no layout fits.
+        active (`dict[str, int]`): what of it is narrowed or skipped now, by the key of the choice; see `activate`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks: list[Block] = []
         self.widths: list[Width] = []
         self.unknown: list[str] = []
+        self.active: dict[str, int] = {}
         for stack in find_stacks(model):
             found = list(self._read_stack(model, stack))
             self.blocks += found
@@ -271,7 +276,7 @@ class Structure:
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
     """The layer of the base model at `path`, without the adapters around it."""
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

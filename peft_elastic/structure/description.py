@@ -306,7 +306,9 @@ def _fingerprint(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         if path in linears:
             prints[path] = (*layer_sizes(module), module._parameters.get("bias") is not None)
         in_linear = path in linears or path.rpartition(".")[0] in linears
-        if in_linear or isinstance(module, Removed) or not path:  # whose numbers are those of what was there, or of its use
+        if (
+            in_linear or isinstance(module, Removed) or not path
+        ):  # whose numbers are those of what was there, or of its use
             continue
         for name, value in module.__dict__.items():
             if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):

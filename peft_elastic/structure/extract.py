@@ -28,8 +28,12 @@ from .bitsandbytes import dequantize, is_bitsandbytes
 from .blocks import Block, Ranges, Removed, Structure
 from .importance import note_orders
 from .inputs import is_encoder_decoder
-from .modules import replace_layers
+from .modules import linear_layers, replace_layers
 from .narrow import active_ranges, is_skipped, set_active, set_skipped, take
+
+
+# What the module that holds a stack may call the number of its blocks.
+_COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
 
 
 def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
@@ -52,10 +56,11 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     stacks: dict[str, list[Block]] = {}
     for block in structure.blocks:
         stacks.setdefault(block.stack, []).append(block)
-    for stack, blocks in stacks.items():
-        skipped = sum(is_skipped(model.get_submodule(block.path)) for block in blocks)
-        if skipped == len(model.get_submodule(stack)._modules):
-            raise ValueError(f"Every block of {stack!r} is skipped; at least one must stay.")
+    for stack in stacks:
+        within = [f"{path}." for path, module in model.named_modules() if is_skipped(module)]
+        layers = [f"{stack}.{name}." for name in linear_layers(model.get_submodule(stack))]
+        if all(layer.startswith(tuple(within)) for layer in layers):
+            raise ValueError(f"Every block of {stack!r} is skipped; at least one attention or MLP must stay.")
     _keep_room_for_cache(model, stacks)
     for block in structure.blocks:
         for part in ("attention", "mlp"):
@@ -109,6 +114,8 @@ def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[in
     kept = [number for number, module in enumerate(old) if id(module) not in skipped]
     numbers = {before: number for number, before in enumerate(kept)}
     entries._modules.clear()
+    holder = model.get_submodule(stack.rpartition(".")[0]).__dict__
+    holder.update({name: len(kept) for name in _COUNTS if holder.get(name) == len(old)})
     for before, number in numbers.items():
         module = old[before]
         entries._modules[str(number)] = module
@@ -181,7 +188,11 @@ def _leave_bitsandbytes(model: Any, ordinary: list[nn.Module]) -> None:
     """Let a model, and the adapters in it, forget that these layers were of bitsandbytes."""
     replaced = {id(layer) for layer in ordinary}
     for module in model.modules():
-        if isinstance(module, LoraLayer) and id(module.get_base_layer()) in replaced and not isinstance(module, Linear):
+        if (
+            isinstance(module, LoraLayer)
+            and id(module.get_base_layer()) in replaced
+            and not isinstance(module, Linear)
+        ):
             module.__class__ = Linear
             module.__dict__.update(fan_in_fan_out=False, is_target_conv_1d_layer=False)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):

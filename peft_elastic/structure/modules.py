@@ -45,6 +45,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`model.get_submodule(path)` in a fraction of the time."""
+    for name in path.split(".") if path else ():
+        child = model._modules.get(name)
+        model = getattr(model, name) if child is None else child  # some wrappers pass on what they wrap
+    return model
+
+
 def weight_matrix(layer: nn.Module) -> torch.Tensor:
     """The weight of a linear layer as (out, in), whatever its storage order: a view, so writing to it changes the layer."""
     weight = layer.get_parameter("weight").detach()

@@ -31,6 +31,7 @@ from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
 from .blocks import Block, Ranges, Width, keep_places, layer_at
 from .layouts import Skip
+from .modules import module_at
 
 
 def take(tensor: torch.Tensor, dim: int, ranges: Optional[Ranges]) -> torch.Tensor:
@@ -203,7 +204,7 @@ def is_skipped(module: nn.Module) -> bool:
 def set_skipped(model: nn.Module, block: Block, part: str, skipped: bool) -> None:
     """Skip `part` ("block", "attention" or "mlp") of a block, or compute it again."""
     for path, skip in block.skips[part].items():
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         if is_skipped(module) == skipped:
             continue
         if skipped:
@@ -217,7 +218,7 @@ def set_skipped(model: nn.Module, block: Block, part: str, skipped: bool) -> Non
 def cache_layers(model: nn.Module, block: Block, path: str) -> tuple[int, ...]:
     """Of the self-attentions in the module at `path`."""
     inside = [a for a in block.attentions if f"{a.path}.".startswith(f"{path}.") and not a.layout.cross]
-    numbers = [getattr(model.get_submodule(attention.path), "layer_idx", None) for attention in inside]
+    numbers = [getattr(module_at(model, attention.path), "layer_idx", None) for attention in inside]
     return tuple(number for number in numbers if number is not None)
 
 
@@ -228,9 +229,9 @@ def set_width(model: nn.Module, width: Width, value: int) -> None:
         ranges = None if value == width.full else slot.ranges(kept, width.units)
         set_active(layer_at(model, slot.path), slot.side, ranges)
     for attention in width.attentions:
-        attention.set_heads(model.get_submodule(attention.path), value)
+        attention.set_heads(module_at(model, attention.path), value)
     for path, name in width.numbers:
-        model.get_submodule(path).__dict__[name] = value
+        module_at(model, path).__dict__[name] = value
 
 
 def is_narrowed(model: nn.Module) -> bool:

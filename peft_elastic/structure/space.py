@@ -116,14 +116,27 @@ def check_depth(structure: Structure, values: Mapping[str, int]) -> None:
             )
 
 
-def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> None:
-    """Let a model compute with these values of its structural choices, and with everything of what they do not name."""
+def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> list[str]:
+    """Let a model compute with these values of its structural choices, and with everything of what they do not name.
+
+    Returns:
+        `list[str]`: paths of the layers that have another width than before.
+    """
+    # this runs in every training step, and steps differ in a part of the choices
+    before = structure.active
+    changed = {key for key in before.keys() | values.keys() if before.get(key) != values.get(key)}
+    structure.active = dict(values)
+    paths = []
     for width in structure.widths:
-        set_width(model, width, values.get(f"{width.kind}:{width.name}", width.full))
+        if (key := f"{width.kind}:{width.name}") in changed:
+            set_width(model, width, values.get(key, width.full))
+            paths += [slot.path for slot in width.slots]
     for block in structure.blocks:
         for part in block.skips:
             name = block.path if part == "block" else f"{block.path}.{part}"
-            set_skipped(model, block, part, not values.get(f"depth:{name}", 1))
+            if f"depth:{name}" in changed:
+                set_skipped(model, block, part, not values.get(f"depth:{name}", 1))
+    return paths
 
 
 def _shapes_of_block(

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
@@ -56,6 +56,7 @@ from ...structure.importance import (
     same_orders,
     sort_by_importance,
 )
+from ...structure.modules import module_at
 from ...structure.narrow import active_ranges, is_narrowed
 from ...structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules
@@ -411,7 +412,9 @@ class ElasticLoraModel(LoraModel):
             choices = self._build_choices(config, ranks, self.model, sizes)
             structure, shapes = None, []
             if config.is_structural:
-                structure = Structure(self.model)
+                # one for all, which knows what is active
+                known = (adapter.structure for adapter in found.values() if adapter.structure is not None)
+                structure = next(known, None) or Structure(self.model)
                 rank_keys = {name: choice.key for choice in choices for name in choice.modules}
                 structural = structural_choices(structure, config.elastic_width, config.depth_entries)
                 shapes = layer_shapes(self.model, structure, structural, rank_keys)
@@ -615,7 +618,7 @@ class ElasticLoraModel(LoraModel):
         return {key: value for key, value in chosen.items() if value != whole.get(key, 1)}
 
     def _check_together(
-        self, active: Iterable[str], values: Optional[Mapping[str, Mapping[str, int]]] = None
+        self, active: Sequence[str], values: Optional[Mapping[str, Mapping[str, int]]] = None
     ) -> dict[str, int]:
         """What these adapters, active together, take away from the base.
 
@@ -629,13 +632,14 @@ class ElasticLoraModel(LoraModel):
                 f"The adapters {list(narrowings)} cannot be active together: their subnets differ in the width or depth of the "
                 "base."
             )
-        for module in self.model.modules() if first else ():
-            if isinstance(module, LoraLayer) and module.merged:
+        layers = (layer for adapter in self._elastic_adapters.values() for layer in adapter.layers.values())
+        for layer in layers if first else ():
+            if layer.merged_adapters:
                 raise ValueError(
-                    f"The adapters {module.merged_adapters} are merged into the base, which cannot be narrowed then. Call "
+                    f"The adapters {layer.merged_adapters} are merged into the base, which cannot be narrowed then. Call "
                     "`unmerge_adapter()` first."
                 )
-            if isinstance(module, LoraLayer) and set(module.lora_magnitude_vector) & set(active):
+            if len(layer.lora_magnitude_vector) and set(layer.lora_magnitude_vector) & set(active):
                 raise ValueError("Adapters with DoRA cannot be active beside one that narrows the base.")
         return first
 
@@ -649,10 +653,8 @@ class ElasticLoraModel(LoraModel):
         if structure is None:
             return
         self._followed = followed = self._enabled_adapters()
-        values = self._check_together(followed)
-        activate(self.model, structure, values)
-        for path in {slot.path for width in structure.widths for slot in width.slots}:
-            module = self.model.get_submodule(path)
+        for path in activate(self.model, structure, self._check_together(followed)):
+            module = module_at(self.model, path)
             if isinstance(module, LoraLayer):
                 set_width(module, *active_ranges(module.get_base_layer()))
 
@@ -895,6 +897,13 @@ class ElasticLoraModel(LoraModel):
         narrowed = is_narrowed(self.model)
         if merge:
             self._check_merge(adapter_names, safe_merge)
+            if adapter_names is not None and self._check_together(adapter_names) != self._check_together(
+                self._enabled_adapters()
+            ):
+                raise ValueError(
+                    f"`adapter_names`: {adapter_names} belong to another width or depth of the base than the active one. Call "
+                    "`set_adapter` first."
+                )
             if narrowed:
                 kept = extract(self.model, Structure(self.model))
         elif narrowed:
