@@ -135,7 +135,7 @@ class TestRegistering:
         with pytest.raises(ValueError, match=r"no block of the model \(for example 'blocks.0'\).*register_layout"):
             adapted(model)
         register_layout(self.LAYOUT)
-        model = adapted(model, elastic_depth=["all", "0.attention"], target_modules=["wq", "wo", "w1", "w2"])
+        model = adapted(model, elastic_depth=["0-1", "0.attention"], target_modules=["wq", "wo", "w1", "w2"])
         assert {c.key for c in model.search_space if c.kind != "rank"} == {
             *(f"{kind}:blocks.{i}" for kind in ("heads", "mlp", "depth") for i in range(2)),
             "depth:blocks.0.attention",
@@ -239,7 +239,7 @@ def test_parameters_of_heads_that_the_layout_does_not_know():
         adapted(model, target_modules=["q_proj"], elastic_width={"heads": [1.0, 0.5]})
     assert not any("lora" in name for name, _ in model.named_modules())
     # depth needs no heads
-    model = adapted(model, target_modules=["q_proj"], elastic_width=None, elastic_depth="all")
+    model = adapted(model, target_modules=["q_proj"], elastic_width=None, elastic_depth="0-1")
     assert model.search_space.min["depth:model.layers.0"] == 0
 
 
@@ -346,7 +346,7 @@ def test_options():
     assert space["heads:model.layers.0"].options == (4, 2)
     assert space["mlp:model.layers.1"].options == (48, 37, 1)
     for depth, names in (
-        ("all", ["0", "1"]),
+        ("all", ["1"]),  # one has to stay
         (1, ["1"]),
         ("0-1.mlp", ["0.mlp", "1.mlp"]),
         (range(2), ["0", "1"]),
