@@ -302,6 +302,11 @@ def test_width_and_depth(folder, logits, tmp_path, capsys):
     assert SearchResult.load(search).objectives == {"loss": "min", "parameters": "min"}
     # the costs are those of before, with a narrow subnet active now
     assert run("search", "--adapter", adapter, *data, *limit, "--evals", "7", "--select", "--out", search) == 0
+    bounds = ["--cost", "latency", "--latency-of", "1x8", "--latency-mode", "forward", "--max-parameters", "95%"]
+    assert run("search", "--adapter", adapter, *data, *bounds, "--evals", "6", "--out", tmp_path / "bounded") == 0
+    bounded = SearchResult.load(tmp_path / "bounded")
+    assert bounded.objectives == {"loss": "min", "latency": "min"} and set(bounded.constraints) == {"parameters"}
+    assert all(e.source != "search" or bounded.keeps_constraints(e) for e in bounded.history)
     capsys.readouterr()
 
     chosen = AutoPeftModelForCausalLM.from_pretrained(adapter).active_subnet
@@ -437,6 +442,8 @@ SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--ou
         ([*TRAIN_HERE, "--device", "nope"], "`--device` 'nope'"),
         ([*TRAIN_HERE, "--out", "{model}"], "exists already"),
         ([*TRAIN_HERE, "--resume"], "no checkpoint"),
+        ([*SEARCH_HERE, "--max-macs", "few"], "`--max-macs` must be a number or a share"),
+        ([*SEARCH_HERE, "--latency-of", "128"], "`--latency-of` must be sequences x tokens"),
         ([*PRUNE_HERE, "--sparsity", "1.5"], "[0, 1)"),
         ([*PRUNE_HERE], "sparsity"),
         ([*PRUNE_HERE, "--pattern", "2:7"], "7"),

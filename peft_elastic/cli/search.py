@@ -16,12 +16,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-from peft_elastic import SearchResult, search_subnet
+from peft_elastic import LatencyModel, SearchResult, search_subnet
 
 from . import _common, _data, _evaluation
+
+
+# Costs that can be bounded, and what their unit is.
+_BOUNDED = {"macs": "MACs per token", "parameters": "parameters", "bytes": "bytes on disk", "latency": "seconds"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -35,7 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --evals 40 --out search\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --metric accuracy --max-drop 0.01 \\\n"
         "      --out search --select     the smallest subnet within a point of the largest; active from now on\n"
-        "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost parameters --budget 97% --out search",
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost parameters --budget 97% --out search\n"
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost latency --max-latency 60% --out search",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
@@ -61,7 +67,36 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="loss: of the labels, or of all tokens of plain text; accuracy: share of examples whose right choice is the "
         "most likely, for labels of a few kinds (default: %(default)s)",
     )
-    search.add_argument("--cost", choices=("macs", "parameters"), default="macs", help="what to save (default: macs)")
+    search.add_argument(
+        "--cost",
+        choices=("macs", "parameters", "bytes", "latency"),
+        default="macs",
+        help="what to save (default: macs)",
+    )
+    for name in _BOUNDED:
+        search.add_argument(
+            f"--max-{name}",
+            metavar="B",
+            help=f"evaluate only subnets of at most these {_BOUNDED[name]}: a number, or a share of the max subnet's such as 75%%",
+        )
+    search.add_argument(
+        "--latency-of",
+        default="1x128",
+        metavar="BxT",
+        help="latency is that of B sequences of T tokens on this machine, once deployed (default: %(default)s)",
+    )
+    search.add_argument(
+        "--latency-mode",
+        choices=("forward", "decode"),
+        default="decode",
+        help="of the whole sequences, or of one more token behind them (default: %(default)s)",
+    )
+    search.add_argument(
+        "--latency-kernel",
+        choices=("dense", "sparse", "auto"),
+        default="dense",
+        help="with the layers that `merge --sparse` would swap, all that can be or those that pay (default: %(default)s)",
+    )
     search.add_argument("--batch-size", type=_data.positive_int, default=16, help="default: %(default)s")
 
     choice = parser.add_argument_group("choice of the subnet")
@@ -84,7 +119,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    budget = _parse_budget(args.budget)
+    budget = _parse_bound("budget", args.budget)
+    bounds = {name: _parse_bound(f"max-{name}", getattr(args, f"max_{name}")) for name in _BOUNDED}
+    constraints = {name: bound for name, bound in bounds.items() if bound is not None}
+    workload = _parse_workload(args.latency_of)
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
     base = _common.base_model_name(args.model, args.adapter)
@@ -101,6 +139,11 @@ def run(args: argparse.Namespace) -> int:
             "`--metric accuracy` needs labels of a few kinds, or a column 'choices'; this data has neither."
         )
     print(f"{len(examples)} validation examples; {model.search_space}")
+    latency = None
+    if args.cost == "latency" or "latency" in constraints:
+        print(f"Measuring latencies of {args.latency_of} tokens ({args.latency_mode}) on this machine.")
+        inputs = {"input_ids": workload}
+        latency = LatencyModel(model, inputs, mode=args.latency_mode, kernel=args.latency_kernel)
     result = search_subnet(
         model,
         evaluate,
@@ -111,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
         population=args.population,
         seed=args.seed,
         save_dir=args.out,
+        latency=latency,
+        constraints=constraints or None,
     )
     result.plot(args.out / "pareto.png")
     print(describe(result))
@@ -129,13 +174,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parse_budget(text: str | None) -> float | str | None:
+def _parse_bound(option: str, text: str | None) -> float | str | None:
     if text is None or text.endswith("%"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"`--budget` must be a number or a share such as '97%', got {text!r}.") from None
+        raise ValueError(f"`--{option}` must be a number or a share such as '97%', got {text!r}.") from None
+
+
+def _parse_workload(text: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if numbers is None:
+        raise ValueError(f"`--latency-of` must be sequences x tokens such as '1x128', got {text!r}.")
+    return int(numbers[1]), int(numbers[2])
 
 
 def describe(result: SearchResult) -> str:
@@ -150,7 +202,8 @@ def describe(result: SearchResult) -> str:
         lines.append(
             f"{e.index:>4} {e.source + mark:<17}"
             + "".join(
-                f"{e.metrics[name]:>14,d}" if name == result.cost else f"{e.metrics[name]:>14.4f}" for name in names
+                f"{e.metrics[name]:>14,d}" if isinstance(e.metrics[name], int) else f"{e.metrics[name]:>14.4f}"
+                for name in names
             )
         )
     return "\n".join([*lines, "* on the Pareto front"])
