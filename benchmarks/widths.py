@@ -62,7 +62,9 @@ def load(name: str, smoke: bool) -> nn.Module:
     if name == "smollm2":
         if smoke:
             sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 6}
-            return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, num_key_value_heads=3, head_dim=16, **sizes))
+            return AutoModelForCausalLM.from_config(
+                LlamaConfig(vocab_size=512, num_key_value_heads=3, head_dim=16, **sizes)
+            )
         return AutoModelForCausalLM.from_pretrained(assets.smollm2_135m(), dtype=torch.float32)
     if smoke:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
