@@ -113,3 +113,34 @@ class TestNlsVsLora:
         assert difference["seeds"] == 3 and difference["mean_difference"] == pytest.approx(2)
         assert difference["interval_95"] == pytest.approx([2 - half_width, 2 + half_width])
         assert difference["better_equal_worse"] == [3, 0, 0]
+
+
+@pytest.mark.slow  # the tokenizer and the encoder come from the package index
+class TestWidth:
+    @pytest.fixture(autouse=True)
+    def _support(self, monkeypatch):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def test_importance(self, tmp_path):
+        module = load("importance")
+        results = module.main(["--smoke", "--out", str(tmp_path)])
+        assert {row["order"] for row in results["rows"]} == set(module.ORDERS)
+        assert all(row["removed"] == pytest.approx(row["share"], abs=2e-3) for row in results["rows"])
+        assert json.loads((tmp_path / "importance.json").read_text()) == results
+
+    def test_lonas(self, tmp_path):
+        module = load("lonas")
+        results = module.main(["--smoke", "--out", str(tmp_path)])
+        assert [row["method"] for row in results["rows"]] == list(module.METHODS)
+        for row in results["rows"]:
+            assert row["searched"]["macs"] <= row["heuristic"]["macs"] < row["max"]["macs"]
+        assert len(results["hypervolume"]) == 4
+
+    def test_widths(self, tmp_path):
+        results = load("widths").main(["--smoke", "--out", str(tmp_path)])
+        for found in results["models"].values():
+            assert 0 < found["training"]["parameters"] < 1
+            for workload in found["workloads"]:
+                assert all(0 < seconds for seconds in workload["prediction"]["predicted"])
+                assert len(workload["prediction"]["measured"]) == results["settings"]["random_subnets"]
+                assert all(row["parameters"] < 1 for row in workload["speed_up"])
