@@ -659,3 +659,13 @@ def test_merging_another_adapter_than_the_narrowed_one():
     model.set_adapter("a")
     assert torch.equal(outputs(model, inputs), expected)
     close(outputs(model.merge_and_unload(adapter_names=["a"], sparse_kernel=False), inputs), expected)
+
+
+def test_the_summary_counts_the_base(capsys):
+    model, _ = elastic("llama")
+    space = model.search_space
+    model.set_subnet("min")
+    active, total = (f"{space.count_base_parameters(s):,d}" for s in (space.min, space.max))
+    assert f"{active} of {total} base parameters in elastic blocks" in model.subnet_summary().describe()
+    model.print_trainable_parameters()
+    assert "base parameters in elastic blocks" in capsys.readouterr().out

@@ -112,12 +112,16 @@ class SubnetSummary:
         return "custom"
 
     def describe(self) -> str:
-        """One line: name, active and total parameters."""
+        """One line: name, active and total parameters of the adapter and, where width or depth change them, of those blocks."""
         share = 100 * self.active_parameters / max(1, self.total_parameters)
-        return (
+        text = (
             f"active subnet of adapter {self.adapter_name!r}: {self.name} "
-            f"({self.active_parameters:,d} of {self.total_parameters:,d} adapter parameters, {share:.1f}%)"
+            f"({self.active_parameters:,d} of {self.total_parameters:,d} adapter parameters, {share:.1f}%"
         )
+        if self.space.layers:
+            active, total = (self.space.count_base_parameters(s) for s in (self.subnet, self.space.max))
+            text += f"; {active:,d} of {total:,d} base parameters in elastic blocks, {100 * active / max(1, total):.1f}%"
+        return f"{text})"
 
     def __str__(self) -> str:
         width = max(len(choice.key) for choice in self.space)
