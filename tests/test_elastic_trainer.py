@@ -749,3 +749,29 @@ def test_what_does_not_fit_is_refused_in_the_first_step(tmp_path, build, rows, e
     with pytest.raises(ValueError, match=message):
         make_elastic(model, tmp_path, train_dataset=rows, elastic=elastic).train()
     assert all(torch.equal(weight, before[name]) for name, weight in adapter_weights(model).items())
+
+
+def test_stages_of_width_and_depth(tmp_path):
+    """Progressive shrinking of a real super-network."""
+    settings = {"elastic_width": {"heads": [1.0, 0.5], "mlp": [1.0, 0.5]}, "elastic_depth": [1, "2.mlp"]}
+    stages = [Stage(["rank"], 1), Stage(["rank", "heads", "mlp"], 1), Stage(["rank", "heads", "mlp", "depth"], 1)]
+    model = elastic_llama(importance="none", **settings)
+    trainer = make_elastic(
+        model,
+        tmp_path,
+        train_dataset=language_data(12),
+        elastic={"stages": stages, "distillation": "max"},
+        num_train_epochs=3,
+        max_steps=-1,
+        per_device_train_batch_size=4,
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    space = model.search_space
+    for stage, kinds in enumerate(({"rank"}, {"rank", "heads", "mlp"}, {"rank", "heads", "mlp", "depth"})):
+        sampled = [subnet for step in range(3 * stage, 3 * stage + 3) for subnet in trainer.subnets_of_step(step)]
+        narrowed = {key.partition(":")[0] for s in sampled for key in s if s[key] != space.max[key]}
+        assert narrowed == kinds
+        assert len(sampled) == 12
+    assert model.active_subnet == space.max
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
