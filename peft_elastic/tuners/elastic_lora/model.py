@@ -120,7 +120,9 @@ class SubnetSummary:
         )
         if self.space.layers:
             active, total = (self.space.count_base_parameters(s) for s in (self.subnet, self.space.max))
-            text += f"; {active:,d} of {total:,d} base parameters in elastic blocks, {100 * active / max(1, total):.1f}%"
+            text += (
+                f"; {active:,d} of {total:,d} base parameters in elastic blocks, {100 * active / max(1, total):.1f}%"
+            )
         return f"{text})"
 
     def __str__(self) -> str:
