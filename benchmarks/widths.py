@@ -26,6 +26,9 @@ all-MiniLM-L6-v2 (an encoder: 32 and 128 tokens, batch 1 and 8):
   extracted in the same way; runs take turns, medians. Beside it what `LatencyModel` predicts.
 - prediction: relative error over random subnets of all sizes.
 
+`--models sparse` is SmolLM2 with half of its weights zero and masked adapters, deployed with the layers of the sparse kernel that pay
+(`sparse_kernel="auto"`): speed-up and prediction of decode steps, no training.
+
 OUT/widths.json holds everything, and the tables are printed as Markdown.
 """
 
@@ -45,7 +48,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
-from peft_elastic import ElasticLoraConfig, LatencyModel, SearchSpace, Subnet, assets
+from peft_elastic import (
+    ElasticLoraConfig,
+    LatencyModel,
+    MagnitudeConfig,
+    SearchSpace,
+    SparseLinear,
+    SparseQALoraConfig,
+    Subnet,
+    assets,
+    prune,
+)
 from peft_elastic.utils import atomic_write_text
 
 
@@ -54,12 +67,13 @@ WORKLOADS: dict[str, list[tuple[str, tuple[int, int]]]] = {
     "smollm2": [("forward", (1, 128)), ("decode", (1, 128)), ("decode", (8, 128))],
     "minilm": [("forward", (1, 32)), ("forward", (8, 32)), ("forward", (1, 128)), ("forward", (8, 128))],
 }
-CALLED = {"smollm2": "SmolLM2-135M", "minilm": "all-MiniLM-L6-v2"}
+WORKLOADS["sparse"] = [("decode", (1, 128))]
+CALLED = {"smollm2": "SmolLM2-135M", "minilm": "all-MiniLM-L6-v2", "sparse": "SmolLM2-135M, half of the weights zero"}
 
 
 def load(name: str, smoke: bool) -> nn.Module:
     torch.manual_seed(0)
-    if name == "smollm2":
+    if name != "minilm":
         if smoke:
             sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 6}
             return AutoModelForCausalLM.from_config(
@@ -75,16 +89,19 @@ def load(name: str, smoke: bool) -> nn.Module:
 def build(name: str, smoke: bool) -> PeftModel:
     """A super-network in rank, heads, MLP channels and whole blocks. Speed does not depend on the order of the channels."""
     targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-    config = ElasticLoraConfig(
+    base = load(name, smoke)
+    if name == "sparse":
+        prune(base, MagnitudeConfig(sparsity=0.5), progress=False)
+    config = (SparseQALoraConfig if name == "sparse" else ElasticLoraConfig)(
         r=16,
         elastic_ranks=[16, 8],
         rank_groups="block",
-        target_modules="all-linear" if name == "smollm2" else targets,
+        target_modules=targets if name == "minilm" else "all-linear",
         elastic_width={"heads": [1.0, 0.5], "mlp": [1.0, 0.875, 0.75, 0.625, 0.5]},
-        elastic_depth=["all"] if name == "smollm2" else None,
+        elastic_depth=None if name == "minilm" else ["all"],
         importance="none",
     )
-    return get_peft_model(load(name, smoke), config).eval()
+    return get_peft_model(base, config).eval()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -142,18 +159,29 @@ def subnets_near(space: SearchSpace, total: int, share: float, number: int) -> l
     return sorted(dict.fromkeys(drawn), key=distance)[:number]
 
 
+def count(model: nn.Module) -> int:
+    """Parameters, zeros of sparse layers included."""
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    return sum(p.numel() for p in model.parameters()) + sum(m.out_features * m.in_features for m in sparse)
+
+
+def kernel_of(latencies: list[LatencyModel]) -> str | bool:
+    """`sparse_kernel` of the models that these predict."""
+    return "auto" if latencies[0].workload["kernel"] == "auto" else False
+
+
 def speed_ups(
     model: PeftModel, latencies: list[LatencyModel], args: argparse.Namespace
 ) -> list[list[dict[str, float]]]:
     """For each workload, measured and predicted speed-up of extracted subnets against the extracted max subnet."""
     space = model.search_space
     total = sum(p.numel() for n, p in model.get_base_model().named_parameters() if "lora_" not in n)
-    whole = model.extract_subnet("max", sparse_kernel=False).eval()
-    size = sum(p.numel() for p in whole.parameters())
+    whole = model.extract_subnet("max", sparse_kernel=kernel_of(latencies)).eval()
+    size = count(whole)
     rows: list[list[dict[str, float]]] = [[] for _ in latencies]
     subnets = [(share, s) for share in SHARES for s in subnets_near(space, total, share, args.subnets_per_share)]
     for share, subnet in tqdm(subnets, desc="speed-up"):
-        small = model.extract_subnet(subnet, sparse_kernel=False).eval()
+        small = model.extract_subnet(subnet, sparse_kernel=kernel_of(latencies)).eval()
         for latency, found in zip(latencies, rows):
             steps = [latency.stepper(whole), latency.stepper(small)]
             seconds = [[step() for step in steps] for _ in range(args.repeats)][2:]
@@ -161,7 +189,7 @@ def speed_ups(
             found.append(
                 {
                     "share": share,
-                    "parameters": sum(p.numel() for p in small.parameters()) / size,
+                    "parameters": count(small) / size,
                     "measured": medians[0] / medians[1],
                     "predicted": latency.predict("max") / latency.predict(subnet),
                 }
@@ -174,7 +202,7 @@ def predictions(model: PeftModel, latencies: list[LatencyModel], args: argparse.
     found: list[dict[str, Any]] = [{"predicted": [], "measured": []} for _ in latencies]
     for seed in tqdm(range(args.random_subnets), desc="prediction"):
         subnet = model.search_space.sample(1000 + seed)
-        small = model.extract_subnet(subnet, sparse_kernel=False).eval()
+        small = model.extract_subnet(subnet, sparse_kernel=kernel_of(latencies)).eval()
         for latency, row in zip(latencies, found):
             checked = latency.validate([subnet], lambda _, small=small: small, seconds=args.seconds)
             row["predicted"] += checked.predicted
@@ -188,17 +216,18 @@ def predictions(model: PeftModel, latencies: list[LatencyModel], args: argparse.
 def report(results: dict[str, Any]) -> str:
     training, inference, errors = [], [], []
     for name, found in results["models"].items():
-        steps = found["training"]["seconds"]
-        ratios = sorted(half / whole for half, whole in zip(steps["half"], steps["whole"]))
-        training.append(
-            [
-                CALLED[name],
-                " x ".join(map(str, found["training"]["tokens"])),
-                f"{found['training']['parameters']:.2f}",
-                f"{statistics.median(steps['whole']):.3f}",
-                f"{statistics.median(ratios):.3f} [{ratios[len(ratios) // 10]:.3f}, {ratios[-1 - len(ratios) // 10]:.3f}]",
-            ]
-        )
+        if found["training"] is not None:
+            steps = found["training"]["seconds"]
+            ratios = sorted(half / whole for half, whole in zip(steps["half"], steps["whole"]))
+            training.append(
+                [
+                    CALLED[name],
+                    " x ".join(map(str, found["training"]["tokens"])),
+                    f"{found['training']['parameters']:.2f}",
+                    f"{statistics.median(steps['whole']):.3f}",
+                    f"{statistics.median(ratios):.3f} [{ratios[len(ratios) // 10]:.3f}, {ratios[-1 - len(ratios) // 10]:.3f}]",
+                ]
+            )
         for workload in found["workloads"]:
             what = f"{workload['mode']}, {workload['inputs'][0]} x {workload['inputs'][1]}"
             for share in SHARES:
@@ -261,7 +290,7 @@ def report(results: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/widths"), help="folder, default %(default)s")
-    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=["smollm2", "minilm"])
     parser.add_argument("--rounds", type=int, default=30, help="training steps of each width")
     parser.add_argument("--subnets-per-share", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=10, help="runs of each extracted model")
@@ -280,11 +309,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         model = build(name, args.smoke)
-        found: dict[str, Any] = {"training": training_steps(model, name, args.rounds), "workloads": []}
+        trained = None if name == "sparse" else training_steps(model, name, args.rounds)
+        found: dict[str, Any] = {"training": trained, "workloads": []}
         latencies = []
         for mode, (batch, tokens) in tqdm(WORKLOADS[name], desc=f"{name}: measuring"):
             inputs = {"input_ids": (batch, 8 if args.smoke else tokens)}
-            latencies.append(LatencyModel(model, inputs, mode=mode, seconds=1 if args.smoke else 20))
+            kernel = "auto" if name == "sparse" else "dense"
+            latencies.append(LatencyModel(model, inputs, mode, kernel, seconds=1 if args.smoke else 20))
         measured = speed_ups(model, latencies, args), predictions(model, latencies, args)
         for (mode, shape), latency, rows, errors in zip(WORKLOADS[name], latencies, *measured):
             found["workloads"].append(
