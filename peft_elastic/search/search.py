@@ -131,9 +131,9 @@ def search_subnet(
         `SearchResult`: all evaluations, with `pareto`, `best(...)`, `plot(...)`.
 
     Raises:
-        ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search;
-            if `evaluate`, `held_out` or an objective does not return finite numbers under the expected names, or changes
-            the active subnet. What was evaluated before stays in `save_dir`.
+        ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search; if
+            `evaluate`, `held_out` or an objective does not return finite numbers under the expected names, or changes the
+            active subnet. What was evaluated before stays in `save_dir`.
     """
     host = get_elastic_host(model)
     space = host.search_space

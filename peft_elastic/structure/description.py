@@ -39,7 +39,8 @@ from .narrow import set_skipped, set_width
 # By the path of the block: its sizes.
 Description = dict[str, dict[str, Any]]
 
-# Where a configuration keeps the description of blocks that `per_layer_config` has no numbers for: of encoder-decoder models.
+# Where a configuration keeps the description of blocks that `per_layer_config` cannot hold: those of encoder-decoder models, and
+# sizes that transformers' own validation of a layer rejects.
 BLOCKS_ATTRIBUTE = "peft_elastic_blocks"
 
 # Where transformers keeps `per_layer_config`.
@@ -190,11 +191,6 @@ def _sizes_of(sizes: Mapping[str, Any], block: Block) -> dict[str, Any]:
 def _has(config: Any, name: str) -> bool:
     check = getattr(config, "_hasattr_without_heterogeneous_validation", None)
     return check(name) if check is not None else hasattr(config, name)
-
-
-def _get(config: Any, name: str) -> Any:
-    get = getattr(config, "_getattr_without_heterogeneous_validation", None)
-    return get(name) if get is not None else getattr(config, name)
 
 
 def _drop_layers(config: PreTrainedConfig, stack: str, numbers: list[int]) -> None:

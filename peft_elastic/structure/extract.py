@@ -39,9 +39,9 @@ _COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
 def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
 
-    Skipped blocks leave their list (some of an encoder may stay without any parameters), and the layers of the key-value cache are numbered again. A skipped attention or MLP
-    becomes a module without parameters. Layers of bitsandbytes become ordinary ones, as its blocks of numbers cannot be cut, and
-    no checkpoint holds both. The configuration is left alone but for that.
+    Skipped blocks leave their list (some of an encoder may stay without any parameters), and the layers of the key-value cache
+    are numbered again. A skipped attention or MLP becomes a module without parameters. Layers of bitsandbytes become ordinary
+    ones, as its blocks of numbers cannot be cut, and no checkpoint holds both. The configuration is left alone but for that.
 
     Args:
         model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
