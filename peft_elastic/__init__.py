@@ -22,6 +22,14 @@ from .deploy import (
     sparsify_linears,
 )
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
+from .pruning.structured import (
+    BlockPrunerConfig,
+    MultiPrunerConfig,
+    PruningPlan,
+    TwoStagePrunerConfig,
+    WidthPrunerConfig,
+    prune_structured,
+)
 from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
 from .search import LatencyModel, SearchResult, search_subnet
 from .structure import sort_by_importance
@@ -50,6 +58,7 @@ from .version import __version__
 
 __all__ = [
     "BalancedSampler",
+    "BlockPrunerConfig",
     "Choice",
     "ElasticLoraConfig",
     "ElasticLoraModel",
@@ -58,6 +67,8 @@ __all__ = [
     "GPTQConfig",
     "LatencyModel",
     "MagnitudeConfig",
+    "MultiPrunerConfig",
+    "PruningPlan",
     "PruningReport",
     "QuantizationReport",
     "QuantizedLinear",
@@ -73,14 +84,17 @@ __all__ = [
     "Subnet",
     "SubnetSamplingCallback",
     "SwapReport",
+    "TwoStagePrunerConfig",
     "UniformSampler",
     "WandaConfig",
+    "WidthPrunerConfig",
     "__version__",
     "densify_linears",
     "load_gptq",
     "merge_and_requantize",
     "optimize_generation",
     "prune",
+    "prune_structured",
     "quantize",
     "restore_generation",
     "save_gptq",

@@ -379,14 +379,14 @@ def test_a_read_only_folder(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_written(tmp_path, unbroken, monkeypatch):
-    append = HistoryFile.append
+    record = HistoryFile.record
 
     def full(self, evaluation, metrics):
         if evaluation.index == 9:
             raise OSError("No space left on device")
-        append(self, evaluation, metrics)
+        record(self, evaluation, metrics)
 
-    monkeypatch.setattr(HistoryFile, "append", full)
+    monkeypatch.setattr(HistoryFile, "record", full)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path)
     assert len(lines(tmp_path)) == 10

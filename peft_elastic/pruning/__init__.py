@@ -12,10 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Pruning of base weights: `prune(model, config, calibration)` with one config dataclass per method.
-
-`sequential.py` walks a model block by block over calibration data; it knows nothing about scores and serves any such method.
-"""
+"""Pruning of base weights: `prune(model, config, calibration)` with one config dataclass per method sets them to zero. Whole
+blocks, channels and heads are removed by `structured`."""
 
 from .config import MagnitudeConfig, PruningConfig, WandaConfig
 from .layers import measure_sparsity

@@ -15,13 +15,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ..utils import atomic_write_text
+from ..journal import Journal
 from .result import Evaluation
 
 
@@ -29,11 +27,8 @@ _FORMAT = "peft-elastic/search-history"
 _VERSION = 1
 
 
-class HistoryFile:
-    """A file of JSON lines: a header that says which search it belongs to, then one row per evaluation.
-
-    Each row is on disk before `append` returns. A process that is killed while it writes leaves at most one torn line at
-    the end, which is dropped when the file is opened again.
+class HistoryFile(Journal):
+    """The evaluations of a search, one row each.
 
     Args:
         path (`str` or `os.PathLike`): created with its folder if it does not exist.
@@ -44,23 +39,14 @@ class HistoryFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self._rows: dict[int, dict[str, Any]] = {}
         header = {"format": _FORMAT, "version": _VERSION, **header}
-        try:
-            if self.path.exists():
-                self._read(header)
-            else:
-                atomic_write_text(self.path, json.dumps(header) + "\n")
-            with open(self.path, "ab") as file:  # better refused now than after the first evaluation
-                self._end = file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise ValueError(f"`save_dir`: cannot use {os.fspath(self.path)!r}: {error}") from error
+        super().__init__(path, header, "search", ("index", "metrics", "subnet"))
+        self._by_index = {row["index"]: row for row in self.rows}
 
     @property
     def n_rows(self) -> int:
         """Number of evaluations on file."""
-        return len(self._rows)
+        return len(self._by_index)
 
     def recall(self, evaluation: Evaluation) -> dict[str, float] | None:
         """The metrics of this evaluation, or None if it is not on file.
@@ -68,7 +54,7 @@ class HistoryFile:
         Raises:
             ValueError: if the evaluation of this index was of another subnet.
         """
-        row = self._rows.get(evaluation.index)
+        row = self._by_index.get(evaluation.index)
         if row is None:
             return None
         if row["subnet"] != evaluation.subnet:
@@ -78,58 +64,17 @@ class HistoryFile:
             )
         return row["metrics"]
 
-    def append(self, evaluation: Evaluation, metrics: Mapping[str, float]) -> None:
+    def record(self, evaluation: Evaluation, metrics: Mapping[str, float]) -> None:
         """Add a row with the metrics of an evaluation and wait until it is on disk.
 
         Raises:
             ValueError: if another process has written to the file in the meantime.
         """
-        if self.path.stat().st_size != self._end:
-            raise ValueError(f"`save_dir`: another process writes to {os.fspath(self.path)!r}.")
         row = {
             "index": evaluation.index,
             "source": evaluation.source,
             "metrics": dict(metrics),
             "subnet": evaluation.subnet.to_dict(),
         }
-        line = (json.dumps(row) + "\n").encode()
-        with open(self.path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self._end += len(line)
-        self._rows[evaluation.index] = row
-
-    def _read(self, header: Mapping[str, Any]) -> None:
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        found = _parse(lines[0]) if lines else None
-        if found is None or found.get("format") != _FORMAT:
-            raise ValueError(f"`save_dir`: {os.fspath(self.path)!r} is not the history of a search.")
-        names = [name for name in {**found, **header} if found.get(name) != header.get(name)]
-        if names:
-            differences = "; ".join(
-                f"{name} is {found.get(name)!r} there, {header.get(name)!r} here" for name in names
-            )
-            raise ValueError(
-                f"`save_dir` holds another search ({os.fspath(self.path)!r}): {differences}. Use another folder, or the "
-                "same settings to continue it."
-            )
-        for number, line in enumerate(lines[1:], start=2):
-            row = _parse(line)
-            if row is not None and {"index", "metrics", "subnet"} <= set(row):
-                self._rows[row["index"]] = row
-            elif number == len(lines):  # torn by the end of the process that wrote it
-                os.truncate(self.path, self.path.stat().st_size - len(line))
-            else:
-                raise ValueError(f"`save_dir`: line {number} of {os.fspath(self.path)!r} is damaged.")
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a complete line, or None."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+        self.append(row)
+        self._by_index[evaluation.index] = row

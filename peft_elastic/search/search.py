@@ -370,7 +370,7 @@ def _recall_or_measure(
     if values is None:
         values = measure(evaluation)
         if file is not None:
-            file.append(evaluation, values)
+            file.record(evaluation, values)
     return values
 
 

@@ -245,7 +245,7 @@ class BlockWalker:
         with ExitStack() as context:
             for block in blocks:
                 context.enter_context(block.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-                context.enter_context(_replaced_forward(block.module, stand_in_for(block)))
+                context.enter_context(replaced_forward(block.module, stand_in_for(block)))
             self._forward(index)
         return captured
 
@@ -343,7 +343,7 @@ def _stand_in(leaf: Any) -> Any:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = module.__dict__.get("forward")  # set on the instance by accelerate, for one
     module.forward = forward
     try:

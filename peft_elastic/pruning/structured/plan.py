@@ -1,0 +1,343 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What structured pruning has decided, so that it can be looked at, kept, and carried out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...deploy.checkpoint import mark_checkpoint
+from ...structure.blocks import Structure, Width, layer_at
+from ...structure.description import describe
+from ...structure.extract import extract
+from ...structure.importance import check_sortable, noted_orders, reorder
+from ...structure.narrow import check_narrowable, is_narrowed
+from ...structure.space import activate
+from ...utils import atomic_path, atomic_write_text
+
+
+_FORMAT = "peft-elastic/pruning-plan"
+_VERSION = 1
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+@dataclass
+class PruningPlan:
+    """
+    What is removed from a model. `str(plan)` is a summary of it.
+
+    Args:
+        method (`str`): "multipruner", ...
+        config (`dict[str, Any]`): the fields of the config.
+        model (`dict[str, Any]`): `class`, and `blocks`: by its path the attention heads, key-value heads and MLP channels of each
+            block of the whole model.
+        values (`dict[str, int]`): what is left of it, in the words of a `Subnet`: `"mlp:<block>"` -> channels, `"heads:<block>"` ->
+            query heads, `"depth:<block>"`, `"depth:<block>.attention"` and `"depth:<block>.mlp"` -> 0. What is not named is whole.
+        units (`dict[str, list[int]]`): of what is narrowed, by the path of the attention (heads) or block (channels): the numbers
+            that the units which are kept had in the model, key-value groups or channels, the most important first.
+        before, after (`dict[str, float]`): `parameters`, `macs` (per token), and, where they were measured, the metric and what
+            the ratio counts.
+        metric (`str`): "perplexity", or the name of another metric.
+        history (`list[dict]`): a row per removal: `stage`, `removed` (a key of `values`), `left`, `value` (of the metric, if it was
+            evaluated), `cost` (what the ratio counts), `parameters`, `candidates`, `evaluations`, `block_passes` (of a single
+            block over all calibration data), `seconds`.
+        evaluations (`int`): of the metric.
+        block_passes (`float`): of a single block over all calibration data.
+        seconds (`float`): of all evaluations and of the measurement of importance, also those of an interrupted run before.
+    """
+
+    method: str
+    config: dict[str, Any]
+    model: dict[str, Any] = field(repr=False)
+    values: dict[str, int] = field(repr=False)
+    units: dict[str, list[int]] = field(repr=False)
+    before: dict[str, float]
+    after: dict[str, float]
+    metric: str = "perplexity"
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    evaluations: int = 0
+    block_passes: float = 0.0
+    seconds: float = 0.0
+
+    # -- carrying it out ------------------------------------------------------------------------------------------------
+
+    def narrow(self, model: nn.Module) -> None:
+        """Let a model compute as if what the plan removes were not there, in place. Nothing of it is lost: `restore` undoes it.
+
+        Args:
+            model: the model the plan was made for, or a fine-tuned version of it; it must be whole, and without adapters.
+
+        Raises:
+            ValueError: if the plan does not fit the model, before anything is changed.
+        """
+        structure = self.check(model)
+        orders = {}
+        for width in structure.widths:
+            for order in width.orders:
+                if order.name in self.units:
+                    kept = self.units[order.name]
+                    orders[order.name] = torch.tensor(kept + sorted(set(range(width.units)) - set(kept)))
+        reorder(model, orders)
+        activate(model, structure, self.values)
+
+    def restore(self, model: nn.Module) -> None:
+        """Undo `narrow`: the model is whole again, its heads and channels in their original order."""
+        structure = Structure(model)
+        structure.active = dict(self.values)
+        activate(model, structure, {})
+        reorder(model, {})
+
+    def extract(self, model: nn.Module) -> nn.Module:
+        """Remove it for good, in place: what is left is a smaller ordinary model.
+
+        Saved with `save_pretrained` it loads with `from_pretrained`: if all blocks are alike without this package, otherwise after
+        `import peft_elastic`.
+
+        Args:
+            model: as in `narrow`.
+
+        Returns:
+            the same model.
+
+        Raises:
+            ValueError: if the plan does not fit the model, before anything is changed.
+        """
+        self.narrow(model)
+        if not is_narrowed(model):
+            return model
+        kept = extract(model, Structure(model))
+        if isinstance(model, PreTrainedModel) and not describe(model, kept):
+            mark_checkpoint(model)
+        return model
+
+    def check(self, model: nn.Module) -> Structure:
+        """The structure of a model that the plan fits.
+
+        Raises:
+            ValueError: if it does not; the message says what differs.
+        """
+        check_whole(model)
+        structure = Structure(model)
+        described = describe_model(model, structure)["blocks"]
+        if described != self.model["blocks"]:
+            paths = [*described, *self.model["blocks"]]
+            path = next(path for path in paths if described.get(path) != self.model["blocks"].get(path))
+            raise ValueError(
+                f"model: the plan is for a {self.model['class']} in which {path!r} is {self.model['blocks'].get(path)}; in this "
+                f"{type(model).__name__} it is {described.get(path)}."
+            )
+        keys = {f"{width.kind}:{width.name}": width for width in structure.widths}
+        narrowed = [width for key, width in keys.items() if key in self.values]
+        moved = [width for width in narrowed if any(order.name in self.units for order in width.orders)]
+        check_sortable(model, [width for width in moved if _is_out_of_order(model, width, self.units)])
+        for width in narrowed:
+            for slot in width.slots:
+                check_narrowable(layer_at(model, slot.path), slot.path)
+        return structure
+
+    # -- looking at it ------------------------------------------------------------------------------------------------
+
+    @property
+    def plain_block_passes(self) -> float:
+        """Passes of a single block over all calibration data that the same removals take when every candidate of every step is
+        evaluated by a pass of the whole model."""
+        blocks = len(self.model["blocks"])
+        total, removed = 0.0, 0
+        for row in self.history:
+            if row["evaluations"]:
+                total += row["candidates"] * (blocks - removed)
+            name = row["removed"].partition(":")[2]
+            both = all(
+                self.values.get(f"depth:{name.rpartition('.')[0]}.{part}") == 0 for part in ("attention", "mlp")
+            )
+            removed += row["left"] == 0 and (name in self.model["blocks"] or both)
+        return total
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {self.seconds:.0f} s, {self.evaluations:,} evaluations"]
+        for name in dict.fromkeys([*self.before, *self.after]):
+            before, after = self.before.get(name), self.after.get(name)
+            if before is None or after is None:
+                continue
+            form = ",.0f" if name in ("parameters", "macs") else ".4g"
+            lines.append(f"  {name}: {before:{form}} -> {after:{form}} ({after / before - 1:+.1%})" if before else "")
+        blocks = list(self.model["blocks"])
+        for part, title in (("", "blocks"), (".attention", "attentions"), (".mlp", "MLPs")):
+            gone = [
+                number
+                for number, path in enumerate(blocks)
+                if self.values.get(f"depth:{path}{part}") == 0 and (not part or self.values.get(f"depth:{path}") != 0)
+            ]
+            if gone:
+                lines.append(f"  {title} removed: {', '.join(map(str, gone))}")
+        for kind, title in (("mlp", "channels"), ("heads", "heads")):
+            cut = [
+                f"{number}: {self.values[f'{kind}:{path}']} of {sizes[kind]}"
+                for number, (path, sizes) in enumerate(self.model["blocks"].items())
+                if f"{kind}:{path}" in self.values
+            ]
+            if cut:
+                lines.append(f"  {title} left: {'; '.join(cut)}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """The metric against the parameters, removal by removal; written to `path` if it is given.
+
+        Raises:
+            ValueError: if no removal was evaluated, or `path` has an unknown ending.
+        """
+        return draw(self, path)
+
+    # -- on disk --------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """JSON text; the inverse of `from_json`."""
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is not a plan, or of a newer version.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"not valid JSON ({error})") from error
+        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+            raise ValueError(f"not a pruning plan: the field 'format' is not {_FORMAT!r}")
+        if (version := data.pop("version", None)) != _VERSION:
+            raise ValueError(f"a pruning plan of version {version!r}; this release reads version {_VERSION}")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"not a pruning plan: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json()` to `path`, atomically."""
+        atomic_write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a plan; the message names the file.
+        """
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        try:
+            return cls.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a plan: {error}") from error
+
+
+def check_whole(model: nn.Module) -> None:
+    """ValueError if a model has adapters, or a part of it is not active."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("model: it has adapters; merge them (`merge_and_unload`), or prune the base model before.")
+    if is_narrowed(model):
+        raise ValueError("model: a part of it is not active; restore it, or extract what is.")
+
+
+def describe_model(model: nn.Module, structure: Structure) -> dict[str, Any]:
+    """What a plan says about the whole model."""
+    blocks: dict[str, dict[str, Any]] = {block.path: {} for block in structure.blocks}
+    for width in structure.widths:
+        for block in structure.blocks:
+            if width.name in (block.path, block.stack):
+                blocks[block.path][width.kind] = width.full
+                if width.kind == "heads":
+                    blocks[block.path]["kv_heads"] = width.units
+    for block in structure.blocks:
+        if block.removed:
+            blocks[block.path]["removed"] = sorted(block.removed)
+    return {"class": type(model).__name__, "blocks": blocks}
+
+
+def kept_units(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> dict[str, list[int]]:
+    """Which units of the original model are left, in the order that `model` is in now."""
+    noted = noted_orders(model)
+    kept = {}
+    for width in structure.widths:
+        value = values.get(f"{width.kind}:{width.name}")
+        if value is not None:
+            for order in width.orders:
+                now = noted.get(order.name, torch.arange(width.units))
+                kept[order.name] = now[: value // width.unit].tolist()
+    return kept
+
+
+def _is_out_of_order(model: nn.Module, width: Width, units: Mapping[str, list[int]]) -> bool:
+    noted = noted_orders(model)
+    return any(
+        noted[order.name].tolist()[: len(units[order.name])] != units[order.name]
+        if order.name in noted
+        else units[order.name] != list(range(len(units[order.name])))
+        for order in width.orders
+        if order.name in units
+    )
+
+
+def draw(plan: PruningPlan, path: str | os.PathLike[str] | None) -> Figure:
+    rows = [row for row in plan.history if row["value"] is not None]
+    if not rows:
+        raise ValueError("plot: no removal of this plan was evaluated, so there is nothing to draw.")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if path is not None and os.fspath(path).rpartition(".")[2] not in canvas.get_supported_filetypes():
+        formats = sorted(canvas.get_supported_filetypes())
+        raise ValueError(f"`path` must end in one of {formats}, got {os.fspath(path)!r}.")
+    axes = figure.subplots()
+    last = None
+    if plan.metric in plan.before:
+        last = (plan.before["parameters"], plan.before[plan.metric])
+        axes.scatter([last[0]], [last[1]], color="#333333", marker="D", s=40, zorder=3, label="whole model")
+    for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
+        points = [(row["parameters"], row["value"]) for row in rows if row["stage"] == stage]
+        colour = _COLOURS[number % len(_COLOURS)]
+        joined = [*([last] if last else []), *points]
+        axes.plot([x for x, _ in joined], [y for _, y in joined], color=colour, linewidth=1.4)
+        label = f"{stage} ({len(points)} removals)"
+        axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=22, zorder=2, label=label)
+        last = points[-1]
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_xlabel("parameters")
+    axes.set_ylabel(f"{plan.metric} of the calibration data" if plan.metric == "perplexity" else plan.metric)
+    axes.set_title(
+        f"{plan.method}, {plan.config.get('ratio', 0):.0%} of {plan.config.get('measure', 'parameters')}", fontsize=11
+    )
+    axes.grid(color="#e5e5e5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9)
+    if path is not None:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    return figure
