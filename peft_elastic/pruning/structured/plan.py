@@ -66,7 +66,8 @@ class PruningPlan:
             block over all calibration data), `seconds`.
         evaluations (`int`): of the metric.
         block_passes (`float`): of a single block over all calibration data.
-        seconds (`float`): of all evaluations and of the measurement of importance, also those of an interrupted run before.
+        seconds (`float`): of all evaluations and of the measurement of importance, also those of an interrupted run before; with one
+            thread in processor time, so that other processes on the machine count little.
     """
 
     method: str

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...deploy.timing import clock
 from ...journal import Journal
 from ...structure.blocks import Structure, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
@@ -196,11 +197,12 @@ class _Run:
             )
 
     def _make_plan(self, costs: Costs, target: float) -> PruningPlan:
-        start = time.perf_counter()
         metrics = self._metrics()
         journal = self._journal()
+        now = clock()
+        start = now()
         scores = self._sort()
-        sorting = time.perf_counter() - start
+        sorting = now() - start
         order = self._order_name()
         recalled = {name: _Recalled(metric, name, order, journal) for name, metric in metrics.items()}
         with _Progress(costs, target, self._metric_name, self._shown, self.progress) as bar:
@@ -359,9 +361,10 @@ class _Recalled:
         if key in self._used:
             return Measurement(self._known[key].value)
         if key not in self._known:
-            start = time.perf_counter()
+            now = clock()
+            start = now()
             measured = self._metric(state, trunk)
-            seconds = time.perf_counter() - start
+            seconds = now() - start
             self._known[key] = Measurement(measured.value, measured.block_passes, seconds)
             if self._journal is not None:
                 row = {"data": self._data, "order": order, "state": dict(state), "value": measured.value}
