@@ -73,7 +73,7 @@ METHODS: dict[str, Callable[[float, int], StructuredPruningConfig]] = {
     "MultiPruner": lambda ratio, seed: MultiPrunerConfig(ratio=ratio),
     "MultiPruner, split auto": lambda ratio, seed: MultiPrunerConfig(ratio=ratio, split="auto"),
     "uniform width": lambda ratio, seed: WidthPrunerConfig(ratio=ratio, split=(1, 0), choose="uniform", mlp_group=8),
-    "one-shot score": lambda ratio, seed: TwoStagePrunerConfig(ratio=ratio, choose=("score", "metric"), mlp_group=8),
+    "two-stage score": lambda ratio, seed: TwoStagePrunerConfig(ratio=ratio, mlp_group=8),
     "random": lambda ratio, seed: MultiPrunerConfig(ratio=ratio, choose="random", seed=seed),
 }
 
