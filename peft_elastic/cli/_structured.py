@@ -189,9 +189,17 @@ def _search(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Te
     batches = calibration(tokenizer)
     model = _common.load_causal_lm(args.model, args.dtype, args.device)
     sequences = sum(len(batch) for batch in batches)
-    print(f"Calibrating with {sequences} sequences of {args.max_length} tokens; perplexities are of these.")
+    plural = "s" if sequences > 1 else ""
+    # with little data the perplexity even falls: what is removed is what these very tokens do better without
+    print(
+        f"Calibrating with {sequences} sequence{plural} of {args.max_length} tokens. Perplexities are of these, by which "
+        "everything is chosen: judge the pruned model by other data."
+    )
     continued = "is continued from" if (evaluations / "evaluations.jsonl").exists() else "can continue from"
     print(f"An interrupted run {continued} {os.fspath(evaluations)}.", flush=True)
+    if config.measure == "latency":
+        sizes = "x".join(map(str, config.latency_inputs["input_ids"]))
+        print(f"Measuring latencies of {sizes} tokens ({config.latency_mode}) on this machine.", flush=True)
     try:
         plan = prune_structured(model, config, batches, save_dir=evaluations, extract=False)
     except KeyboardInterrupt:
@@ -229,7 +237,9 @@ def make_config(args: argparse.Namespace) -> StructuredPruningConfig:
         if getattr(args, name) is not None and args.measure != "latency":
             raise ValueError(f"`{_option(name)}` goes with `--measure latency`.")
     # all that --samples gives is used, in place of the 256 of the config
-    return METHODS[args.method](ratio=args.ratio, block_samples=None, seed=args.seed, **options)
+    return METHODS[args.method or MultiPrunerConfig.method](
+        ratio=args.ratio, block_samples=None, seed=args.seed, **options
+    )
 
 
 def _parse_split(words: Sequence[str]) -> str | list[float]:

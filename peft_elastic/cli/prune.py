@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     if args.structured:
         if args.plan is not None and args.method is not None:
             raise ValueError("`--method` is of no use with `--plan`, which says what to remove.")
-        args.method = args.method or "multipruner"
         return _structured.run(args, lambda tokenizer: _calibration(args, tokenizer))
     _structured.check_absent(args)
     args.method = args.method or "wanda"
