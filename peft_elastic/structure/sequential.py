@@ -129,7 +129,7 @@ class BlockWalker:
         }
         try:
             self._model(**inputs)
-        except _StopForward:
+        except StopForward:
             return  # the rest of the pass is of no interest
 
     def _plan(self, layers: dict[str, nn.Module]) -> list[_Stage]:
@@ -236,7 +236,7 @@ class BlockWalker:
         def stand_in_for(block: _Block) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if block is blocks[-1]:
-                    raise _StopForward
+                    raise StopForward
                 latest[:] = block.stand_ins
                 return pytree.tree_unflatten(latest, block.output_spec)
 
@@ -322,12 +322,12 @@ class _Stage:
     sequential: bool
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward pass whose remainder is of no interest."""
 
 
 def _stop(module: nn.Module, args: tuple) -> None:
-    raise _StopForward
+    raise StopForward
 
 
 def _versions(arguments: Any) -> list[int]:

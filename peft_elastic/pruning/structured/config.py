@@ -96,7 +96,9 @@ class StructuredPruningConfig:
         default_factory=lambda: {"input_ids": (1, 128)}, metadata={"help": "Shapes of what is served."}
     )
     latency_mode: str = field(default="forward", metadata={"help": "'forward' or 'decode'."})
-    slack: float = field(default=0.5, metadata={"help": "How much worse a candidate may have been to be tried again."})
+    slack: float = field(
+        default=0.25, metadata={"help": "How much worse a candidate may have been to be tried again."}
+    )
     block_samples: int | None = field(default=256, metadata={"help": "Sequences to evaluate without blocks."})
     width_samples: int | None = field(default=128, metadata={"help": "Sequences to evaluate narrower blocks."})
     cache_gb: float = field(default=4.0, metadata={"help": "Memory for hidden states, GB."})

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ from ...structure.blocks import Structure
 from ...structure.inputs import is_encoder_decoder
 from ...structure.modules import find_stacks
 from ...structure.narrow import is_skipped
-from ...structure.sequential import replaced_forward
+from ...structure.sequential import StopForward, replaced_forward
 from ...structure.space import activate
 from .units import State
 
@@ -115,9 +115,9 @@ class CalibrationLoss:
                 "calibration: its sequences have nothing to predict; they need two tokens or more, or labels."
             )
         self._trunk: State | None = None
-        self._trunk_loss = math.nan
         self._kept: dict[int, list[Any]] = {}  # outputs by the place of the block, one for each batch
         self._passes = 0
+        self._current = 0  # number of the batch that runs
         self._plan(cache_bytes)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
@@ -126,11 +126,8 @@ class CalibrationLoss:
         before = self._passes
         if self._stored:
             self._move_trunk(trunk)
-        if self._stored and state == trunk:
-            value = self._trunk_loss
-        else:
-            activate(self._model, self._structure, state)
-            value = self._loss(self._start(state, trunk))
+        activate(self._model, self._structure, state)
+        value = self._loss(self._start(state, trunk))
         return Measurement(value, (self._passes - before) / len(self._batches))
 
     def _move_trunk(self, trunk: State) -> None:
@@ -144,41 +141,58 @@ class CalibrationLoss:
                 self._kept[place] = []
         self._trunk = None
         activate(self._model, self._structure, trunk)
-        self._trunk_loss = self._loss(start, keep=True)
+        self._keep(start)
         self._trunk = dict(trunk)
 
-    def _loss(self, start: int, keep: bool = False) -> float:
-        """Mean over all batches of passes that begin with the block in place `start`, and keep outputs or not."""
-        total = 0.0
-        current = 0
+    def _loss(self, start: int) -> float:
+        """Mean over all batches of passes that begin with the block in place `start`."""
+        with self._started_at(start):
+            total = sum(map(self._batch_loss, self._each_batch()))
+        value = total / sum(self._counts)
+        return math.inf if math.isnan(value) else value  # the worst of all candidates
+
+    def _keep(self, start: int) -> None:
+        """Passes that begin with the block in place `start`, and end behind the last output that is to be kept."""
+
+        def keep(place: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                self._kept[place].append(output)
+                if place == self._stored[-1]:
+                    raise StopForward
+
+            return hook
+
+        with self._started_at(start) as hooks:
+            for place in self._stored:
+                if place >= start:
+                    hooks.enter_context(self._blocks[place].register_forward_hook(keep(place)))
+            for batch in self._each_batch():
+                with suppress(StopForward):
+                    self._batch_loss(batch)
+
+    def _each_batch(self) -> Iterator[dict[str, Any]]:
+        for self._current, batch in enumerate(self._batches):
+            yield batch
+
+    @contextmanager
+    def _started_at(self, start: int) -> Iterator[ExitStack]:
+        """The blocks in front of place `start` return what is kept instead of computing."""
 
         def kept_output(place: int) -> Callable[..., Any]:
             # the last one that is kept in front of `start`, or of an earlier stack: the model passes it on to the next block
             source = max(p for p in self._stored if p < start and self._stack_of[p] == self._stack_of[place])
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._kept[source][current]
-
-            return forward
+            return lambda *args, **kwargs: self._kept[source][self._current]
 
         def count(module: nn.Module, args: Any, output: Any) -> None:
             self._passes += not is_skipped(module)
-
-        def keep_in(place: int) -> Callable[..., None]:
-            return lambda module, args, output: self._kept[place].append(output)
 
         with ExitStack() as context:
             for place, block in enumerate(self._blocks):
                 if place < start:
                     context.enter_context(replaced_forward(block, kept_output(place)))
-                    continue
-                context.enter_context(block.register_forward_hook(count))
-                if keep and place in self._kept:
-                    context.enter_context(block.register_forward_hook(keep_in(place)))
-            for current, batch in enumerate(self._batches):
-                total += self._batch_loss(batch)
-        value = total / sum(self._counts)
-        return math.inf if math.isnan(value) else value  # the worst of all candidates
+                else:
+                    context.enter_context(block.register_forward_hook(count))
+            yield context
 
     def _batch_loss(self, batch: dict[str, Any]) -> float:
         """Sum over what is predicted."""
@@ -253,7 +267,7 @@ class CalibrationLoss:
         reason = None
         self._kept = {place: [] for place in self._stored}
         try:
-            self._loss(0, keep=True)
+            self._keep(0)
             versions = _versions(self._kept)
             again = [self._loss(self._stored[0] + 1), self._loss(self._stored[-1] + 1)]
             if again != [whole, whole] and not all(math.isclose(value, whole, rel_tol=1e-6) for value in again):

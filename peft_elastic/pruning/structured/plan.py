@@ -164,16 +164,18 @@ class PruningPlan:
     def plain_block_passes(self) -> float:
         """Passes of a single block over all calibration data that the same removals take when every candidate of every step is
         evaluated by a pass of the whole model."""
-        blocks = len(self.model["blocks"])
-        total, removed = 0.0, 0
+        gone: set[str] = set()
+        total = 0.0
         for row in self.history:
+            whole = [
+                path
+                for path in self.model["blocks"]
+                if f"depth:{path}" not in gone and not {f"depth:{path}.attention", f"depth:{path}.mlp"} <= gone
+            ]
             if row["evaluations"]:
-                total += row["candidates"] * (blocks - removed)
-            name = row["removed"].partition(":")[2]
-            both = all(
-                self.values.get(f"depth:{name.rpartition('.')[0]}.{part}") == 0 for part in ("attention", "mlp")
-            )
-            removed += row["left"] == 0 and (name in self.model["blocks"] or both)
+                total += row["candidates"] * len(whole)
+            if row["left"] == 0:
+                gone.add(row["removed"])
         return total
 
     def __str__(self) -> str:
@@ -183,7 +185,8 @@ class PruningPlan:
             if before is None or after is None:
                 continue
             form = ",.0f" if name in ("parameters", "macs") else ".4g"
-            lines.append(f"  {name}: {before:{form}} -> {after:{form}} ({after / before - 1:+.1%})" if before else "")
+            change = f" ({after / before - 1:+.1%})" if before > 0 else ""
+            lines.append(f"  {name}: {before:{form}} -> {after:{form}}{change}")
         blocks = list(self.model["blocks"])
         for part, title in (("", "blocks"), (".attention", "attentions"), (".mlp", "MLPs")):
             gone = [

@@ -46,6 +46,7 @@ from .units import GRANULARITIES, State, Units
 
 _FORMAT = "peft-elastic/structured-pruning"
 _VERSION = 1
+_REFRESH = 0.2  # seconds
 _SAMPLED = 4096  # elements of each parameter that identify a model
 
 
@@ -202,7 +203,7 @@ class _Run:
         sorting = time.perf_counter() - start
         order = self._order_name()
         recalled = {name: _Recalled(metric, name, order, journal) for name, metric in metrics.items()}
-        with _Progress(costs, target, self._shown, self.progress) as bar:
+        with _Progress(costs, target, self._metric_name, self._shown, self.progress) as bar:
             greedy = GreedyPruning(self.units, costs, self.config.slack, scores, self.config.seed, bar.show)
             whole = greedy.measure(recalled[self._sequences("sub-blocks")], {}).value if recalled else math.nan
             for stage in self._stages(costs({}), target, recalled):
@@ -377,15 +378,17 @@ class _Progress:
     """A bar from the whole model to the target."""
 
     def __init__(
-        self, costs: Costs, target: float, shown: Callable[[float | None], float | None], progress: bool
+        self, costs: Costs, target: float, metric: str, shown: Callable[[float | None], float | None], progress: bool
     ) -> None:
-        self._whole, self._target, self._shown = costs({}), target, shown
+        self._whole, self._target, self._metric, self._shown = costs({}), target, metric, shown
         self._bar = tqdm(
             total=100.0,
             desc="pruning",
             disable=not progress,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]",
         )
+
+        self._next = 0.0
 
     def __enter__(self) -> _Progress:
         return self
@@ -401,8 +404,11 @@ class _Progress:
         if greedy.history:
             values["parameters"] = f"{greedy.history[-1]['parameters'] / 1e6:,.1f}M"
         if last is not None:
-            values["value"] = f"{self._shown(last['value']):.4g}"
-        self._bar.set_postfix(values)
+            values[self._metric] = f"{self._shown(last['value']):.4g}"
+        self._bar.set_postfix(values, refresh=False)
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + _REFRESH
+            self._bar.refresh()
 
 
 def _shares(config: StructuredPruningConfig) -> dict[str, float]:
