@@ -139,16 +139,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="try again what harmed at most 1 + X times as much as the best, when it was tried last; inf tries everything in "
-        "every step, as the paper does (default: 0.5)",
+        f"every step, as the paper does (default: {MultiPrunerConfig.slack})",
     )
     detail.add_argument(
         "--width-samples",
         type=_data.positive_int,
         metavar="N",
-        help="sequences for channels and heads, of the --samples for the rest (default: 128)",
+        help="sequences for channels and heads, of the --samples for the rest (default: "
+        f"{MultiPrunerConfig.width_samples})",
     )
     detail.add_argument(
-        "--cache-gb", type=float, metavar="GB", help="memory for what blocks compute; less is slower (default: 4)"
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help=f"memory for what blocks compute; less is slower (default: {MultiPrunerConfig.cache_gb:g})",
     )
 
 
