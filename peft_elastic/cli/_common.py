@@ -16,7 +16,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -65,6 +67,14 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
+
+
+def parse_workload(text: str) -> tuple[int, int]:
+    """What `--latency-of` says: sequences and tokens."""
+    numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if numbers is None:
+        raise ValueError(f"`--latency-of` must be sequences x tokens such as '1x128', got {text!r}.")
+    return int(numbers[1]), int(numbers[2])
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any:
@@ -190,6 +200,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def needs_this_package(folder: Path) -> bool:
+    """Whether a saved model has sparse layers or blocks of different sizes, which transformers alone does not build."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization_config", {}).get("quant_method") == "peft_elastic"
 
 
 def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +112,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             with _common.new_folder(args.out) as folder:
                 _common.save_model(merged, tokenizer, folder)
-            if _needs_this_package(args.out):
+            if _common.needs_this_package(args.out):
                 loads_with = f"import peft_elastic; {loads_with}"
         written.append((args.out, f"merged model: {loads_with}"))
     _common.say_written(written)
     return 0
-
-
-def _needs_this_package(folder: Path) -> bool:
-    """Whether a saved model has sparse layers or blocks of different sizes, which transformers alone does not build."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("quantization_config", {}).get("quant_method") == "peft_elastic"

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic prune`: set the least important weights of a model to zero."""
+"""`peft-elastic prune`: set the least important weights of a model to zero, or make it smaller."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import torch
 
 from peft_elastic import MagnitudeConfig, WandaConfig, assets, prune
 
-from . import _common, _data
+from . import _common, _data, _structured
 
 
 _METHODS = {"magnitude": MagnitudeConfig, "wanda": WandaConfig}
@@ -34,27 +34,40 @@ _METHODS = {"magnitude": MagnitudeConfig, "wanda": WandaConfig}
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "prune",
-        help="set the least important weights of a model to zero",
+        help="set the least important weights of a model to zero, or make it smaller",
         description="Set the least important weights of the linear layers in the transformer blocks to zero, and save\n"
         "the model as an ordinary checkpoint, as large as before. Wanda weighs a weight by the activations it\n"
         "meets on calibration data: use text that resembles what the model will see, in any amount.\n"
-        "Magnitude looks at the weights alone.",
+        "Magnitude looks at the weights alone.\n"
+        "With --structured, remove whole attentions, MLPs, channels and heads instead (MultiPruner), and save what is\n"
+        "left as a smaller model. It evaluates the model many times: fewer --samples of a smaller --max-length are\n"
+        "faster. Interrupted, the same command continues where it stopped.",
         epilog="examples:\n"
         "  peft-elastic prune --model HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.5 --out pruned\n"
         "  peft-elastic prune --model ./my-model --sparsity 0.5 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --pattern 2:4 --dataset wikitext:wikitext-2-raw-v1 --out pruned\n"
-        "  peft-elastic prune --model ./my-model --method magnitude --sparsity 0.3 --out pruned",
+        "  peft-elastic prune --model ./my-model --method magnitude --sparsity 0.3 --out pruned\n"
+        "  peft-elastic prune --model ./my-model --structured --ratio 0.1 --dataset train.jsonl --out pruned\n"
+        "  peft-elastic prune --model ./my-model --structured --method width --choose uniform --ratio 0.2 --out pruned\n"
+        "  peft-elastic prune --model ./my-model --structured --plan pruned/plan.json --out again",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
-    parser.add_argument("--sparsity", type=float, help="share of the weights to set to zero, e.g. 0.5")
-    parser.add_argument("--pattern", metavar="N:M", help="instead: keep N of every M consecutive weights, e.g. 2:4")
-    parser.add_argument("--method", choices=sorted(_METHODS), default="wanda", help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the pruned model")
-    _common.add_seed_argument(parser, "the choice of calibration data")
+    parser.add_argument(
+        "--method",
+        choices=(*sorted(_METHODS), *_structured.METHODS),
+        help="wanda (the default) or magnitude; with --structured multipruner (the default), blockpruner (attentions and MLPs "
+        "alone), width (channels and heads alone) or two-stage (channels of all blocks alike, then attentions)",
+    )
+    _common.add_seed_argument(parser, "the choice of calibration data, and of --choose random")
+    zeros = parser.add_argument_group("zeros")
+    zeros.add_argument("--sparsity", type=float, help="share of the weights to set to zero, e.g. 0.5")
+    zeros.add_argument("--pattern", metavar="N:M", help="instead: keep N of every M consecutive weights, e.g. 2:4")
+    _structured.add_arguments(parser)
     _data.add_data_arguments(
         parser,
-        "calibrate with (wanda only; default: short movie reviews, downloaded once)",
+        "calibrate with (not for magnitude and --plan; default: short movie reviews, downloaded once)",
         required=False,
         samples=128,
         samples_help="calibrate with N sequences of --max-length tokens (default: %(default)s)",
@@ -63,14 +76,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    methods, needed = (_structured.METHODS, "with") if args.structured else (_METHODS, "without")
+    if args.method is not None and args.method not in methods:
+        other = "without" if args.structured else "with"
+        raise ValueError(
+            f"`--method {args.method}` goes {other} `--structured`; {needed} it are {', '.join(methods)}."
+        )
+    if args.structured:
+        if args.plan is not None and args.method is not None:
+            raise ValueError("`--method` is of no use with `--plan`, which says what to remove.")
+        return _structured.run(args, lambda tokenizer: _calibration(args, tokenizer))
+    _structured.check_absent(args)
+    args.method = args.method or "wanda"
     config = _METHODS[args.method](sparsity=args.sparsity, pattern=args.pattern)
     if args.method == "magnitude" and args.dataset:
         raise ValueError("`--dataset` is of no use with `--method magnitude`, which looks at the weights alone.")
     _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=args.method == "wanda")
-    calibration = None
-    if args.method == "wanda":
-        calibration = calibration_batches(tokenizer, calibration_texts(args), args.samples, args.max_length, args.seed)
+    calibration = _calibration(args, tokenizer) if args.method == "wanda" else None
     model = _common.load_model(args.model, args.dtype, args.device)
     report = prune(model, config, calibration)
     print(report)
@@ -84,6 +107,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibration(args: argparse.Namespace, tokenizer: Any) -> list[torch.Tensor]:
+    return calibration_batches(tokenizer, calibration_texts(args), args.samples, args.max_length, args.seed)
+
+
 def calibration_texts(args: argparse.Namespace) -> list[str]:
     """Those of `--dataset`, or movie reviews."""
     if args.dataset:
@@ -95,6 +122,16 @@ def calibration_texts(args: argparse.Namespace) -> list[str]:
 def calibration_batches(
     tokenizer: Any, texts: Sequence[str], sequences: int, length: int, seed: int
 ) -> list[torch.Tensor]:
-    """Texts in random order, joined and cut into at most `sequences` pieces of `length` tokens; batches of 8 pieces."""
+    """Texts in random order, joined and cut into at most `sequences` pieces of `length` tokens; batches of 8 pieces.
+
+    Raises:
+        ValueError: if they are less than one piece.
+    """
     shuffled = random.Random(seed).sample(texts, len(texts))
-    return list(torch.tensor(_data.pack(tokenizer, shuffled, length, limit=sequences)).split(8))
+    pieces = _data.pack(tokenizer, shuffled, length, limit=sequences)
+    if len(pieces[0]) < length:
+        raise ValueError(
+            f"the calibration text has {len(pieces[0])} tokens, less than one sequence of `--max-length` {length}: give a "
+            "`--dataset` with more text, or a smaller `--max-length`."
+        )
+    return list(torch.tensor(pieces).split(8))

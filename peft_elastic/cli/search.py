@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     budget = _parse_bound("budget", args.budget)
     bounds = {name: _parse_bound(f"max-{name}", getattr(args, f"max_{name}")) for name in _BOUNDED}
     constraints = {name: bound for name, bound in bounds.items() if bound is not None}
-    workload = _parse_workload(args.latency_of)
+    workload = _common.parse_workload(args.latency_of)
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
     base = _common.base_model_name(args.model, args.adapter)
@@ -181,13 +180,6 @@ def _parse_bound(option: str, text: str | None) -> float | str | None:
         return float(text)
     except ValueError:
         raise ValueError(f"`--{option}` must be a number or a share such as '97%', got {text!r}.") from None
-
-
-def _parse_workload(text: str) -> tuple[int, int]:
-    numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if numbers is None:
-        raise ValueError(f"`--latency-of` must be sequences x tokens such as '1x128', got {text!r}.")
-    return int(numbers[1]), int(numbers[2])
 
 
 def describe(result: SearchResult) -> str:

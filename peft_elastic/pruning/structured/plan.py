@@ -327,7 +327,7 @@ def draw(plan: PruningPlan, path: str | os.PathLike[str] | None) -> Figure:
         colour = _COLOURS[number % len(_COLOURS)]
         joined = [*([last] if last else []), *points]
         axes.plot([x for x, _ in joined], [y for _, y in joined], color=colour, linewidth=1.4)
-        label = f"{stage} ({len(points)} removals)"
+        label = f"{stage} ({len(points)} removal{'s' if len(points) > 1 else ''})"
         axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=22, zorder=2, label=label)
         last = points[-1]
     axes.invert_xaxis()

@@ -1,0 +1,339 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`peft-elastic prune --structured`: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_elastic import (
+    BlockPrunerConfig,
+    MultiPrunerConfig,
+    PruningPlan,
+    TwoStagePrunerConfig,
+    WidthPrunerConfig,
+    prune_structured,
+)
+from peft_elastic.pruning.structured import StructuredPruningConfig, from_pruning_config, to_pruning_config
+from peft_elastic.pruning.structured.config import CHOICES, MEASURES, ORDERS
+from peft_elastic.pruning.structured.units import GRANULARITIES
+
+from . import _common, _data
+
+
+METHODS = {
+    config.method: config for config in (MultiPrunerConfig, BlockPrunerConfig, WidthPrunerConfig, TwoStagePrunerConfig)
+}
+# What says how a plan is made, by the field of the config. None of them has a default here: the methods differ in theirs.
+_FIELDS = {
+    "stages": "stages",
+    "split": "stage_split",
+    "choose": "choose",
+    "order": "order",
+    "mlp_group": "mlp_group",
+    "head_group": "head_group",
+    "measure": "measure",
+    "slack": "slack",
+    "width_samples": "width_samples",
+    "cache_gb": "cache_gb",
+}
+_LATENCY = ("latency_of", "latency_mode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("structured pruning: a smaller model")
+    group.add_argument(
+        "--structured",
+        action="store_true",
+        help="remove attentions, MLPs, channels and heads, always what raises the perplexity of the calibration data least",
+    )
+    group.add_argument("--ratio", type=float, metavar="R", help="share of the model to remove, e.g. 0.1")
+    group.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="instead: carry out a plan.json of before, or a pruning_config.json of Intel's MultiPruner; needs no data",
+    )
+    group.add_argument("--plan-only", action="store_true", help="write the plan and no model, to look at it first")
+    group.add_argument(
+        "--evaluations",
+        type=Path,
+        metavar="DIR",
+        help="keep all evaluations there. An interrupted run continues from them, and one with another ratio or method on "
+        "the same model and data uses them (default: OUT-evaluations, removed at the end)",
+    )
+
+    detail = parser.add_argument_group("structured pruning in detail")
+    detail.add_argument(
+        "--stages",
+        nargs="+",
+        choices=tuple(GRANULARITIES),
+        metavar="STAGE",
+        help=f"what is removed, in this order: {', '.join(GRANULARITIES)} (default of multipruner: sub-blocks, which are "
+        "attentions and MLPs, then channels, then heads; of blockpruner: sub-blocks; of width: channels heads; of two-stage: "
+        "channels attentions)",
+    )
+    detail.add_argument(
+        "--stage-split",
+        nargs="+",
+        metavar="SHARE",
+        help="shares of the ratio that the stages remove, such as 44 52 4, or 'auto' for the least harmful of all stages in "
+        "each step (default of multipruner: 44 52 4; of width: 93 7; of two-stage: 80 20)",
+    )
+    detail.add_argument(
+        "--choose",
+        nargs="+",
+        choices=CHOICES,
+        metavar="HOW",
+        help="how a stage chooses, one for all or one for each: metric (by evaluating), score (channels and heads of least "
+        "importance), uniform (all blocks alike), random (default: metric; of two-stage: uniform metric)",
+    )
+    detail.add_argument(
+        "--order",
+        choices=ORDERS,
+        help="what channels and heads are sorted by within a block, the last go first (default: activation; l1 is that of "
+        "Intel's code, and of its files for --plan)",
+    )
+    detail.add_argument(
+        "--mlp-group",
+        type=_whole_or_share,
+        metavar="N",
+        help="channels of a step, a number or a share of all (default: a 14th)",
+    )
+    detail.add_argument(
+        "--head-group", type=_data.positive_int, metavar="N", help="key-value groups of a step (default: 1)"
+    )
+    detail.add_argument("--measure", choices=MEASURES, help="what --ratio is a share of (default: parameters)")
+    detail.add_argument(
+        "--latency-of",
+        metavar="BxT",
+        help="with --measure latency: of B sequences of T tokens on this machine (default: 1x128)",
+    )
+    detail.add_argument(
+        "--latency-mode",
+        choices=("forward", "decode"),
+        help="with --measure latency: of the whole sequences, or of one more token behind them (default: decode)",
+    )
+    detail.add_argument(
+        "--slack",
+        type=float,
+        metavar="X",
+        help="try again what harmed at most 1 + X times as much as the best, when it was tried last; inf tries everything in "
+        f"every step, as the paper does (default: {MultiPrunerConfig.slack})",
+    )
+    detail.add_argument(
+        "--width-samples",
+        type=_data.positive_int,
+        metavar="N",
+        help="sequences for channels and heads, of the --samples for the rest (default: "
+        f"{MultiPrunerConfig.width_samples})",
+    )
+    detail.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help=f"memory for what blocks compute; less is slower (default: {MultiPrunerConfig.cache_gb:g})",
+    )
+
+
+def _whole_or_share(text: str) -> int | float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def check_absent(args: argparse.Namespace) -> None:
+    """ValueError if an option of this module is given without `--structured`."""
+    for name in ("ratio", "plan", "plan_only", "evaluations", *_FIELDS.values(), *_LATENCY):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"`{_option(name)}` goes with `--structured`.")
+
+
+def run(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor]]) -> int:
+    """The command; `calibration` makes the batches with a tokenizer."""
+    for name in ("sparsity", "pattern"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"`{_option(name)}` goes without `--structured`, whose share of the model is `--ratio`.")
+    return _carry_out(args) if args.plan is not None else _search(args, calibration)
+
+
+# -- making a plan -------------------------------------------------------------------------------------------------
+
+
+def _search(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor]]) -> int:
+    config = make_config(args)
+    _common.check_new_folder(args.out)
+    evaluations = args.evaluations or args.out.with_name(f"{args.out.name}-evaluations")
+    if args.out.resolve() in (evaluations.resolve(), *evaluations.resolve().parents):
+        raise ValueError(
+            f"`--evaluations` {os.fspath(evaluations)!r} must not be in `--out`, which is written at the end."
+        )
+    tokenizer = _common.load_tokenizer(args.model)
+    batches = calibration(tokenizer)
+    model = _common.load_causal_lm(args.model, args.dtype, args.device)
+    sequences = sum(len(batch) for batch in batches)
+    plural = "s" if sequences > 1 else ""
+    # with little data the perplexity even falls: what is removed is what these very tokens do better without
+    print(
+        f"Calibrating with {sequences} sequence{plural} of {args.max_length} tokens. Perplexities are of these, by which "
+        "everything is chosen: judge the pruned model by other data."
+    )
+    continued = "is continued from" if (evaluations / "evaluations.jsonl").exists() else "can continue from"
+    print(f"An interrupted run {continued} {os.fspath(evaluations)}.", flush=True)
+    if config.measure == "latency":
+        sizes = "x".join(map(str, config.latency_inputs["input_ids"]))
+        print(f"Measuring latencies of {sizes} tokens ({config.latency_mode}) on this machine.", flush=True)
+    try:
+        plan = prune_structured(model, config, batches, save_dir=evaluations, extract=False)
+    except KeyboardInterrupt:
+        print(f"\nWhat was evaluated is in {evaluations}; the same command continues from there.")
+        raise
+    except ValueError as error:
+        raise ValueError(str(error).replace("`save_dir`", "`--evaluations`")) from error
+    _write(args, plan, model, tokenizer)
+    if args.evaluations is None:
+        shutil.rmtree(evaluations)
+    return 0
+
+
+def make_config(args: argparse.Namespace) -> StructuredPruningConfig:
+    """What the options describe.
+
+    Raises:
+        ValueError: if they do not go together, or a value is not allowed.
+    """
+    if args.ratio is None:
+        raise ValueError("`--structured` needs `--ratio`, the share of the model to remove, or `--plan`.")
+    options = {field: getattr(args, name) for field, name in _FIELDS.items() if getattr(args, name) is not None}
+    if "split" in options:
+        options["split"] = _parse_split(args.stage_split)
+    elif len(args.stages or ()) == 1:
+        options["split"] = [1]
+    elif args.stages:
+        raise ValueError("`--stages` needs `--stage-split`: a share for each of the stages, or auto.")
+    if len(args.choose or ()) == 1:
+        options["choose"] = args.choose[0]
+    if args.measure == "latency":
+        options["latency_inputs"] = {"input_ids": _common.parse_workload(args.latency_of or "1x128")}
+        options["latency_mode"] = args.latency_mode or "decode"
+    for name in _LATENCY:
+        if getattr(args, name) is not None and args.measure != "latency":
+            raise ValueError(f"`{_option(name)}` goes with `--measure latency`.")
+    # all that --samples gives is used, in place of the 256 of the config
+    return METHODS[args.method or MultiPrunerConfig.method](
+        ratio=args.ratio, block_samples=None, seed=args.seed, **options
+    )
+
+
+def _parse_split(words: Sequence[str]) -> str | list[float]:
+    if list(words) == ["auto"]:
+        return "auto"
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        raise ValueError(f"`--stage-split` must be numbers or 'auto', got {' '.join(words)!r}.") from None
+
+
+# -- carrying out one of before ------------------------------------------------------------------------------------
+
+
+def _carry_out(args: argparse.Namespace) -> int:
+    intels = not _is_plan(args.plan)
+    given = ("ratio", "plan_only", "evaluations", "dataset", *_FIELDS.values(), *_LATENCY)
+    for name in given:
+        if getattr(args, name) not in (None, False) and not (name == "order" and intels):
+            raise ValueError(f"`{_option(name)}` is of no use with `--plan`, which says what to remove.")
+    if args.order not in (None, "l1", "none"):
+        raise ValueError("`--order` must be l1 or none with a `--plan` of Intel's, which was made with one of these.")
+    plan = None if intels else PruningPlan.load(args.plan)
+    _common.check_new_folder(args.out)
+    tokenizer = _common.load_tokenizer(args.model, required=False)
+    model = _common.load_model(args.model, args.dtype, args.device)
+    if plan is None:
+        try:
+            plan = from_pruning_config(args.plan, model, order=args.order or "l1")
+        except ValueError as error:
+            raise ValueError(f"`--plan` {os.fspath(args.plan)!r} cannot be carried out: {error}") from error
+    _write(args, plan, model, tokenizer)
+    return 0
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours, and not one of Intel's."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"`--plan` {os.fspath(path)!r} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"`--plan` {os.fspath(path)!r} is not JSON.") from error
+    return isinstance(data, dict) and "format" in data
+
+
+# -- what comes out ------------------------------------------------------------------------------------------------
+
+
+def _write(args: argparse.Namespace, plan: PruningPlan, model: Any, tokenizer: Any) -> None:
+    print(plan)
+    out = args.out
+    written = [
+        (out / "plan.json", "what was removed: peft_elastic.PruningPlan.load, or --plan with another model like it")
+    ]
+    pruning_config = _as_pruning_config(plan, model)
+    if not args.plan_only:
+        plan.extract(model)
+    with _common.new_folder(out) as folder:
+        if not args.plan_only:
+            _common.save_model(model, tokenizer, folder)
+            loads_with = "import peft_elastic; " if _common.needs_this_package(folder) else ""
+            what = f"the smaller model: {loads_with}AutoModelForCausalLM.from_pretrained(...)"
+            written.insert(0, (out, what))
+        plan.save(folder / "plan.json")
+        if any(row["value"] is not None for row in plan.history):
+            plan.plot(folder / "plan.png")
+            written.append((out / "plan.png", f"{plan.metric} after every removal"))
+        if pruning_config is not None:
+            (folder / "pruning_config.json").write_text(json.dumps(pruning_config, indent=1) + "\n", encoding="utf-8")
+            written.append((out / "pruning_config.json", "the same for Intel's code"))
+    if args.evaluations is not None:
+        written.append((args.evaluations, "all evaluations, for other ratios"))
+    following = ["peft-elastic", "train", "--model", out, "--dataset", args.dataset or "YOUR_DATA", "--out", "adapter"]
+    if args.plan_only:
+        following = ["peft-elastic", "prune", "--model", args.model, "--structured"]
+        following += ["--plan", out / "plan.json", "--out", "pruned"]
+    _common.say_written(written, following)
+
+
+def _as_pruning_config(plan: PruningPlan, model: Any) -> dict[str, Any] | None:
+    """Intel's form of a plan of the whole `model`, where that says the same."""
+    with warnings.catch_warnings():
+        # it warns where its readers would keep other channels and heads: such a file is better not there
+        warnings.simplefilter("error", UserWarning)
+        try:
+            return to_pruning_config(plan, model)
+        except (UserWarning, ValueError):
+            return None
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
