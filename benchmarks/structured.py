@@ -37,6 +37,7 @@ import argparse
 import copy
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +84,8 @@ class Data:
 
     def __init__(self, tokenizer: Any, args: argparse.Namespace) -> None:
         self._tokenizer = tokenizer
-        reviews = [row["text"] for row in assets.movie_reviews()]
+        records = random.Random(0).sample(list(assets.movie_reviews()), assets.movie_reviews().num_rows)
+        reviews = [row["text"] for row in records]
         text = args.text.read_text() if args.text else "\n".join(reviews[: len(reviews) // 2])
         fifth = len(text) // 5
         self.pool = self._sequences(text[:fifth], args.length)
@@ -98,7 +100,7 @@ class Data:
             )
             for name, rows in self.tests.items()
         }
-        examples = [example for example in assets.movie_reviews() if len(example["text"]) < 160]
+        examples = [example for example in records[len(records) // 2 :] if len(example["text"]) < 160]
         examples = [example for example in examples if abs(example["rating"]) >= 1][: args.examples]
         self._evaluators["sentiment"] = MultipleChoiceEvaluator(
             [
