@@ -49,14 +49,15 @@ class StructuredPruningConfig:
         choose (`str` or `tuple[str, ...]`):
             How a stage chooses, one for all or one for each. "metric": what raises the metric least, by evaluating it without
             each of the candidates; "score": the units with the least importance in the whole model, without evaluations (for
-            channels and heads); "uniform": all blocks alike (for channels and heads); "random".
+            channels and heads); "uniform": as many of every block (for channels and heads); "random".
         order (`str` or `Mapping[str, torch.Tensor]`):
             The order of channels and heads within a block, of which the last ones go first: "activation", "gradient",
             "magnitude", "none" or your own scores, see `peft_elastic.sort_by_importance`; or "l1", the one of Intel's code: the
             absolute weights of the layers that make a channel or head.
         mlp_group (`int` or `float`, *optional*):
             Channels that one step removes, as a number or as a share of the channels of the widest MLP. Default: a 14th (1024
-            of 14336, the paper's), in multiples of 64 where that is possible. At least one group is kept.
+            of 14336, the paper's), in multiples of 64 where that is possible; 8 with the choice "uniform". At least one group is
+            kept.
         head_group (`int`):
             Key-value groups that one step removes. At least one is kept.
         measure (`str`):

@@ -92,41 +92,53 @@ class GreedyPruning:
 
     def run(self, stage: Stage) -> None:
         """Remove until nothing fits that brings the cost nearer to the target of the stage."""
-        pick = {
-            "metric": self._least_harmful,
-            "score": self._least_important,
-            "uniform": self._widest,
-            "random": self._any,
-        }[stage.choose]
+        if stage.choose == "uniform":
+            self._run_evenly(stage)
+            return
+        pick = {"metric": self._least_harmful, "score": self._least_important, "random": self._any}[stage.choose]
         harm: dict[str, float] = {}
         self.value = math.nan
-        while moves := self._fitting(stage):
+        while moves := [move for move in self._moves(stage) if self._is_nearer(stage, [move])]:
             before = self.evaluations, self.block_passes, self.seconds
-            move = pick(stage, moves, harm)
-            self.state = self._units.after(self.state, move)
-            self.cost = self._costs(self.state)
-            self.history.append(
-                {
-                    "stage": "+".join(stage.granularities),
-                    "removed": move[0],
-                    "left": move[1],
-                    "value": None if math.isnan(self.value) else self.value,
-                    "cost": self.cost,
-                    "parameters": self._costs.parameters(self.state),
-                    "candidates": len(moves),
-                    "evaluations": self.evaluations - before[0],
-                    "block_passes": self.block_passes - before[1],
-                    "seconds": self.seconds - before[2],
-                }
-            )
-            self._report(self)
+            self._remove(stage, pick(stage, moves, harm), len(moves), before)
 
-    def _fitting(self, stage: Stage) -> list[Move]:
-        """The moves after which the cost is nearer to the target than it is now."""
-        excess = self.cost - stage.target
-        moves = [move for name in stage.granularities for move in self._units.moves(name, self.state)]
-        costs = ((move, self._costs(self._units.after(self.state, move))) for move in moves)
-        return [move for move, cost in costs if cost < self.cost and abs(cost - stage.target) < excess]
+    def _run_evenly(self, stage: Stage) -> None:
+        """A move of every block, again and again."""
+        self.value = math.nan
+        while (moves := self._moves(stage)) and self._is_nearer(stage, moves):
+            for move in moves:
+                self._remove(stage, move, len(moves), (self.evaluations, self.block_passes, self.seconds))
+
+    def _moves(self, stage: Stage) -> list[Move]:
+        return [move for name in stage.granularities for move in self._units.moves(name, self.state)]
+
+    def _is_nearer(self, stage: Stage, moves: list[Move]) -> bool:
+        """Whether the cost after some moves is nearer to the target than it is now."""
+        state: State = self.state
+        for move in moves:
+            state = self._units.after(state, move)
+        cost = self._costs(state)
+        return cost < self.cost and abs(cost - stage.target) < self.cost - stage.target
+
+    def _remove(self, stage: Stage, move: Move, candidates: int, before: tuple[int, float, float]) -> None:
+        """Make a move that was chosen among so many; `before` are the evaluations, block passes and seconds before that."""
+        self.state = self._units.after(self.state, move)
+        self.cost = self._costs(self.state)
+        self.history.append(
+            {
+                "stage": "+".join(stage.granularities),
+                "removed": move[0],
+                "left": move[1],
+                "value": None if math.isnan(self.value) else self.value,
+                "cost": self.cost,
+                "parameters": self._costs.parameters(self.state),
+                "candidates": candidates,
+                "evaluations": self.evaluations - before[0],
+                "block_passes": self.block_passes - before[1],
+                "seconds": self.seconds - before[2],
+            }
+        )
+        self._report(self)
 
     def _least_harmful(self, stage: Stage, moves: list[Move], harm: dict[str, float]) -> Move:
         """The move that raises the metric least.
@@ -163,15 +175,6 @@ class GreedyPruning:
             return sum(float(self._scores[order.name][then:now].double().square().sum()) for order in width.orders)
 
         return min(moves, key=importance)
-
-    def _widest(self, stage: Stage, moves: list[Move], harm: dict[str, float]) -> Move:
-        """A move of the block that has the largest share left, the first of the model."""
-
-        def left(move: Move) -> float:
-            full = self._units.widths[move[0]].full
-            return self.state.get(move[0], full) / full
-
-        return max(moves, key=left)
 
     def _any(self, stage: Stage, moves: list[Move], harm: dict[str, float]) -> Move:
         return self._random.choice(moves)

@@ -52,8 +52,9 @@ class Units:
 
     def __init__(self, model: nn.Module, structure: Structure, config: StructuredPruningConfig) -> None:
         self.structure = structure
-        self.groups = {f"{w.kind}:{w.name}": _group(w, structure, config) for w in structure.widths}
-        self.widths = {f"{w.kind}:{w.name}": w for w in structure.widths}
+        kinds = {stage: kind for stage, kind in (("channels", "mlp"), ("heads", "heads")) if stage in config.stages}
+        self.widths = {f"{w.kind}:{w.name}": w for w in structure.widths if w.kind in kinds.values()}
+        self.groups = {key: _group(width, structure, config) for key, width in self.widths.items()}
         choices = [_width_choice(width, self.groups[key]) for key, width in self.widths.items()]
         for block in structure.blocks:
             for part in ("block", *PARTS):
@@ -149,6 +150,8 @@ def _group(width: Width, structure: Structure, config: StructuredPruningConfig) 
     if isinstance(config.mlp_group, int):
         return config.mlp_group
     widest = max(other.full for other in structure.widths if other.kind == "mlp")
+    if config.mlp_group is None and dict(zip(config.stages, config.choose))["channels"] == "uniform":
+        return 8 if widest % 8 == 0 else 1  # a step removes as much from every block, and costs nothing
     share = (1 / 14 if config.mlp_group is None else config.mlp_group) * widest
     multiple = next(multiple for multiple in (64, 8, 1) if share >= multiple / 2)
     return max(1, round(share / multiple)) * multiple
