@@ -73,8 +73,8 @@ METHODS: dict[str, Callable[[float, int], StructuredPruningConfig]] = {
     BASE: lambda ratio, seed: BlockPrunerConfig(ratio=ratio),
     "MultiPruner": lambda ratio, seed: MultiPrunerConfig(ratio=ratio),
     "MultiPruner, split auto": lambda ratio, seed: MultiPrunerConfig(ratio=ratio, split="auto"),
-    "uniform width": lambda ratio, seed: WidthPrunerConfig(ratio=ratio, split=(1, 0), choose="uniform", mlp_group=8),
-    "two-stage score": lambda ratio, seed: TwoStagePrunerConfig(ratio=ratio, mlp_group=8),
+    "uniform width": lambda ratio, seed: WidthPrunerConfig(ratio=ratio, split=(1, 0), choose="uniform"),
+    "two-stage score": lambda ratio, seed: TwoStagePrunerConfig(ratio=ratio),
     "random": lambda ratio, seed: MultiPrunerConfig(ratio=ratio, choose="random", seed=seed),
 }
 
@@ -435,14 +435,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws of the calibration data")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--test", type=int, default=16, help="sequences of each source")
-    parser.add_argument("--examples", type=int, default=150, help="questions, and reviews for sentiment")
+    parser.add_argument("--test", type=int, default=12, help="sequences of each source")
+    parser.add_argument("--examples", type=int, default=100, help="questions, and reviews for sentiment")
     parser.add_argument("--calibration", type=int, default=4, help="sequences")
     parser.add_argument("--cost-calibration", type=int, default=2, help="sequences for part cost")
     parser.add_argument("--cost-shares", type=float, nargs="+", default=[0.05])
     parser.add_argument("--recover", choices=list(METHODS), default="MultiPruner", help="method of part recovery")
     parser.add_argument("--recovery-shares", type=float, nargs="+", default=[0.1])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--tokens", type=int, default=48, help="tokens of part speed")
