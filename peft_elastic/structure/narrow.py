@@ -155,6 +155,12 @@ def set_active(layer: nn.Module, side: str, ranges: Optional[Ranges]) -> None:
     attribute = f"active_{side}"
     if ranges == layer.__dict__.get(attribute):
         return
+    if is_skipped(layer):  # the layers of an MLP without a module around them, as OPT's
+        skip = type(layer).skip_function  # type: ignore[attr-defined]
+        layer.__class__ = layer.plain_class  # type: ignore[assignment]
+        set_active(layer, side, ranges)
+        layer.__class__ = _skipped_class(type(layer), skip)  # type: ignore[arg-type]
+        return
     if ranges is None:
         del layer.__dict__[attribute]
     else:
