@@ -235,6 +235,7 @@ class CalibrationLoss:
         stack_after_stack = self._stack_of == sorted(self._stack_of, key=self._stack_of.index)
         if not once or not stack_after_stack:
             logger.warning("The blocks do not run once each, stack after stack, so that every pass is a full one.")
+            self._blocks = list(dict.fromkeys(order))
             return
         ends = [p for p in range(len(order) - 1) if self._stack_of[p] != self._stack_of[p + 1]]
         room = cache_bytes - sum(sizes[p] for p in ends) * len(self._batches)
