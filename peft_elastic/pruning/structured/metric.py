@@ -240,7 +240,7 @@ class CalibrationLoss:
         ends = [p for p in range(len(order) - 1) if self._stack_of[p] != self._stack_of[p + 1]]
         room = cache_bytes - sum(sizes[p] for p in ends) * len(self._batches)
         needed = max(sizes) * len(self._batches) * len(order)
-        stride = math.ceil(needed / room) if room > 0 else len(order)
+        stride = max(1, math.ceil(needed / room)) if room > 0 else len(order)
         if stride < len(order):
             self._stored = sorted({*ends, *range(stride - 1, len(order) - 1, stride)})
         self._check(whole)
