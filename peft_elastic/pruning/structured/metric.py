@@ -308,6 +308,8 @@ def _targets(batch: dict[str, Any]) -> torch.Tensor:
     labels = batch.get("labels")
     mask = batch.get("attention_mask")
     if labels is None:
+        if "input_ids" not in batch:
+            raise ValueError("calibration: a batch without `input_ids` needs `labels`.")
         labels = batch["input_ids"]
         if mask is not None:
             labels = labels.masked_fill(mask == 0, -100)
