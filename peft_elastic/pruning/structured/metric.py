@@ -117,6 +117,7 @@ class CalibrationLoss:
         self._trunk: State | None = None
         self._trunk_loss = math.nan
         self._kept: dict[int, list[Any]] = {}  # outputs by the place of the block, one for each batch
+        self._versions: list[int] = []  # of the outputs that the last pass kept, when it did
         self._passes = 0
         self._plan(cache_bytes)
 
@@ -165,8 +166,13 @@ class CalibrationLoss:
             self._passes += not is_skipped(module)
 
         def keep_in(place: int) -> Callable[..., None]:
-            return lambda module, args, output: self._kept[place].append(output)
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                self._kept[place].append(output)
+                self._versions += _versions(output)
 
+            return hook
+
+        self._versions = []
         with ExitStack() as context:
             for place, block in enumerate(self._blocks):
                 if place < start:
@@ -255,7 +261,7 @@ class CalibrationLoss:
         self._kept = {place: [] for place in self._stored}
         try:
             self._loss(0, keep=True)
-            versions = _versions(self._kept)
+            versions = self._versions
             again = [self._loss(self._stored[0] + 1), self._loss(self._stored[-1] + 1)]
             if again != [whole, whole] and not all(math.isclose(value, whole, rel_tol=1e-6) for value in again):
                 reason = f"the loss would be {again} instead of {whole}"
@@ -320,5 +326,5 @@ def _targets(batch: dict[str, Any]) -> torch.Tensor:
     return targets
 
 
-def _versions(kept: dict[int, list[Any]]) -> list[int]:
-    return [leaf._version for leaf in pytree.tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
+def _versions(outputs: Any) -> list[int]:
+    return [leaf._version for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
