@@ -155,7 +155,9 @@ def deeper(name: str, blocks: int = 4, **settings: Any) -> Any:
         return build(name, num_layers=max(2, blocks // 2), **settings)
     if name in ("gemma2", "gemma3"):
         return build(name)  # three, of two kinds
-    return build(name, **{{"gpt2": "n_layer", "distilbert": "n_layers"}.get(name, "num_hidden_layers"): blocks, **settings})
+    return build(
+        name, **{{"gpt2": "n_layer", "distilbert": "n_layers"}.get(name, "num_hidden_layers"): blocks, **settings}
+    )
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -225,8 +225,8 @@ class _Run:
         )
 
     def _stages(self, whole: float, target: float, metrics: Mapping[str, Metric]) -> list[Stage]:
-        def metric(name: str) -> Metric:
-            return metrics[self._sequences(name)]
+        def metric(name: str) -> Metric | None:
+            return metrics[self._sequences(name)] if metrics else None  # nothing is evaluated without data
 
         names = tuple(self.shares)
         if not names:
