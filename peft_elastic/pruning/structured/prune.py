@@ -170,6 +170,13 @@ class _Run:
                     check_narrowable(layer_at(self.model, slot.path), slot.path)
                 if self._sorted_kinds():
                     check_sortable(self.model, [width])
+        if isinstance(self.config.order, Mapping):
+            choose = dict(zip(self.config.stages, self.config.choose))
+            kinds = {"channels": "mlp", "heads": "heads"}
+            chosen = {kinds.get(name) for name in self.shares if choose[name] == "score"}
+            names = [order.name for w in self.structure.widths if w.kind in chosen for order in w.orders]
+            if missing := [name for name in names if name not in self.config.order]:
+                raise ValueError(f"order: it has no scores for {missing[0]!r}, which the choice 'score' needs.")
 
     # -- the plan -----------------------------------------------------------------------------------------------------
 
