@@ -30,7 +30,14 @@ from tqdm.auto import tqdm
 from ...journal import Journal
 from ...structure.blocks import Structure, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
-from ...structure.importance import apply_orders, check_sortable, measure_importance, noted_orders, reorder
+from ...structure.importance import (
+    ORDER_SETTING,
+    apply_orders,
+    check_sortable,
+    measure_importance,
+    noted_orders,
+    reorder,
+)
 from ...structure.narrow import check_narrowable
 from ...structure.space import activate
 from ...supernet.host import HOST_ATTRIBUTE
@@ -186,12 +193,16 @@ class _Run:
         target = costs({}) * (1 - self.config.ratio)
         self._check_reachable(costs, target)
         orders_before = noted_orders(self.model)
+        settings = getattr(getattr(self.model, "config", None), "__dict__", {})
+        stored = settings.get(ORDER_SETTING)  # of a checkpoint that was saved in some order
         with calibration_mode(self.model):
             try:
                 return self._make_plan(costs, target)
             finally:
                 activate(self.model, self.structure, {})
                 reorder(self.model, orders_before)
+                if stored is not None:
+                    settings[ORDER_SETTING] = stored
 
     def _check_reachable(self, costs: Costs, target: float) -> None:
         least = costs(smallest_state(self.units, tuple(self.shares)))
