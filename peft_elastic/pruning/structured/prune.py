@@ -136,6 +136,11 @@ class _Run:
         self.progress = progress
         self.structure = Structure(model)
         self.shares = _shares(config)
+        if not self.structure.blocks:
+            raise ValueError(
+                f"model: no block of this {type(model).__name__} has a known layout. Describe its architecture with "
+                "`peft_elastic.structure.register_layout`."
+            )
         self.units = Units(model, self.structure, config)
         self._check_units()
         self.batches: list[dict[str, Any]] | None = None
@@ -157,11 +162,6 @@ class _Run:
 
     def _check_units(self) -> None:
         """ValueError if a stage has nothing to remove in this model, or what it removes cannot be."""
-        if not self.structure.blocks:
-            raise ValueError(
-                f"model: no block of this {type(self.model).__name__} has a known layout. Describe its architecture with "
-                "`peft_elastic.structure.register_layout`."
-            )
         removable = {name: next(self.units.moves(name, {}), None) for name in self.shares}
         if self.shares and not any(removable.values()):
             why = next((problem for block in self.structure.blocks for problem in block.problems.values()), None)
