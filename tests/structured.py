@@ -167,7 +167,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "weights": {key: tensor.clone() for key, tensor in model.state_dict().items()},
         "config": config,
         "own": {
-            name: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None)))}
+            # not what is computed once it is asked for
+            name: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
             for name, module in model.named_modules()
         },
         "classes": {name: (id(module), type(module)) for name, module in model.named_modules()},

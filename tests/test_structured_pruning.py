@@ -158,7 +158,7 @@ def test_in_a_fresh_process(tmp_path):
     }
     expected = {}
     for name in ("llama", "gemma3", "gpt2", "opt", "phi3", "bert", "vit", "t5"):
-        for ratio in (0.2, 0.45):
+        for ratio in (0.2, 0.45) if name == "llama" else (0.4,):
             model = deeper(name, 5)
             prune(model, name, MultiPrunerConfig(ratio=ratio, order="l1", **EVERYTHING))
             kind = kinds.get(name, "AutoModelForCausalLM")
@@ -182,7 +182,7 @@ def test_what_is_alike_loads_without_this_package(tmp_path):
     expected = {}
     uniform = WidthPrunerConfig(ratio=0.1, stages=("channels",), split=(1,), choose="uniform", order="l1", mlp_group=8)
     fewer = BlockPrunerConfig(ratio=0.3, stages=("blocks",))
-    for name in ("llama", "qwen2", "gpt2"):
+    for name in ("llama", "gpt2"):
         for number, config in enumerate((uniform, fewer)):
             model = deeper(name)
             # as much as all blocks lose with one group each
@@ -518,7 +518,7 @@ torch.save(results, sys.argv[1])
 
 def test_a_plan_in_a_fresh_process(tmp_path):
     expected = {}
-    for name in ("llama", "gpt2", "gemma3", "t5", "bert"):
+    for name in ("llama", "gpt2", "t5"):
         model = deeper(name)
         plan = prune(model, name)
         path = tmp_path / f"{name}.json"
