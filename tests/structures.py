@@ -89,9 +89,7 @@ def blocks_of(name: str, model: Any = None) -> dict[str, list[str]]:
         return {layout.path.format(i): [layout.attention, layout.mlp] for i in range(count)}
     mlps = {"encoder": "layer.1.DenseReluDense.wo", "decoder": "layer.2.DenseReluDense.wo"}
     counts = {part: 2 if model is None else len(model.get_submodule(f"{part}.block")) for part in mlps}
-    return {
-        f"{part}.block.{i}": ["layer.0.SelfAttention.o", mlps[part]] for part in mlps for i in range(counts[part])
-    }
+    return {f"{part}.block.{i}": ["layer.0.SelfAttention.o", mlps[part]] for part in mlps for i in range(counts[part])}
 
 
 def readers(name: str, model: Any = None) -> dict[str, list[tuple[str, int]]]:

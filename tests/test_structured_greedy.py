@@ -354,6 +354,57 @@ def test_targets_of_stages(ratio):
     assert cumulated == sorted(cumulated, reverse=True)
 
 
+stages_and_shares = st.lists(
+    st.tuples(st.sampled_from(["blocks", "sub-blocks", "attentions", "mlps", "channels", "heads"]), st.integers(0, 5)),
+    unique_by=lambda pair: pair[0],
+    min_size=1,
+    max_size=4,
+).filter(lambda pairs: any(share for _, share in pairs))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    stages=stages_and_shares,
+    ratio=st.floats(0.01, 0.8),
+    mlp_group=st.sampled_from([4, 8, 12, 16, 0.25]),
+    auto=st.booleans(),
+    salt=st.integers(0, 99),
+)
+def test_it_ends_where_nothing_brings_it_nearer(stages, ratio, mlp_group, auto, salt):
+    """Whatever the stages and the harm: by the parameters counted in another way, and in the smaller model itself."""
+    model = tiny_llama(num_hidden_layers=4)
+
+    def metric(model):
+        """Any number, the same for the same model."""
+        shapes = [[is_skipped(m), *(getattr(m, "weight", torch.empty(0)).shape)] for m in model.modules()]
+        return random.Random(f"{salt} {shapes}").random()
+
+    names = tuple(name for name, _ in stages)
+    split = "auto" if auto else tuple(share for _, share in stages)
+    used = [name for name, share in stages if share or auto]
+    config = MultiPrunerConfig(ratio=ratio, stages=names, split=split, mlp_group=mlp_group, order="none")
+    naive = Naive("llama", model, [], mlp_group=12 if mlp_group == 0.25 else mlp_group)
+    whole = naive.cost({})
+    try:
+        plan = plan_of(model, config, metric=metric)
+    except ValueError as error:
+        assert str(error).startswith("ratio: ")  # everything that these stages can remove is not enough
+        most = float(str(error).split("only ")[1].split("%")[0]) / 100
+        assert most < ratio
+        return
+    naive.state = plan.values
+    cost, target = naive.cost(plan.values), whole * (1 - ratio)
+    assert cost == plan.after["parameters"]
+    for stage in used:
+        for key, left in naive.moves(stage):
+            after = naive.cost({**plan.values, key: left})
+            assert abs(after - target) >= abs(cost - target)
+    assert {row["stage"] for row in plan.history} <= ({"+".join(names)} if auto else set(used))
+    plan.extract(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
 def test_the_split_is_in_any_unit():
     model, batches = tiny_llama(num_hidden_layers=5), calibration_of("llama")[:1]
     plans = [
@@ -765,6 +816,7 @@ def test_damaged_files(tmp_path, unbroken):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is not the history of a pruning"):
         resumable(tmp_path)
+    same_plan(resumable(tmp_path / "new" / "folder"), plan)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="^`save_dir`"):
         resumable(tmp_path / "file")

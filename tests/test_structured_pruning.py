@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import T5S, outputs, tiny_gpt2, tiny_llama, tiny_phi, tokens
+from models import T5S, outputs, tiny_gpt2, tiny_llama, tiny_llama_classifier, tiny_phi, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from structured import (
@@ -156,19 +156,22 @@ def test_in_a_fresh_process(tmp_path):
         "vit": "AutoModelForImageClassification",
         "t5": "AutoModelForSeq2SeqLM",
     }
-    expected = {}
+    expected, kept = {}, []
     for name in ("llama", "gemma3", "gpt2", "opt", "phi3", "bert", "vit", "t5"):
         for ratio in (0.2, 0.45) if name == "llama" else (0.4,):
             model = deeper(name, 5)
-            prune(model, name, MultiPrunerConfig(ratio=ratio, order="l1", **EVERYTHING))
+            plan = prune(model, name, MultiPrunerConfig(ratio=ratio, order="l1", **EVERYTHING))
             kind = kinds.get(name, "AutoModelForCausalLM")
             folder = tmp_path / f"{kind}-{name}-{ratio}"
             model.save_pretrained(folder)
             expected[str(folder)] = outputs(model, inputs_of(name))
+            kept.append(plan)
             if kind == "AutoModelForCausalLM":
                 for cache in (True, False):
                     expected[str(folder), cache] = model.generate(tokens(2, 5), **GENERATE, use_cache=cache)
                 assert torch.equal(expected[str(folder), True], expected[str(folder), False])
+    stages = {row["stage"] for plan in kept for row in plan.history}
+    assert stages == {"blocks", "sub-blocks", "channels", "heads"}, "not all of it is tested"
     run = run_fresh(FRESH, tmp_path / "results.pt", *[key for key in expected if isinstance(key, str)])
     assert run.returncode == 0, run.stderr
     results = torch.load(tmp_path / "results.pt")
@@ -295,6 +298,39 @@ def test_half_precision(dtype):
     plan = prune(model)
     assert parameters(model) == plan.after["parameters"] and {p.dtype for p in model.parameters()} == {dtype}
     assert torch.isfinite(outputs(model, {"input_ids": tokens()})).all()
+
+
+def test_classifiers_of_decoders(tmp_path):
+    """Which have no output layer for tokens, and a loss of their own."""
+    model = tiny_llama_classifier(num_hidden_layers=4)
+    batches = [{"input_ids": tokens(3, 6), "labels": torch.tensor([0, 1, 2])}]
+    plan = prune_structured(model, CONFIG, batches, progress=False)
+    assert plan.metric == "loss" and parameters(model) == plan.after["parameters"]
+    expected = -outputs(model, batches[0]).log_softmax(-1)[range(3), batches[0]["labels"]].mean()
+    assert plan.after["loss"] == pytest.approx(float(expected), rel=1e-5)
+    model.save_pretrained(tmp_path)
+    close(outputs(type(model).from_pretrained(tmp_path), batches[0]), outputs(model, batches[0]), 1e-6)
+
+
+def test_perplexities():
+    """Those of the plan are the exponentials of a language model's loss, before and after."""
+    model = tiny_llama(num_hidden_layers=4)
+    ids = tokens(4, 9)
+    before = float(model(input_ids=ids, labels=ids).loss.exp())
+    plan = prune_structured(model, CONFIG, [ids[:1], ids[1:]], progress=False)
+    after = float(model(input_ids=ids, labels=ids).loss.exp())
+    assert plan.before["perplexity"] == pytest.approx(before, rel=1e-5)
+    assert plan.after["perplexity"] == pytest.approx(after, rel=1e-5) == plan.history[-1]["value"]
+
+
+def test_a_bar_of_progress(capsys):
+    model = tiny_llama(num_hidden_layers=4)
+    prune_structured(model, MultiPrunerConfig(ratio=0.2, order="l1"), calibration_of("llama"), extract=False)
+    shown = capsys.readouterr().err
+    assert "pruning: 100%" in shown and "evaluations" in shown and "parameters" in shown
+    prune(model)
+    captured = capsys.readouterr()
+    assert not captured.out and not captured.err
 
 
 def test_opt_with_everything_at_once():
