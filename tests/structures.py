@@ -80,19 +80,22 @@ def elastic(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> t
     return model, inputs
 
 
-def blocks_of(name: str) -> dict[str, list[str]]:
-    """The name of what has a width or may be skipped -> paths of the layers that read its heads, and its channels."""
+def blocks_of(name: str, model: Any = None) -> dict[str, list[str]]:
+    """The name of what has a width or may be skipped -> paths of the layers that read its heads, and its channels. Of `model`,
+    which may have another number of blocks than the one that `build` gives."""
     if name not in T5S:
         layout = BLOCKS[name]
-        return {layout.path.format(i): [layout.attention, layout.mlp] for i in range(layout.count)}
+        count = layout.count if model is None else len(model.get_submodule(layout.path.rpartition(".")[0]))
+        return {layout.path.format(i): [layout.attention, layout.mlp] for i in range(count)}
     mlps = {"encoder": "layer.1.DenseReluDense.wo", "decoder": "layer.2.DenseReluDense.wo"}
-    return {f"{part}.block.{i}": ["layer.0.SelfAttention.o", mlps[part]] for part in mlps for i in range(2)}
+    counts = {part: 2 if model is None else len(model.get_submodule(f"{part}.block")) for part in mlps}
+    return {f"{part}.block.{i}": ["layer.0.SelfAttention.o", mlps[part]] for part in mlps for i in range(counts[part])}
 
 
-def readers(name: str) -> dict[str, list[tuple[str, int]]]:
+def readers(name: str, model: Any = None) -> dict[str, list[tuple[str, int]]]:
     """The key of a width -> (path of a layer that reads its units, features of one unit)."""
     found: dict[str, list[tuple[str, int]]] = {}
-    for block, (attention, mlp) in blocks_of(name).items():
+    for block, (attention, mlp) in blocks_of(name, model).items():
         found[f"mlp:{block}"] = [(f"{block}.{mlp}", 1)]
         stack = block.rpartition(".")[0] if name in T5S else block
         found.setdefault(f"heads:{stack}", []).append((f"{block}.{attention}", HEAD_DIM))
@@ -124,7 +127,7 @@ def masked(model: Any, name: str, subnet: Mapping[str, int]) -> Iterator[None]:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as hooks:
-        for key, layers in readers(name).items():
+        for key, layers in readers(name, base).items():
             for path, unit in layers if key in subnet else ():
                 hooks.enter_context(base.get_submodule(path).register_forward_pre_hook(only(subnet[key] * unit)))
         for key, computed in subnet.items():
@@ -135,7 +138,7 @@ def masked(model: Any, name: str, subnet: Mapping[str, int]) -> Iterator[None]:
             if part not in ("attention", "mlp"):
                 hooks.enter_context(base.get_submodule(path).register_forward_hook(unchanged, with_kwargs=True))
                 continue
-            layer = blocks_of(name)[block][part == "mlp"]
+            layer = blocks_of(name, base)[block][part == "mlp"]
             post_norm = BLOCKS[name].post_norm if name in BLOCKS else ()
             if post_norm:
                 module = base.get_submodule(f"{block}.{post_norm[part == 'mlp']}")

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Elastic depth: blocks, attentions and MLPs that are skipped, in training, in generation with caches, and for good."""
 
+import copy
+
 import pytest
 import torch
 from models import BLOCKS, T5S, outputs, tiny_gemma3, tiny_gpt2, tiny_llama, tokens
@@ -372,3 +374,24 @@ def test_all_leaves_out_the_first_block_and_training_needs_one():
     with pytest.raises(ValueError, match="skips every block of 'model.layers'; one has to stay"):
         model.sample_subnet("min")
     assert model.active_subnet == model.search_space.max
+
+
+def test_a_layer_that_is_skipped_and_narrowed():
+    """OPT's MLP has no module around its two layers, so that without adapters on them both change the class of the same layer."""
+    model, inputs = deep("opt", torch.float64, target_modules=["q_proj"], elastic_width={"mlp": [1.0, 0.5]})
+    block = "model.decoder.layers.0"
+    both = {f"mlp:{block}": 24}, {f"depth:{block}.mlp": 0}, {f"mlp:{block}": 24, f"depth:{block}.mlp": 0}, {}
+    subnets = [{**model.search_space.max, **changes} for changes in both]
+    classes = [type(module) for module in model.modules()]
+    expected = []
+    for subnet in subnets:
+        with masked(model, "opt", subnet):
+            expected.append(outputs(model, inputs))
+    for first in range(len(both)):
+        for second in range(len(both)):
+            model.set_subnet(subnets[first])
+            model.set_subnet(subnets[second])
+            close(outputs(model, inputs), expected[second], 1e-10)
+            close(outputs(copy.deepcopy(model), inputs), expected[second], 1e-10)
+    model.set_subnet("max")
+    assert [type(module) for module in model.modules()] == classes

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..structure.blocks import Removed
 from ..supernet.space import Choice, LayerShape, SearchSpace
 from .merged import base_modules, is_mergeable, merged_linears
 
@@ -150,6 +151,8 @@ def _find(layer: LayerShape, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _linear_size(module: nn.Module) -> int:
     """in_features * out_features of a linear layer, whatever class it is and however it is packed; else 0."""
+    if isinstance(module, Removed):  # which keeps the numbers of what it stands for
+        return 0
     in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return in_features * out_features if isinstance(in_features, int) and isinstance(out_features, int) else 0
 

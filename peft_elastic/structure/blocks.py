@@ -401,11 +401,9 @@ def _read_mlp(module: nn.Module, block: Block) -> Width | str:
     slots.append(Slot(f"{block.path}.{layout.out}", "in", ((0, channels),)))
     holder = layout.out.rpartition(".")[0]
     attributes = vars(module.get_submodule(holder))
-    active = layer_at(module, layout.out).__dict__.get("active_in")  # set by `set_width`, with the attributes
-    sizes = {channels} if active is None else {channels, sum(stop - start for start, stop in active)}
-    numbers = [
-        (f"{block.path}.{holder}".rstrip("."), name) for name in layout.features if attributes.get(name) in sizes
-    ]
+    active = layer_at(module, layout.out).__dict__.get("active_in")  # of a model that is narrowed now
+    now = channels if active is None else sum(stop - start for start, stop in active)
+    numbers = [(f"{block.path}.{holder}".rstrip("."), name) for name in layout.features if attributes.get(name) == now]
     return Width("mlp", block.path, channels, channels, (Order(block.path, tuple(slots)),), numbers=tuple(numbers))
 
 

@@ -155,13 +155,20 @@ def set_active(layer: nn.Module, side: str, ranges: Optional[Ranges]) -> None:
     attribute = f"active_{side}"
     if ranges == layer.__dict__.get(attribute):
         return
-    if ranges is None:
-        del layer.__dict__[attribute]
-    else:
-        layer.__dict__[attribute] = ranges
-    narrowed = "active_out" in layer.__dict__ or "active_in" in layer.__dict__
+    if is_skipped(layer):  # the layers of an MLP without a module around them, as OPT's
+        skip = type(layer).skip_function  # type: ignore[attr-defined]
+        layer.__class__ = layer.plain_class  # type: ignore[assignment]
+        set_active(layer, side, ranges)
+        layer.__class__ = _skipped_class(type(layer), skip)  # type: ignore[arg-type]
+        return
     plain = plain_class(layer)
+    if ranges is not None:
+        layer.__dict__[attribute] = ranges
+    other = "active_in" if side == "out" else "active_out"
+    narrowed = ranges is not None or other in layer.__dict__
     layer.__class__ = _narrow_class(plain) if narrowed else plain
+    if ranges is None:  # last: interrupted before, this is done once more
+        del layer.__dict__[attribute]
 
 
 def active_ranges(layer: nn.Module) -> tuple[Optional[Ranges], Optional[Ranges]]:
@@ -211,8 +218,8 @@ def set_skipped(model: nn.Module, block: Block, part: str, skipped: bool) -> Non
             module.__dict__["cache_layers"] = cache_layers(model, block, path)
             module.__class__ = _skipped_class(type(module), skip)  # type: ignore[arg-type]
         else:
-            del module.__dict__["cache_layers"]
             module.__class__ = module.plain_class  # type: ignore[assignment]
+            del module.__dict__["cache_layers"]
 
 
 def cache_layers(model: nn.Module, block: Block, path: str) -> tuple[int, ...]:

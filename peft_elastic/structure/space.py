@@ -125,7 +125,7 @@ def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) 
     # this runs in every training step, and steps differ in a part of the choices
     before = structure.active
     changed = {key for key in before.keys() | values.keys() if before.get(key) != values.get(key)}
-    structure.active = dict(values)
+    structure.active = dict.fromkeys([*before, *values], -1)  # nobody knows, if it is interrupted
     paths = []
     for width in structure.widths:
         if (key := f"{width.kind}:{width.name}") in changed:
@@ -136,6 +136,7 @@ def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) 
             name = block.path if part == "block" else f"{block.path}.{part}"
             if f"depth:{name}" in changed:
                 set_skipped(model, block, part, not values.get(f"depth:{name}", 1))
+    structure.active = dict(values)
     return paths
 
 

@@ -127,6 +127,12 @@ class StructuredPruningConfig:
             raise ValueError(f"head_group: got {self.head_group!r}; it must be a whole number >= 1.")
         if self.measure not in MEASURES:
             raise ValueError(f"measure: got {self.measure!r}; it must be one of {list(MEASURES)}.")
+        if self.latency_mode not in ("forward", "decode"):
+            raise ValueError(f"latency_mode: got {self.latency_mode!r}; it must be 'forward' or 'decode'.")
+        if not isinstance(self.latency_inputs, Mapping) or not self.latency_inputs:
+            raise ValueError(
+                f"latency_inputs: got {self.latency_inputs!r}; it must be shapes by name, {{'input_ids': (1, 128)}} say."
+            )
         for name in ("slack", "cache_gb"):
             value = getattr(self, name)
             if not _is_number(value) or not value >= 0:

@@ -35,14 +35,14 @@ class Stage:
         granularities: what it removes.
         target: the cost it comes as near to as it can.
         choose: "metric", "score", "uniform" or "random".
-        metric: of its evaluations.
+        metric: of its evaluations; None if it chooses without any.
         per_cost: whether harm is divided by what a removal saves.
     """
 
     granularities: tuple[str, ...]
     target: float
     choose: str
-    metric: Metric
+    metric: Metric | None
     per_cost: bool = False
 
 
@@ -147,6 +147,7 @@ class GreedyPruning:
         when they were evaluated last (of a layer that was narrowed then: what that cost), and the rest is left alone once their
         old costs are clearly above the lowest new one.
         """
+        assert stage.metric is not None
         if math.isnan(self.value):
             self.value = self.measure(stage.metric, self.state).value
         best: tuple[float, int] | None = None

@@ -105,7 +105,7 @@ def from_pruning_config(
     for name, kind in _WIDTHS.items():
         widths = _widths(structure, blocks, kind)
         for number, channels in read.get(name, {}).items():
-            width = widths.get(int(number)) if str(number).isdigit() else None
+            width = widths.get(int(number)) if str(number).isdecimal() else None
             if width is None:
                 raise ValueError(f"config: {name!r} has a block {number!r}, of which the model has no {kind}.")
             value, rest = divmod(channels, _per_unit(width)) if type(channels) is int else (0, 0)

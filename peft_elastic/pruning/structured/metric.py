@@ -76,9 +76,13 @@ class UserMetric:
 
     def __call__(self, state: State, trunk: State) -> Measurement:
         activate(self._model, self._structure, state)
-        value = float(self._metric(self._model))
+        returned = self._metric(self._model)
+        try:
+            value = float(returned)
+        except (TypeError, ValueError):
+            value = math.nan
         if math.isnan(value):
-            raise ValueError(f"`metric` returned {value!r} for a model with {dict(state)}; it must be a number.")
+            raise ValueError(f"`metric` returned {returned!r} for a model with {dict(state)}; it must be a number.")
         return Measurement(self._sign * value, self._blocks - _skipped_blocks(self._structure, state))
 
 
@@ -116,6 +120,7 @@ class CalibrationLoss:
             )
         self._trunk: State | None = None
         self._kept: dict[int, list[Any]] = {}  # outputs by the place of the block, one for each batch
+        self._versions: list[int] = []  # of the outputs that the last pass kept, when it did
         self._passes = 0
         self._current = 0  # number of the batch that runs
         self._plan(cache_bytes)
@@ -157,11 +162,13 @@ class CalibrationLoss:
         def keep(place: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 self._kept[place].append(output)
+                self._versions += _versions(output)
                 if place == self._stored[-1]:
                     raise StopForward
 
             return hook
 
+        self._versions = []
         with self._started_at(start) as hooks:
             for place in self._stored:
                 if place >= start:
@@ -249,11 +256,12 @@ class CalibrationLoss:
         stack_after_stack = self._stack_of == sorted(self._stack_of, key=self._stack_of.index)
         if not once or not stack_after_stack:
             logger.warning("The blocks do not run once each, stack after stack, so that every pass is a full one.")
+            self._blocks = list(dict.fromkeys(order))
             return
         ends = [p for p in range(len(order) - 1) if self._stack_of[p] != self._stack_of[p + 1]]
         room = cache_bytes - sum(sizes[p] for p in ends) * len(self._batches)
         needed = max(sizes) * len(self._batches) * len(order)
-        stride = math.ceil(needed / room) if room > 0 else len(order)
+        stride = max(1, math.ceil(needed / room)) if room > 0 else len(order)
         if stride < len(order):
             self._stored = sorted({*ends, *range(stride - 1, len(order) - 1, stride)})
         self._check(whole)
@@ -268,7 +276,7 @@ class CalibrationLoss:
         self._kept = {place: [] for place in self._stored}
         try:
             self._keep(0)
-            versions = _versions(self._kept)
+            versions = self._versions
             again = [self._loss(self._stored[0] + 1), self._loss(self._stored[-1] + 1)]
             if again != [whole, whole] and not all(math.isclose(value, whole, rel_tol=1e-6) for value in again):
                 reason = f"the loss would be {again} instead of {whole}"
@@ -321,6 +329,8 @@ def _targets(batch: dict[str, Any]) -> torch.Tensor:
     labels = batch.get("labels")
     mask = batch.get("attention_mask")
     if labels is None:
+        if "input_ids" not in batch:
+            raise ValueError("calibration: a batch without `input_ids` needs `labels`.")
         labels = batch["input_ids"]
         if mask is not None:
             labels = labels.masked_fill(mask == 0, -100)
@@ -331,5 +341,5 @@ def _targets(batch: dict[str, Any]) -> torch.Tensor:
     return targets
 
 
-def _versions(kept: dict[int, list[Any]]) -> list[int]:
-    return [leaf._version for leaf in pytree.tree_leaves(kept) if isinstance(leaf, torch.Tensor)]
+def _versions(outputs: Any) -> list[int]:
+    return [leaf._version for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]

@@ -95,6 +95,8 @@ class PruningPlan:
             ValueError: if the plan does not fit the model, before anything is changed.
         """
         structure = self.check(model)
+        if not self.values:
+            return  # nor is a model that was sorted before brought into its original order
         orders = {}
         for width in structure.widths:
             for order in width.orders:
@@ -106,6 +108,8 @@ class PruningPlan:
 
     def restore(self, model: nn.Module) -> None:
         """Undo `narrow`: the model is whole again, its heads and channels in their original order."""
+        if not self.values:
+            return
         structure = Structure(model)
         structure.active = dict(self.values)
         activate(model, structure, {})

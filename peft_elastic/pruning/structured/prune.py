@@ -31,7 +31,14 @@ from ...deploy.timing import clock
 from ...journal import Journal
 from ...structure.blocks import Structure, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
-from ...structure.importance import apply_orders, check_sortable, measure_importance, noted_orders, reorder
+from ...structure.importance import (
+    ORDER_SETTING,
+    apply_orders,
+    check_sortable,
+    measure_importance,
+    noted_orders,
+    reorder,
+)
 from ...structure.narrow import check_narrowable
 from ...structure.space import activate
 from ...supernet.host import HOST_ATTRIBUTE
@@ -131,6 +138,11 @@ class _Run:
         self.progress = progress
         self.structure = Structure(model)
         self.shares = _shares(config)
+        if not self.structure.blocks:
+            raise ValueError(
+                f"model: no block of this {type(model).__name__} has a known layout. Describe its architecture with "
+                "`peft_elastic.structure.register_layout`."
+            )
         self.units = Units(model, self.structure, config)
         self._check_units()
         self.batches: list[dict[str, Any]] | None = None
@@ -152,11 +164,6 @@ class _Run:
 
     def _check_units(self) -> None:
         """ValueError if a stage has nothing to remove in this model, or what it removes cannot be."""
-        if not self.structure.blocks:
-            raise ValueError(
-                f"model: no block of this {type(self.model).__name__} has a known layout. Describe its architecture with "
-                "`peft_elastic.structure.register_layout`."
-            )
         removable = {name: next(self.units.moves(name, {}), None) for name in self.shares}
         if self.shares and not any(removable.values()):
             why = next((problem for block in self.structure.blocks for problem in block.problems.values()), None)
@@ -172,6 +179,13 @@ class _Run:
                     check_narrowable(layer_at(self.model, slot.path), slot.path)
                 if self._sorted_kinds():
                     check_sortable(self.model, [width])
+        if isinstance(self.config.order, Mapping):
+            choose = dict(zip(self.config.stages, self.config.choose))
+            kinds = {"channels": "mlp", "heads": "heads"}
+            chosen = {kinds.get(name) for name in self.shares if choose[name] == "score"}
+            names = [order.name for w in self.structure.widths if w.kind in chosen for order in w.orders]
+            if missing := [name for name in names if name not in self.config.order]:
+                raise ValueError(f"order: it has no scores for {missing[0]!r}, which the choice 'score' needs.")
 
     # -- the plan -----------------------------------------------------------------------------------------------------
 
@@ -181,12 +195,16 @@ class _Run:
         target = costs({}) * (1 - self.config.ratio)
         self._check_reachable(costs, target)
         orders_before = noted_orders(self.model)
+        settings = getattr(getattr(self.model, "config", None), "__dict__", {})
+        stored = settings.get(ORDER_SETTING)  # of a checkpoint that was saved in some order
         with calibration_mode(self.model):
             try:
                 return self._make_plan(costs, target)
             finally:
                 activate(self.model, self.structure, {})
                 reorder(self.model, orders_before)
+                if stored is not None:
+                    settings[ORDER_SETTING] = stored
 
     def _check_reachable(self, costs: Costs, target: float) -> None:
         least = costs(smallest_state(self.units, tuple(self.shares)))
@@ -228,8 +246,8 @@ class _Run:
         )
 
     def _stages(self, whole: float, target: float, metrics: Mapping[str, Metric]) -> list[Stage]:
-        def metric(name: str) -> Metric:
-            return metrics[self._sequences(name)]
+        def metric(name: str) -> Metric | None:
+            return metrics[self._sequences(name)] if metrics else None  # nothing is evaluated without data
 
         names = tuple(self.shares)
         if not names:

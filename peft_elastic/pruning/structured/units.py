@@ -159,4 +159,4 @@ def _group(width: Width, structure: Structure, config: StructuredPruningConfig) 
 
 def _width_choice(width: Width, group: int) -> Choice:
     modules = tuple(dict.fromkeys(slot.path for slot in width.slots))
-    return Choice(width.kind, width.name, tuple(range(width.full, 0, -group)), modules)
+    return Choice(width.kind, width.name, tuple(range(width.full, min(group, width.full) - 1, -group)), modules)
