@@ -18,7 +18,7 @@
 
     python examples/stacked.py                                      # SmolLM2-135M, movie reviews; 25 minutes on two cores
     python examples/stacked.py --ratio 0.2 --sparsity 0.4 --steps 200 --out stacked-20
-    python examples/stacked.py --model meta-llama/Llama-3.2-1B --train stanfordnlp/sst2 --test train.jsonl --mlp-group 512
+    python examples/stacked.py --model meta-llama/Llama-3.2-1B --train train.jsonl --test test.jsonl
     python examples/stacked.py --smoke --train sst2_train.tsv --test sst2_dev.tsv
 
 Model and data come from the Python package index by default (`peft_elastic.assets`); others are hub names or local files with a
@@ -54,7 +54,6 @@ from stacked_reload import count_weights
 from peft_elastic import (
     GPTQConfig,
     MultiPrunerConfig,
-    QuantizedLinear,
     SparseQALoraConfig,
     SubnetSamplingCallback,
     WandaConfig,
@@ -88,27 +87,28 @@ class Stack:
         """Training reviews with their labels."""
         return self.data.running_text(samples or self.args.calibration_samples, self.args.calibration_length)
 
-    def step(self, name: str, work: Callable[[], Any], save: bool = True, against: str | None = None) -> Any:
-        """Do something to the model, measure what it is then, and save it.
+    def step(self, name: str, work: Callable[[], None]) -> None:
+        """Do something to the model, measure what it is then, and save it."""
+        row = self.measure(name, work)
+        row["checkpoint"] = self.save(name, self.model)
 
-        Args:
-            name: of the row.
-            work: what to do; it may return another model to measure, which is not that of the next step.
-            save: whether it is a step of its own, with a checkpoint.
-            against: the row it is compared with (default: the one before).
-        """
+    def compare(self, name: str, work: Callable[[], Any]) -> None:
+        """Measure another model, which `work` makes of this one and which is not that of the next step."""
+        self.measure(f"({name})", work)
+
+    def measure(self, name: str, work: Callable[[], Any]) -> dict[str, Any]:
+        """A row of the table, to be compared with that of the last step."""
         print(f"-- {name}", flush=True)
         start = time.perf_counter()
         other = work()
         seconds = time.perf_counter() - start
         model = self.model if other is None else other
         steps = [row["name"] for row in self.rows if row["checkpoint"]]
-        row = {"name": name, "seconds": seconds, "against": against or (steps[-1] if steps else None)}
+        row = {"name": name, "seconds": seconds, "against": steps[-1] if steps else None}
         row |= {"checkpoint": None, **count_weights(model), "measured": self.data.test_accuracy(model)}
-        if save:
-            row["checkpoint"] = self.save(name, model)
         self.rows.append(row)
         print(f"   {describe(row)}", flush=True)
+        return row
 
     @torch.inference_mode()
     def save(self, name: str, model: Any) -> dict[str, str]:
@@ -131,8 +131,8 @@ class Stack:
         config = MultiPrunerConfig(
             ratio=args.ratio,
             mlp_group=args.mlp_group,
-            block_samples=None,
-            width_samples=None,  # all
+            block_samples=args.structured_samples,
+            width_samples=args.structured_samples,
         )
         prune_structures(self.model, config, self.calibration(args.structured_samples), args.out)
 
@@ -186,7 +186,6 @@ class Stack:
 
     def merge(self) -> None:
         self.model = self.model.merge_and_unload(sparse_kernel=False)
-        assert any(isinstance(module, QuantizedLinear) for module in self.model.modules())
 
     def deploy(self) -> None:
         print(sparsify_linears(self.model.cpu(), when="always"))
@@ -362,11 +361,11 @@ def main() -> None:
     stack = Stack(args, data)
     stack.step("dense", lambda: None)
     if args.reference:
-        stack.step("(dense, LoRA)", stack.train_lora, save=False)
+        stack.compare("dense, tuned with LoRA", stack.train_lora)
     stack.step(f"structured, {args.ratio:.0%}", stack.remove_structures)
     stack.step(f"sparse, {args.sparsity:.0%}", stack.prune)
     if args.reference:
-        stack.step(f"(sparse, int{args.bits} without training)", stack.round_alone, save=False)
+        stack.compare(f"sparse, int{args.bits} by GPTQ", stack.round_alone)
     stack.step(f"tuned with int{args.bits}, adapter apart", stack.train)
     stack.step(f"merged, int{args.bits}", stack.merge)
     if info.collect()["extension"]["built"]:
