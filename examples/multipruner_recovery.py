@@ -40,6 +40,7 @@ from typing import Any
 
 import tasks
 import torch
+from lonas import number
 from peft import LoraConfig, get_peft_model
 from pipeline import Accuracy, Prepared, adapter_settings, fit, make_parser, prepare, prune_structures, save_and_reload
 from shears_commonsense import accuracy
@@ -141,7 +142,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the parameters to remove")
     parser.add_argument("--split", type=split, nargs="+", default=[44, 52, 4], help="of the ratio, or auto")
     parser.add_argument("--order", choices=ORDERS, default="activation", help="of channels and heads in a block")
-    parser.add_argument("--mlp-group", type=int, help="channels that one step removes (default: a 14th)")
+    parser.add_argument(
+        "--mlp-group", type=number, help="channels that one step removes, or a share (default: a 14th)"
+    )
     parser.add_argument("--head-group", type=int, default=1, help="key-value groups that one step removes")
     parser.add_argument(
         "--elastic", action="store_true", help="elastic ranks in training, see --ranks; else plain LoRA"

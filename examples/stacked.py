@@ -47,6 +47,7 @@ from typing import Any
 
 import tasks
 import torch
+from lonas import number
 from peft import LoraConfig, get_peft_model
 from pipeline import GROUPS, adapter_settings, fit, make_parser, prepare, prune_structures
 from stacked_reload import count_weights
@@ -338,7 +339,9 @@ def main() -> None:
     )
     parser.add_argument("--ratio", type=float, default=0.1, help="share of the parameters that MultiPruner removes")
     parser.add_argument("--structured-samples", type=int, default=16, help="calibration sequences for MultiPruner")
-    parser.add_argument("--mlp-group", type=int, help="MLP channels that one of its steps removes (default: a 14th)")
+    parser.add_argument(
+        "--mlp-group", type=number, default=0.15, help="MLP channels a step removes, or a share of them"
+    )
     parser.add_argument("--sparsity", type=float, default=0.5, help="of what is left, by Wanda")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, help=f"inputs that share a scale (default: of {GROUP_SIZES})")
