@@ -92,7 +92,9 @@ class Prepared:
 
     def running_text(self, samples: int, length: int) -> list[torch.Tensor]:
         """Batches of training examples one after the other, prompts and targets, in sequences of `length` tokens."""
-        pieces = (example["input_ids"] for example in self.encoded)
+        # an end token is nothing that text has in its middle: it costs so much that all else would hardly count
+        between = self.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        pieces = (example["input_ids"][:-1] + between for example in self.encoded)
         return list(tasks.pack(pieces, length, samples).split(8))
 
 
