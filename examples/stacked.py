@@ -16,7 +16,8 @@
     model --prune_structured()--> smaller --prune(Wanda)--> sparse --SparseQALoraConfig, training--> sparse int4 with an adapter
           --merge_and_unload()--> sparse int4 --sparsify_linears()--> deployed on the sparse kernel --> a fresh process loads it
 
-    python examples/stacked.py                                      # SmolLM2-135M, movie reviews; half an hour
+    python examples/stacked.py                                      # SmolLM2-135M, movie reviews
+    python examples/stacked.py --structured-samples 8 --steps 40 --test-samples 200    # half an hour on one busy core
     python examples/stacked.py --ratio 0.2 --sparsity 0.4 --steps 200 --out stacked-20
     python examples/stacked.py --model meta-llama/Llama-3.2-1B --train train.jsonl --test test.jsonl
     python examples/stacked.py --smoke --train sst2_train.tsv --test sst2_dev.tsv
