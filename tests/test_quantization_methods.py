@@ -26,6 +26,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from peft_elastic import MultiPrunerConfig, prune_structured, sparsify_linears
+from peft_elastic.deploy import ops
 from peft_elastic.pruning import MagnitudeConfig, measure_sparsity, prune
 from peft_elastic.quantization import (
     GPTQConfig,
@@ -605,3 +607,30 @@ def test_tied_modules_are_replaced_in_both_places():
     block.again = block.q  # the same module, under two names
     quantize(model, RTNConfig(group_size=16), progress=False)
     assert block.again is block.q and isinstance(block.q, QuantizedLinear)
+
+
+@pytest.mark.parametrize("config", [RTNConfig(group_size=16), GPTQConfig(group_size=16)])
+def test_a_model_with_blocks_of_different_sizes(config, tmp_path):
+    # its checkpoint says how large each block is, in the place where that of a quantised model says how
+    model = tiny_llama()
+    pruning = MultiPrunerConfig(ratio=0.2, mlp_group=16, order="magnitude")
+    prune_structured(model, pruning, calibration=[tokens()], progress=False)
+    sizes = [layer.mlp.down_proj.in_features for layer in model.model.layers if hasattr(layer.mlp, "down_proj")]
+    assert len(set(sizes)) > 1 or len(sizes) < len(model.model.layers)
+    quantize(model, config, calibration=[tokens()], progress=False)
+    expected = model(tokens()).logits
+    with pytest.raises(ValueError, match="as they were before the rounding"):
+        model.save_pretrained(tmp_path / "refused")
+    model.dequantize()
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded(tokens()).logits, expected)
+
+
+@pytest.mark.skipif(not ops.is_available(), reason="needs the C++ extension")
+def test_packed_layers_are_refused():
+    model = tiny_llama()
+    prune(model, MagnitudeConfig(sparsity=0.5))
+    sparsify_linears(model, when="always", skip=["down_proj"])
+    with pytest.raises(ValueError, match="quantised with peft_elastic already"):
+        quantize(model, RTNConfig(group_size=16), progress=False)

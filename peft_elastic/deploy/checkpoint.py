@@ -263,6 +263,10 @@ class SparseQuantizer(HfQuantizer):
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
+    def describes_alone(self, model: nn.Module) -> bool:
+        """Whether no layer of the model is packed: what is said on disk is the sizes of its blocks."""
+        return not any(isinstance(module, (SparseLinear, _StoredLinear)) for module in model.modules())
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # transformers calls this before it writes config.json, so that it describes the layers as they are now.
         self.quantization_config.layers = {
