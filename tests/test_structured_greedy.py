@@ -442,16 +442,16 @@ def test_latency():
 
 @pytest.mark.parametrize("kind", ["channels", "heads"])
 def test_uniform(kind):
-    """All blocks alike, but for one group."""
+    """All blocks stay alike."""
     model = tiny_llama(num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    key, full, group = {"channels": ("mlp", 48, 4), "heads": ("heads", 8, 2)}[kind]
-    for ratio in (0.05, 0.1, 0.2):
+    key, full = {"channels": ("mlp", 48), "heads": ("heads", 8)}[kind]
+    for ratio in (0.1, 0.15, 0.2):
         config = WidthPrunerConfig(
             ratio=ratio, stages=(kind,), split=(1,), choose="uniform", order="none", mlp_group=4
         )
         plan = plan_of(model, config)  # without data
         left = [plan.values.get(f"{key}:model.layers.{n}", full) for n in range(5)]
-        assert max(left) - min(left) <= group and left == sorted(left)
+        assert len(set(left)) == 1 and left[0] < full
         assert plan.evaluations == 0 and plan.history[0]["value"] is None and "perplexity" not in plan.before
 
 
