@@ -450,7 +450,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--smoke", action="store_true", help="a random model, short texts")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.seeds, args.shares, args.cost_shares, args.recovery_shares = [0, 1], [0.004], [0.004], [0.004]
+        args.seeds, args.shares, args.cost_shares, args.recovery_shares = [0], [0.004], [0.004], [0.004]
         args.length, args.test, args.examples, args.calibration, args.cost_calibration = 16, 4, 8, 4, 2
         args.steps, args.batch, args.tokens, args.rounds = 2, 2, 2, 2
     fixed = (

@@ -144,3 +144,37 @@ class TestWidth:
                 assert all(0 < seconds for seconds in workload["prediction"]["predicted"])
                 assert len(workload["prediction"]["measured"]) == results["settings"]["random_subnets"]
                 assert all(row["parameters"] < 1 for row in workload["speed_up"])
+
+
+class TestStructured:
+    @pytest.fixture(scope="class")
+    def smoke(self, tmp_path_factory):
+        out = tmp_path_factory.mktemp("structured")
+        return load("structured").main(["--smoke", "--out", str(out)]), out
+
+    def test_compares_at_equal_parameters(self, smoke):
+        results, out = smoke
+        rows = {row["method"]: row for row in results["rows"] if row["part"] == "methods"}
+        assert set(rows) == {"dense", *load("structured").METHODS}
+        base = rows.pop("block-only")
+        for method, row in rows.items():
+            if method != "dense":
+                assert row["removed"] == pytest.approx(base["removed"], abs=0.0025)
+                plan = json.loads((out / row["plan"]).read_text())
+                assert 1 - plan["after"]["parameters"] / plan["before"]["parameters"] == pytest.approx(row["removed"])
+        assert rows["MultiPruner"]["block_passes"] < rows["MultiPruner"]["plain_block_passes"]
+        assert rows["random"]["evaluations"] == rows["uniform width"]["evaluations"] == 2
+
+    def test_runs_the_plain_loop_in_full(self, smoke):
+        (row,) = (row for row in smoke[0]["rows"] if row["part"] == "cost")
+        assert row["plain"]["block_passes"] > row["ours"]["block_passes"]
+        assert row["plain"]["evaluations"] > row["ours"]["evaluations"]
+        assert row["same"] == (row["ours_values"] == row["plain_values"])
+
+    def test_times_and_recovers_all_models(self, smoke):
+        rows = smoke[0]["rows"]
+        fast = [row for row in rows if row["part"] == "speed"]
+        assert len(fast) == 7 and all(row["tokens_per_second"] > 0 for row in fast)
+        recovered = {row["method"]: row for row in rows if row["part"] == "recovery"}
+        assert set(recovered) == {"dense", "MultiPruner"}
+        assert all(row["before"] != row["after"] for row in recovered.values())

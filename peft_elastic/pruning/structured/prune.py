@@ -28,7 +28,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...deploy.timing import clock
-from ...journal import Journal
 from ...structure.blocks import Structure, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
 from ...structure.importance import (
@@ -47,15 +46,13 @@ from .config import StructuredPruningConfig
 from .cost import Costs
 from .greedy import GreedyPruning, Stage, smallest_state
 from .importance import l1_scores
-from .metric import CalibrationLoss, Measurement, Metric, UserMetric, is_language_model
+from .metric import CalibrationLoss, Metric, UserMetric, is_language_model
 from .plan import PruningPlan, check_whole, describe_model, kept_units
+from .recall import Recalled, open_journal
 from .units import GRANULARITIES, State, Units
 
 
-_FORMAT = "peft-elastic/structured-pruning"
-_VERSION = 1
 _REFRESH = 0.2  # seconds
-_SAMPLED = 4096  # elements of each parameter that identify a model
 
 
 def prune_structured(
@@ -216,13 +213,16 @@ class _Run:
 
     def _make_plan(self, costs: Costs, target: float) -> PruningPlan:
         metrics = self._metrics()
-        journal = self._journal()
+        journal = None
+        if self.save_dir is not None:
+            metric = f"{self._metric_name}, {self.mode}"
+            journal = open_journal(self.save_dir, self.model, self.batches, metric)
         now = clock()
         start = now()
         scores = self._sort()
         sorting = now() - start
         order = self._order_name()
-        recalled = {name: _Recalled(metric, name, order, journal) for name, metric in metrics.items()}
+        recalled = {name: Recalled(metric, name, order, journal) for name, metric in metrics.items()}
         with _Progress(costs, target, self._metric_name, self._shown, self.progress) as bar:
             greedy = GreedyPruning(self.units, costs, self.config.slack, scores, self.config.seed, bar.show)
             whole = greedy.measure(recalled[self._sequences("sub-blocks")], {}).value if recalled else math.nan
@@ -312,19 +312,6 @@ class _Run:
         shown = self._shown(value)
         return summary if shown is None else {**summary, self._metric_name: shown}
 
-    def _journal(self) -> Journal | None:
-        if self.save_dir is None:
-            return None
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "model": digest_of(self.model),
-            "calibration": None if self.batches is None else _digest_of_batches(self.batches),
-            "metric": f"{self._metric_name}, {self.mode}",
-        }
-        fields = ("data", "order", "state", "value", "block_passes", "seconds")
-        return Journal(self.save_dir / "evaluations.jsonl", header, "pruning", fields)
-
     def _order_name(self) -> str:
         order = self.config.order
         if not isinstance(order, str):
@@ -360,39 +347,6 @@ class _Run:
             max_samples=self.config.width_samples,
             progress=self.progress,
         )
-
-
-class _Recalled:
-    """A metric whose values are remembered, in a journal if there is one."""
-
-    def __init__(self, metric: Metric, data: str, order: str, journal: Journal | None) -> None:
-        self._metric, self._data, self._order, self._journal = metric, data, order, journal
-        self._known: dict[tuple[Any, ...], Measurement] = {}
-        self._used: set[tuple[Any, ...]] = set()
-        for row in [] if journal is None else journal.rows:
-            measurement = Measurement(row["value"], row["block_passes"], row["seconds"])
-            self._known[_key(row["data"], row["order"], row["state"])] = measurement
-
-    def __call__(self, state: State, trunk: State) -> Measurement:
-        order = self._order if any(not key.startswith("depth:") for key in state) else None
-        key = _key(self._data, order, state)
-        if key in self._used:
-            return Measurement(self._known[key].value)
-        if key not in self._known:
-            now = clock()
-            start = now()
-            measured = self._metric(state, trunk)
-            seconds = now() - start
-            self._known[key] = Measurement(measured.value, measured.block_passes, seconds)
-            if self._journal is not None:
-                row = {"data": self._data, "order": order, "state": dict(state), "value": measured.value}
-                self._journal.append({**row, "block_passes": measured.block_passes, "seconds": round(seconds, 4)})
-        self._used.add(key)
-        return self._known[key]
-
-
-def _key(data: str, order: str | None, state: State) -> tuple[Any, ...]:
-    return (data, order, *sorted(state.items()))
 
 
 class _Progress:
@@ -444,30 +398,6 @@ def _shares(config: StructuredPruningConfig) -> dict[str, float]:
 
 def _sequences_in(batch: Mapping[str, Any]) -> int:
     return next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()).shape[0]
-
-
-def digest_of(model: nn.Module) -> str:
-    """Hexadecimal digest of names, shapes and evenly spaced elements of the parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_batches(batches: list[dict[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            digest.update(name.encode())
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{tuple(value.shape)}".encode())
-                digest.update(value.detach().to("cpu", torch.float64).numpy().tobytes())
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]
 
 
 def _as_json(config: StructuredPruningConfig) -> dict[str, Any]:

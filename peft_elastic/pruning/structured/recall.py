@@ -1,0 +1,108 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Evaluations on disk, so that pruning can be killed at any moment and continued, and other runs on the same model and data find
+what they have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...deploy.timing import clock
+from ...journal import Journal
+from .metric import Measurement, Metric
+from .units import State
+
+
+_FORMAT = "peft-elastic/structured-pruning"
+_VERSION = 1
+_SAMPLED = 4096  # elements of each parameter that identify a model
+
+
+def open_journal(folder: Path, model: nn.Module, batches: list[dict[str, Any]] | None, metric: str) -> Journal:
+    """The evaluations in a folder.
+
+    Raises:
+        ValueError: if they are of another model, other data or another metric, or cannot be read.
+    """
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": _digest_of_model(model),
+        "calibration": None if batches is None else _digest_of_batches(batches),
+        "metric": metric,
+    }
+    fields = ("data", "order", "state", "value", "block_passes", "seconds")
+    return Journal(folder / "evaluations.jsonl", header, "pruning", fields)
+
+
+class Recalled:
+    """A metric whose values are remembered, in a journal if there is one."""
+
+    def __init__(self, metric: Metric, data: str, order: str, journal: Journal | None) -> None:
+        self._metric, self._data, self._order, self._journal = metric, data, order, journal
+        self._known: dict[tuple[Any, ...], Measurement] = {}
+        self._used: set[tuple[Any, ...]] = set()
+        for row in [] if journal is None else journal.rows:
+            measurement = Measurement(row["value"], row["block_passes"], row["seconds"])
+            self._known[_key(row["data"], row["order"], row["state"])] = measurement
+
+    def __call__(self, state: State, trunk: State) -> Measurement:
+        order = self._order if any(not key.startswith("depth:") for key in state) else None
+        key = _key(self._data, order, state)
+        if key in self._used:
+            return Measurement(self._known[key].value)
+        if key not in self._known:
+            now = clock()
+            start = now()
+            measured = self._metric(state, trunk)
+            seconds = now() - start
+            self._known[key] = Measurement(measured.value, measured.block_passes, seconds)
+            if self._journal is not None:
+                row = {"data": self._data, "order": order, "state": dict(state), "value": measured.value}
+                self._journal.append({**row, "block_passes": measured.block_passes, "seconds": round(seconds, 4)})
+        self._used.add(key)
+        return self._known[key]
+
+
+def _key(data: str, order: str | None, state: State) -> tuple[Any, ...]:
+    return (data, order, *sorted(state.items()))
+
+
+def _digest_of_model(model: nn.Module) -> str:
+    """Hexadecimal digest of names, shapes and evenly spaced elements of the parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_batches(batches: list[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{tuple(value.shape)}".encode())
+                digest.update(value.detach().to("cpu", torch.float64).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
