@@ -295,7 +295,7 @@ def recovery(model: Any, data: Data, rows: Rows, args: argparse.Namespace) -> No
 
 
 def train(model: Any, data: Data, seed: int, args: argparse.Namespace) -> nn.Module:
-    """The paper's adapters (r 16, alpha 32, learning rate 1e-4) for `--steps` steps; returns the merged model."""
+    """The paper's adapters (r 16, alpha 32) for `--steps` steps; returns the merged model."""
     set_seed(seed)
     adapted = get_peft_model(
         model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -438,13 +438,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--test", type=int, default=12, help="sequences of each source")
     parser.add_argument("--examples", type=int, default=100, help="questions, and reviews for sentiment")
     parser.add_argument("--calibration", type=int, default=4, help="sequences")
-    parser.add_argument("--cost-calibration", type=int, default=2, help="sequences for part cost")
+    parser.add_argument("--cost-calibration", type=int, default=1, help="sequences for part cost")
     parser.add_argument("--cost-shares", type=float, nargs="+", default=[0.05])
     parser.add_argument("--recover", choices=list(METHODS), default="MultiPruner", help="method of part recovery")
     parser.add_argument("--recovery-shares", type=float, nargs="+", default=[0.1])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--tokens", type=int, default=48, help="tokens of part speed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="a random model, short texts")
