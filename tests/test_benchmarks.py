@@ -146,16 +146,23 @@ class TestWidth:
                 assert all(row["parameters"] < 1 for row in workload["speed_up"])
 
 
+@pytest.mark.slow  # the tokenizer comes from the package index
 class TestStructured:
     @pytest.fixture(scope="class")
-    def smoke(self, tmp_path_factory):
-        out = tmp_path_factory.mktemp("structured")
-        return load("structured").main(["--smoke", "--out", str(out)]), out
+    def structured(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(BENCHMARKS)
+            return load("structured")
 
-    def test_compares_at_equal_parameters(self, smoke):
+    @pytest.fixture(scope="class")
+    def smoke(self, structured, tmp_path_factory):
+        out = tmp_path_factory.mktemp("structured")
+        return structured.main(["--smoke", "--out", str(out)]), out
+
+    def test_compares_at_equal_parameters(self, structured, smoke):
         results, out = smoke
         rows = {row["method"]: row for row in results["rows"] if row["part"] == "methods"}
-        assert set(rows) == {"dense", *load("structured").METHODS}
+        assert set(rows) == {"dense", *structured.METHODS}
         base = rows.pop("block-only")
         for method, row in rows.items():
             if method != "dense":

@@ -722,7 +722,7 @@ def test_killed_at_random_moments(tmp_path, unbroken):
     nothing_twice(tmp_path, rows)
 
 
-def test_interrupted_by_ctrl_c(tmp_path, unbroken, monkeypatch):
+def test_interrupted_by_ctrl_c(tmp_path, unbroken, ctrl_c):
     """A real signal, while a block is being computed. The model is as before, and the same call continues."""
     plan, rows = unbroken
     model = tiny_llama(num_hidden_layers=4)

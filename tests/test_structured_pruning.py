@@ -471,7 +471,7 @@ def test_interrupted_anywhere():
     assert reached > 20
 
 
-def test_after_ctrl_c_the_model_is_as_it_was():
+def test_after_ctrl_c_the_model_is_as_it_was(ctrl_c):
     model = tiny_llama(num_hidden_layers=4)
     before = snapshot(model)
     calls = []
