@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--examples", type=int, default=100, help="questions, and reviews for sentiment")
     parser.add_argument("--calibration", type=int, default=4, help="sequences")
     parser.add_argument("--cost-calibration", type=int, default=1, help="sequences for part cost")
-    parser.add_argument("--cost-shares", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--cost-shares", type=float, nargs="+", default=[0.03])
     parser.add_argument("--recover", choices=list(METHODS), default="MultiPruner", help="method of part recovery")
     parser.add_argument("--recovery-shares", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, default=20)
