@@ -40,6 +40,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from .files import scratch_folder
+from .utils import write_error
+
 
 if TYPE_CHECKING:
     import datasets
@@ -92,18 +95,26 @@ _VADER = Archive(
 
 def home() -> Path:
     """The folder that keeps what was fetched: `PEFT_ELASTIC_HOME`, or `~/.cache/peft-elastic` (under
-    `XDG_CACHE_HOME` where that is set). It may be deleted at any time."""
-    if folder := os.environ.get("PEFT_ELASTIC_HOME"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peft-elastic"
+    `XDG_CACHE_HOME` where that is set). It may be deleted at any time.
+
+    Raises:
+        AssetError: if neither is set, and this user has no home.
+    """
+    folder = os.environ.get("PEFT_ELASTIC_HOME")
+    try:
+        if folder:
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "peft-elastic"
+    except RuntimeError as error:  # HOME is not set, and the system does not know the user either
+        raise AssetError("there is no home folder: set PEFT_ELASTIC_HOME to a folder for caches") from error
 
 
 def cached() -> list[str]:
     """The names of the assets that `home()` holds, sorted."""
-    folder = home()
-    if not folder.is_dir():
+    try:
+        names = [path.name for path in home().iterdir() if path.is_dir()]
+    except OSError:  # it is not there, or not ours to read
         return []
-    names = (path.name for path in folder.iterdir() if path.is_dir())
     return sorted(name for name in names if not name.startswith(".") and name != "downloads")
 
 
@@ -176,22 +187,17 @@ def _asset(
         needs()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{name}.lock"):
+        with FileLock(target.parent / f".{name}.lock"), scratch_folder(target.parent, name) as partial:
             if target.is_dir():  # another process was quicker
                 return target
-            # Under the lock nobody else uses this folder: what is in it was left by a process that was killed.
-            partial = target.parent / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            try:
-                (partial / "content").mkdir()
-                unpack(_fetch(archive, partial), partial / "content")
-                os.replace(partial / "content", target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            (partial / "content").mkdir()
+            unpack(_fetch(archive, partial), partial / "content")
+            os.replace(partial / "content", target)
     except AssetError:
         raise
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and write_error(error) is None:
+            raise
         raise AssetError(
             f"cannot make {target}: {error}. PEFT_ELASTIC_HOME names the folder for such files: it has to be writable "
             f"and to have up to 1 GB of free space"

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .utils import atomic_write_text
+from .documents import Record, parse_json
+from .utils import atomic_write_text, writing
 
 
 class Journal:
@@ -34,7 +35,7 @@ class Journal:
         path (`str` or `os.PathLike`): created with its folder if it does not exist.
         header (`Mapping[str, Any]`): JSON values that identify the work, among them its `format`.
         work (`str`): what it is, for messages: "search".
-        fields (`Sequence[str]`): what every row holds.
+        row (`Record`): what every row holds.
 
     Attributes:
         rows (`list[dict]`): what is on file.
@@ -43,13 +44,11 @@ class Journal:
         ValueError: if the file cannot be written, is damaged, or has another header; the message says what differs.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], header: Mapping[str, Any], work: str, fields: Sequence[str]
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any], work: str, row: Record) -> None:
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
         self._work = work
-        self._fields = frozenset(fields)
+        self._row = row
         try:
             if self.path.exists():
                 self._read(dict(header))
@@ -65,21 +64,27 @@ class Journal:
 
         Raises:
             ValueError: if another process has written to the file in the meantime.
+            OSError: if it cannot be written, naming it; it is then as it was.
         """
         if self.path.stat().st_size != self._end:
             raise ValueError(f"`save_dir`: another process writes to {os.fspath(self.path)!r}.")
         line = (json.dumps(row) + "\n").encode()
-        with open(self.path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self.path):
+            try:
+                with open(self.path, "ab") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:  # a full disk takes a part of it
+                os.truncate(self.path, self._end)
+                raise
         self._end += len(line)
         self.rows.append(dict(row))
 
     def _read(self, header: dict[str, Any]) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True)
         found = _parse(lines[0]) if lines else None
-        if found is None or found.get("format") != header["format"]:
+        if not isinstance(found, dict) or found.get("format") != header["format"]:
             raise ValueError(f"`save_dir`: {os.fspath(self.path)!r} is not the history of a {self._work}.")
         names = [name for name in {**found, **header} if found.get(name) != header.get(name)]
         if names:
@@ -91,24 +96,25 @@ class Journal:
                 "same settings to continue it."
             )
         for number, line in enumerate(lines[1:], start=2):
-            row = _parse(line)
-            if row is not None and self._fields <= set(row):
-                self.rows.append(row)
-            elif number == len(lines):  # torn by the end of the process that wrote it
-                os.truncate(self.path, self.path.stat().st_size - len(line))
-            else:
-                raise ValueError(f"`save_dir`: line {number} of {os.fspath(self.path)!r} is damaged.")
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("it has no end")
+                self.rows.append(self._row.check(parse_json(line), "it"))
+            except ValueError as error:
+                if number < len(lines):
+                    raise ValueError(
+                        f"`save_dir`: line {number} of {os.fspath(self.path)!r} is damaged: {error}. Remove it and what "
+                        "follows to have that done again."
+                    ) from None
+                os.truncate(self.path, self.path.stat().st_size - len(line))  # torn by the end of who wrote it
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a complete line, or None."""
-    if not line.endswith(b"\n"):
-        return None
+def _parse(line: bytes) -> Any:
+    """What is on a line, None if it is damaged."""
     try:
-        row = json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
 
 
 __all__ = ["Journal"]

@@ -20,9 +20,7 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +34,9 @@ from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_elastic import Subnet
+from peft_elastic.files import scratch_folder
 from peft_elastic.pruning import measure_sparsity
+from peft_elastic.utils import writing
 
 from ._data import first_line
 
@@ -184,15 +184,19 @@ def check_new_folder(path: Path, option: str = "--out") -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; it becomes `path` on success and is removed on failure, so that `path`
-    never holds half a model. `path` must not exist, or be an empty folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    never holds half a model. `path` must not exist, or be an empty folder. What killed processes left is removed as well.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(target.parent, target.name) as scratch:
+            content = scratch / "content"
+            content.mkdir()
+            yield content
+            os.replace(content, target)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -211,9 +215,9 @@ def needs_this_package(folder: Path) -> bool:
 def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:
     """Choose the subnet, in the model and in the saved configuration of its adapter."""
     model.set_subnet(subnet)
-    with tempfile.TemporaryDirectory(dir=adapter, prefix=".config-") as folder:
-        model.active_peft_config.save_pretrained(folder)
-        os.replace(Path(folder) / CONFIG_NAME, adapter / CONFIG_NAME)
+    with writing(adapter), scratch_folder(adapter, CONFIG_NAME) as folder:
+        model.active_peft_config.save_pretrained(str(folder))
+        os.replace(folder / CONFIG_NAME, adapter / CONFIG_NAME)
 
 
 def zero_share(model: Any, names: Iterable[str]) -> float:

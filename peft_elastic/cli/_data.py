@@ -29,7 +29,11 @@ from typing import Any
 import datasets
 import torch
 
+from peft_elastic.documents import TEXT, ListOf, MapOf, Record, read_json
 from peft_elastic.utils import atomic_write_text
+
+
+_SPLITS = MapOf(ListOf(Record(prompt=TEXT, completion=TEXT, choices=ListOf(TEXT))))
 
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
@@ -319,7 +323,7 @@ def write_splits(path: Path, splits: Mapping[str, Sequence[Example]]) -> None:
 
 def read_splits(path: Path) -> dict[str, list[Example]]:
     """The inverse of `write_splits`."""
-    plain = json.loads(path.read_text(encoding="utf-8"))
+    plain = _SPLITS.check(read_json(path), str(path))
     return {
         name: [Example(row["prompt"], row["completion"], tuple(row["choices"])) for row in rows]
         for name, rows in plain.items()

@@ -22,7 +22,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_elastic.documents import ANYTHING, NUMBER, MapOf, Record, read_json
 from peft_elastic.utils import atomic_write_text
+
+
+_STAGES = Record(settings=MapOf(ANYTHING), done=MapOf(Record(None, ANYTHING, seconds=NUMBER)))
 
 
 class Journal:
@@ -48,12 +52,10 @@ class Journal:
 
     def _read(self) -> None:
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            settings, self.done = data["settings"], data["done"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{os.fspath(self.path)!r} is damaged ({error!r}); start again with `--fresh`."
-            ) from error
+            data = _STAGES.check(read_json(self.path), "it")
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(self.path)!r} is damaged ({error}); start again with `--fresh`.") from error
+        settings, self.done = data["settings"], data["done"]
         names = [name for name in {**settings, **self.settings} if settings.get(name) != self.settings.get(name)]
         if names:
             differences = "; ".join(

@@ -34,6 +34,7 @@ from peft_elastic import (
     WidthPrunerConfig,
     prune_structured,
 )
+from peft_elastic.documents import read_json
 from peft_elastic.pruning.structured import StructuredPruningConfig, from_pruning_config, to_pruning_config
 from peft_elastic.pruning.structured.config import CHOICES, MEASURES, ORDERS
 from peft_elastic.pruning.structured.units import GRANULARITIES
@@ -282,11 +283,11 @@ def _carry_out(args: argparse.Namespace) -> int:
 def _is_plan(path: Path) -> bool:
     """Whether a file is a plan of ours, and not one of Intel's."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise ValueError(f"`--plan` {os.fspath(path)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ValueError(f"`--plan` {os.fspath(path)!r} is not JSON.") from error
+        raise ValueError(f"`--plan` {error}.") from None
     return isinstance(data, dict) and "format" in data
 
 

@@ -87,8 +87,15 @@ def collect() -> dict[str, Any]:
         "cores": _usable_cores(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "memory": {"total": memory.total, "available": memory.available},
-        "cache": {"folder": str(assets.home()), "holds": assets.cached()},
+        "cache": {"folder": _cache_folder(), "holds": assets.cached()},
     }
+
+
+def _cache_folder() -> str | None:
+    try:
+        return str(assets.home())
+    except assets.AssetError:
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -137,7 +144,8 @@ def _format(report: dict[str, Any]) -> str:
     memory = report["memory"]
     lines.append(f"  {'memory':<14}{_size(memory['available'])} of {_size(memory['total'])} available")
     cache = report["cache"]
-    lines.append(f"  {'cache':<14}{cache['folder']}: {', '.join(cache['holds']) or 'empty'}")
+    empty = "empty" if cache["folder"] else "this user has no home; PEFT_ELASTIC_HOME can name a folder"
+    lines.append(f"  {'cache':<14}{cache['folder'] or 'none'}: {', '.join(cache['holds']) or empty}")
     return "\n".join(lines)
 
 

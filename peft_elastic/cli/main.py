@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 
 import peft_elastic.cli
+from peft_elastic.utils import write_error
 from peft_elastic.version import __version__
 
 
@@ -65,11 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: that of the process) and returns its exit status.
 
-    0 for success, 2 for bad input (argparse's own errors, and a ValueError or OSError from the command, of which one
-    line is printed), 130 when interrupted. Any other exception is a bug, and is not caught.
+    0 for success, 2 for bad input and full disks (argparse's own errors, and a ValueError or OSError from the command, of
+    which one line is printed), 130 when interrupted. Any other exception is a bug, and is not caught.
     """
-    args = build_parser().parse_args(argv)
+    args = None
     try:
+        args = build_parser().parse_args(argv)
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -78,13 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # interpreter would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        if args.traceback:
+    except Exception as error:
+        known = write_error(error) or (error if isinstance(error, (ValueError, OSError)) else None)
+        if known is None or (args and args.traceback):
             raise
-        print(f"peft-elastic: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"peft-elastic: error: {' '.join(str(known).split())}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what is full is where our output goes; the interpreter would try again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except KeyboardInterrupt:
-        if args.traceback:
+        if args and args.traceback:
             raise
         print("peft-elastic: interrupted", file=sys.stderr)
         return 130

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,8 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig
+from peft_elastic.documents import read_json
+from peft_elastic.utils import writing
 
 from . import _common, _data
 
@@ -253,7 +254,8 @@ def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint in a folder: a Trainer that is stopped while it saves leaves half of one."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    complete = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdecimal()]
     complete.sort(key=lambda path: int(path.name.rpartition("-")[2]))
     return str(complete[-1]) if complete else None
 
@@ -261,8 +263,8 @@ def last_checkpoint(folder: Path) -> str | None:
 def _is_json(path: Path) -> bool:
     # the Trainer writes this file last, but not at once
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        read_json(path)
+    except (OSError, ValueError):
         return False
     return True
 
@@ -315,7 +317,8 @@ def fit(
         seed=seed,
         distillation=distillation,
     )
-    output = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    with writing(checkpoints):
+        output = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     model.eval()
     return {
         "steps": output.global_step,

@@ -19,6 +19,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import torch
 from filelock import FileLock
 
 from .. import _native, assets
+from ..documents import FINITE, ListOf, MapOf, read_json
 from ..utils import atomic_write_text
 from ..version import __version__
 from . import ops
@@ -35,6 +37,7 @@ from .format import compress, compress_int4
 
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 5, 200, 0.2
 _MAX_COPIES_BYTES = 2**30
+_LOCK_SECONDS = 10  # a process that was stopped while it writes must not stop the others
 _SPARSITY_STEP = 0.05
 
 _known: dict[str, list[float]] | None = None  # what the file holds
@@ -100,7 +103,7 @@ def measure(
     layer += [] if rows == 1 else [f"{rows} rows"]
     key = json.dumps([*_machine(), *layer])
     known = _all_known()
-    if key not in known:
+    if len(known.get(key, ())) != 2:
         known[key] = list(_time(out_features, in_features, rounded, value_dtype, linear_dtype, group_size, rows))
         _write({key: known[key]})
     return Timing(*known[key])
@@ -116,7 +119,7 @@ def measure_dense(layers: Collection[DenseLayer]) -> dict[DenseLayer, float]:
     for layer in layers:
         kind = ["dense", *layer[:-1], str(layer.dtype).removeprefix("torch.")]
         keys[layer] = json.dumps([*_machine(), *kind])
-    missing = [layer for layer in keys if keys[layer] not in known]
+    missing = [layer for layer in keys if len(known.get(keys[layer], ())) != 1]
     if missing:
         new = {keys[layer]: [seconds] for layer, seconds in zip(missing, _time_dense(missing), strict=True)}
         known.update(new)
@@ -127,7 +130,7 @@ def measure_dense(layers: Collection[DenseLayer]) -> dict[DenseLayer, float]:
 def _all_known() -> dict[str, list[float]]:
     global _known
     if _known is None:
-        _known = _read(timings_file())
+        _known = _read()
     return _known
 
 
@@ -146,28 +149,29 @@ def _machine() -> list[Any]:
     return [report["brand"], _native.selected_level(), torch.get_num_threads(), torch.__version__, __version__, built]
 
 
-def _read(file: Path) -> dict[str, list[float]]:
+def _read() -> dict[str, list[float]]:
+    """What the file holds; nothing, with a warning, if it is damaged: it is a cache, so measure again."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            key: [float(value) for value in entry]
-            for key, entry in data.items()
-            if len(entry) in (1, 2) and all(value > 0 for value in entry)
-        }
-    except FileNotFoundError:
+        data = MapOf(ListOf(FINITE)).check(read_json(timings_file()), "it")
+    except OSError:  # it is not there, or there is no place for it
         return {}
-    except (ValueError, TypeError, AttributeError, OSError):
-        return {}  # damaged or unreadable: a cache, so measure again
+    except ValueError as error:
+        warnings.warn(f"The kernels are timed again: their timings on file are damaged ({error}).", stacklevel=4)
+        return {}
+    return {key: entry for key, entry in data.items() if all(value > 0 for value in entry)}
 
 
 def _write(entries: dict[str, list[float]]) -> None:
-    file = timings_file()
     try:
+        file = timings_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            atomic_write_text(file, json.dumps({**_read(file), **entries}, indent=0))
-    except OSError:
-        return  # a cache folder that cannot be written to: the measurement lasts as long as the process
+        with FileLock(file.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the damage that this mends
+                kept = _read()
+            atomic_write_text(file, json.dumps({**kept, **entries}, indent=0))
+    except (OSError, NotImplementedError):
+        return  # no folder that can be written to or locked: the measurement lasts as long as the process
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..documents import ANYTHING, COUNT, NUMBER, MapOf, Record
 from ..journal import Journal
 from .result import Evaluation
 
@@ -33,15 +34,21 @@ class HistoryFile(Journal):
     Args:
         path (`str` or `os.PathLike`): created with its folder if it does not exist.
         header (`Mapping[str, Any]`): JSON values that identify the search.
+        metrics (`Iterable[str]`): names of metrics that every evaluation has.
 
     Raises:
         ValueError: if the file cannot be written, is damaged, or has another header; the message says what differs.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any], metrics: Iterable[str] = ()) -> None:
         header = {"format": _FORMAT, "version": _VERSION, **header}
-        super().__init__(path, header, "search", ("index", "metrics", "subnet"))
+        values = Record(None, NUMBER, **dict.fromkeys(metrics, NUMBER))
+        super().__init__(
+            path, header, "search", Record(None, ANYTHING, index=COUNT, metrics=values, subnet=MapOf(COUNT))
+        )
         self._by_index = {row["index"]: row for row in self.rows}
+        if len(self._by_index) < len(self.rows):
+            raise ValueError(f"`save_dir`: {os.fspath(path)!r} is damaged: an evaluation is there twice.")
 
     @property
     def n_rows(self) -> int:

@@ -34,6 +34,7 @@ from torch import nn
 from ..deploy import ops, timing
 from ..deploy.format import check_dtype
 from ..deploy.sparsify import CLEARLY_FASTER
+from ..documents import ANYTHING, FINITE, TEXT, Document, ListOf, MapOf, Record
 from ..supernet.host import ElasticHost, get_elastic_host
 from ..supernet.space import LayerShape, SearchSpace, Subnet
 from ..utils import atomic_write_text
@@ -41,8 +42,12 @@ from .context import eval_mode, subnet_restored
 from .merged import MIN_SPARSITY, MergedLinear, base_modules, merged_linears
 
 
-_FORMAT = "peft-elastic/latency"
-_VERSION = 1
+_DOCUMENT = Document(
+    "latency model",
+    "peft-elastic/latency",
+    1,
+    Record(fingerprint=TEXT, workload=MapOf(ANYTHING), fixed=FINITE, layers=MapOf(MapOf(FINITE)), rest=ListOf(FINITE)),
+)
 _MODES = ("forward", "decode")
 _KERNELS = ("auto", "dense", "sparse")
 _MIN_ROUNDS = 3
@@ -183,15 +188,13 @@ class LatencyModel:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the measurements to a JSON file, atomically."""
         data = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "fingerprint": self.space.fingerprint,
             "workload": self.workload,
             "fixed": self._fixed,
             "layers": self._layers,
             "rest": self._rest,
         }
-        atomic_write_text(path, json.dumps(data, indent=1))
+        atomic_write_text(path, json.dumps(_DOCUMENT.wrap(data), indent=1))
 
     def as_begun(self, path: str | os.PathLike[str]) -> LatencyModel:
         """This model with the measurements in `path`, if there is such a file of the same space and workload; else itself.
@@ -204,22 +207,21 @@ class LatencyModel:
         if not Path(path).exists():
             return self
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8", errors="replace"))
-            if data["format"] != _FORMAT or data["version"] != _VERSION:
-                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+            data = _DOCUMENT.read(path)
             if data["fingerprint"] != self.space.fingerprint or data["workload"] != self.workload:
                 return self
-            begun = object.__new__(LatencyModel)
-            begun.space, begun.workload, begun._run = self.space, self.workload, self._run
-            begun._fixed, begun._layers = float(data["fixed"]), dict(data["layers"])
-            begun._rest = [float(value) for value in data["rest"]]
-            if len(begun._rest) != len(self._rest) or set(begun._layers) != set(self._layers):
+            sizes = {name: set(times) for name, times in self._layers.items()}
+            if len(data["rest"]) != len(self._rest) or sizes != {n: set(times) for n, times in data["layers"].items()}:
                 raise ValueError("it belongs to another model")
-            return begun
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{os.fspath(path)!r} does not hold the measurements of this latency model: {error!r}"
-            ) from error
+                f"{os.fspath(path)!r} does not hold the measurements of this latency model: {error}. Delete it to have them "
+                "made again, with another folder for the search."
+            ) from None
+        begun = object.__new__(LatencyModel)
+        begun.space, begun.workload, begun._run = self.space, self.workload, self._run
+        begun._fixed, begun._layers, begun._rest = data["fixed"], data["layers"], data["rest"]
+        return begun
 
     # -- measurement -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
+from ..documents import ANYTHING, COUNT, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
 from ..supernet.space import SearchSpace, Subnet
 from ..utils import atomic_write_text
 from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
@@ -39,8 +40,20 @@ if TYPE_CHECKING:
 
 
 _FILE_NAME = "search_result.json"
-_FORMAT = "peft-elastic/search-result"
-_VERSION = 1
+_EVALUATION = Record(
+    index=COUNT, source=TEXT, subnet=MapOf(COUNT), metrics=MapOf(NUMBER), held_out=Nullable(MapOf(NUMBER))
+)
+_DOCUMENT = Document(
+    "search result",
+    "peft-elastic/search-result",
+    1,
+    Record(
+        space=MapOf(ANYTHING),
+        objectives=MapOf(OneOf("max", "min")),
+        settings=Record({"constraints": Nullable(MapOf(NUMBER))}, ANYTHING),
+        history=ListOf(_EVALUATION),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -275,14 +288,12 @@ class SearchResult:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `search_result.json` into `directory`, atomically."""
         data = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "space": json.loads(self.space.to_json()),
             "objectives": self.objectives,
             "settings": self.settings,
             "history": [{**asdict(e), "subnet": e.subnet.to_dict()} for e in self.history],
         }
-        atomic_write_text(Path(directory) / _FILE_NAME, json.dumps(data, indent=1))
+        atomic_write_text(Path(directory) / _FILE_NAME, json.dumps(_DOCUMENT.wrap(data), indent=1))
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> SearchResult:
@@ -293,15 +304,29 @@ class SearchResult:
             ValueError: if the file is not a search result; the message names it.
         """
         path = Path(directory) / _FILE_NAME
+        data = _DOCUMENT.read(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            if data["format"] != _FORMAT or data["version"] != _VERSION:
-                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
             space = SearchSpace.from_json(json.dumps(data["space"]))
             history = [Evaluation(**{**row, "subnet": space.subnet(row["subnet"])}) for row in data["history"]]
-            return cls(space, data["objectives"], history, data["settings"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a search result: {error!r}") from error
+            result = cls(space, data["objectives"], history, data["settings"])
+            result._check()
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a search result: {error}") from None
+        return result
+
+    def _check(self) -> None:
+        """ValueError unless everything that the methods ask of an evaluation is there."""
+        needed = {*self.objectives, *self.constraints, self.cost}
+        if not self.objectives:
+            raise ValueError("it has no objectives")
+        indices: set[int] = set()
+        for number, evaluation in enumerate(self.history):
+            if evaluation.index in indices:
+                raise ValueError(f"history[{number}].index is {evaluation.index}, as of another evaluation")
+            indices.add(evaluation.index)
+            missing = sorted(needed - set(evaluation.metrics))
+            if missing:
+                raise ValueError(f"history[{number}].metrics lacks {missing[0]!r}")
 
 
 def minimised(metrics: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:

@@ -170,7 +170,7 @@ def search_subnet(
         header |= {f"{name} of the max subnet": costs[name] for name in ALWAYS_RECORDED}
         header |= {"constraints": wanted} if wanted else {}
         header |= {"latency": latency.workload} if latency is not None else {}
-        file = HistoryFile(Path(save_dir) / "history.jsonl", header)
+        file = HistoryFile(Path(save_dir) / "history.jsonl", header, [*directions, *meter.recorded])
         held_out_file = HistoryFile(Path(save_dir) / "held_out.jsonl", header) if held_out is not None else None
         if latency is not None:
             latency.save(Path(save_dir) / _LATENCY_FILE)

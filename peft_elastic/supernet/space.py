@@ -27,12 +27,31 @@ from typing import Any
 
 import numpy as np
 
+from ..documents import ANYTHING, COUNT, FLAG, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
 from ..utils import atomic_write_text
 
 
-_SUBNET_FORMAT = "peft-elastic/subnet"
-_SPACE_FORMAT = "peft-elastic/search-space"
-_VERSION = 1
+_SUBNET = Document("subnet", "peft-elastic/subnet", 1, Record(None, ANYTHING, values=MapOf(COUNT)))
+_CHOICE = Record(
+    None, ANYTHING, kind=TEXT, name=TEXT, options=ListOf(COUNT), modules=ListOf(TEXT), unit_parameters=COUNT
+)
+_LAYER = Record(
+    name=TEXT,
+    out_features=COUNT,
+    in_features=COUNT,
+    bias=FLAG,
+    width=Nullable(TEXT),
+    full_width=COUNT,
+    narrows=OneOf("out", "in"),
+    rank=Nullable(TEXT),
+    depth=ListOf(TEXT),
+)
+_SPACE = Document(
+    "search space",
+    "peft-elastic/search-space",
+    1,
+    Record({"layers": ListOf(_LAYER)}, ANYTHING, choices=ListOf(_CHOICE)),
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +209,7 @@ class Subnet(Mapping[str, int]):
 
     def to_json(self) -> str:
         """JSON text; the inverse of `from_json`."""
-        return json.dumps({"format": _SUBNET_FORMAT, "version": _VERSION, "values": self._values}, indent=2)
+        return json.dumps(_SUBNET.wrap({"values": self._values}), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Subnet:
@@ -199,7 +218,7 @@ class Subnet(Mapping[str, int]):
         Raises:
             ValueError: if the text is not JSON, not a subnet, or of a newer version.
         """
-        return cls(_parse(text, _SUBNET_FORMAT, "subnet", "values", dict))
+        return cls(_SUBNET.parse(text)["values"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json()` to `path`, atomically."""
@@ -213,12 +232,7 @@ class Subnet(Mapping[str, int]):
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not a subnet; the message names the file.
         """
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        try:
-            return cls.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a subnet file: {error}") from error
+        return cls(_SUBNET.read(path)["values"])
 
 
 class SearchSpace:
@@ -411,10 +425,8 @@ class SearchSpace:
             }
             for choice in self.choices
         ]
-        data = {"format": _SPACE_FORMAT, "version": _VERSION, "choices": choices}
-        if self.layers:
-            data["layers"] = [asdict(layer) for layer in self.layers]
-        return json.dumps(data, indent=2)
+        layers = {"layers": [asdict(layer) for layer in self.layers]} if self.layers else {}
+        return json.dumps(_SPACE.wrap({"choices": choices, **layers}), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SearchSpace:
@@ -423,37 +435,18 @@ class SearchSpace:
         Raises:
             ValueError: if the text is not JSON, not a search space, or of a newer version.
         """
-        rows = _parse(text, _SPACE_FORMAT, "search space", "choices", list)
-        layers = json.loads(text).get("layers", [])
-        try:
-            choices = [
-                Choice(
-                    kind=row["kind"],
-                    name=row["name"],
-                    options=tuple(row["options"]),
-                    modules=tuple(row["modules"]),
-                    unit_parameters=row["unit_parameters"],
-                )
-                for row in rows
-            ]
-            return cls(choices, [LayerShape(**{**row, "depth": tuple(row["depth"])}) for row in layers])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a search space: a choice or a layer is incomplete ({error!r})") from error
-
-
-def _parse(text: str, expected_format: str, what: str, field: str, field_type: type) -> Any:
-    try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(data, dict) or data.get("format") != expected_format:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"not a {what}: expected the field 'format' to be {expected_format!r}, found {found!r}")
-    if data.get("version") != _VERSION:
-        raise ValueError(f"a {what} of version {data.get('version')!r}; this release reads version {_VERSION}")
-    if not isinstance(data.get(field), field_type):
-        raise ValueError(f"not a {what}: the field {field!r} is missing or of the wrong type")
-    return data[field]
+        data = _SPACE.parse(text)
+        choices = [
+            Choice(
+                kind=row["kind"],
+                name=row["name"],
+                options=tuple(row["options"]),
+                modules=tuple(row["modules"]),
+                unit_parameters=row["unit_parameters"],
+            )
+            for row in data["choices"]
+        ]
+        return cls(choices, [LayerShape(**{**row, "depth": tuple(row["depth"])}) for row in data.get("layers", [])])
 
 
 def _is_count(value: Any) -> bool:

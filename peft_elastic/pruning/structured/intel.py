@@ -20,16 +20,15 @@ L1 norm, for which the weights were sorted before (see `l1_scores`).
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...documents import read_json
 from ...structure.blocks import Block, Structure, Width
 from ...structure.importance import noted_orders
 from .config import MultiPrunerConfig
@@ -155,9 +154,9 @@ def _kept(model: nn.Module, structure: Structure, state: Mapping[str, int], orde
 def _read(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
+            config = read_json(config)
         except ValueError as error:
-            raise ValueError(f"config: {os.fspath(config)!r} is not JSON ({error}).") from error  # type: ignore[arg-type]
+            raise ValueError(f"config: {error}.") from None
     forms = dict.fromkeys(_PARTS, list) | dict.fromkeys(_WIDTHS, dict)
     if not isinstance(config, Mapping) or not config or set(config) - set(forms):
         raise ValueError(f"config: a pruning_config.json has the entries {list(forms)}, and no others.")

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...deploy.checkpoint import mark_checkpoint
+from ...documents import ANYTHING, COUNT, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...structure.blocks import Structure, Width, layer_at
 from ...structure.description import describe
 from ...structure.extract import extract
@@ -39,8 +40,41 @@ from ...structure.space import activate
 from ...utils import atomic_path, atomic_write_text
 
 
-_FORMAT = "peft-elastic/pruning-plan"
-_VERSION = 1
+_ROW = Record(
+    {"seconds": NUMBER},
+    ANYTHING,
+    stage=TEXT,
+    removed=TEXT,
+    left=COUNT,
+    value=Nullable(NUMBER),
+    cost=NUMBER,
+    parameters=NUMBER,
+    candidates=COUNT,
+    evaluations=COUNT,
+    block_passes=NUMBER,
+)
+_SIZES = Record(None, NUMBER, parameters=NUMBER, macs=NUMBER)
+_DOCUMENT = Document(
+    "pruning plan",
+    "peft-elastic/pruning-plan",
+    1,
+    Record(
+        {
+            "metric": TEXT,
+            "history": ListOf(_ROW),
+            "evaluations": COUNT,
+            "block_passes": NUMBER,
+            "seconds": NUMBER,
+        },
+        method=TEXT,
+        config=MapOf(ANYTHING),
+        model=Record({"class": TEXT}, blocks=MapOf(MapOf(ANYTHING))),
+        values=MapOf(ANYTHING),  # `check` says more of these two
+        units=MapOf(ListOf(COUNT)),
+        before=_SIZES,
+        after=_SIZES,
+    ),
+)
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -223,7 +257,7 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """JSON text; the inverse of `from_json`."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1)
+        return json.dumps(_DOCUMENT.wrap(asdict(self)), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -232,18 +266,7 @@ class PruningPlan:
         Raises:
             ValueError: if it is not a plan, or of a newer version.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"not valid JSON ({error})") from error
-        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
-            raise ValueError(f"not a pruning plan: the field 'format' is not {_FORMAT!r}")
-        if (version := data.pop("version", None)) != _VERSION:
-            raise ValueError(f"a pruning plan of version {version!r}; this release reads version {_VERSION}")
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise ValueError(f"not a pruning plan: {error}") from error
+        return cls(**_DOCUMENT.parse(text))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json()` to `path`, atomically."""
@@ -257,12 +280,7 @@ class PruningPlan:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not a plan; the message names the file.
         """
-        with open(path, encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        try:
-            return cls.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a plan: {error}") from error
+        return cls(**_DOCUMENT.read(path))
 
 
 def check_whole(model: nn.Module) -> None:

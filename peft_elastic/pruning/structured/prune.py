@@ -19,7 +19,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...deploy.timing import clock
-from ...structure.blocks import Structure, layer_at
+from ...documents import FINITE, ListOf, Record, read_json
+from ...structure.blocks import Structure, Width, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
 from ...structure.importance import (
     ORDER_SETTING,
@@ -326,7 +327,7 @@ class _Run:
             return {}
         path = None if self.save_dir is None else self.save_dir / f"order-{self._order_name()}-{'-'.join(kinds)}.json"
         if path is not None and path.exists():
-            scores = {name: torch.tensor(values) for name, values in json.loads(path.read_text()).items()}
+            scores = _read_scores(path, [width for width in self.structure.widths if width.kind in kinds])
         else:
             scores = self._measure_scores(kinds)
             if path is not None:
@@ -398,6 +399,25 @@ def _shares(config: StructuredPruningConfig) -> dict[str, float]:
 
 def _sequences_in(batch: Mapping[str, Any]) -> int:
     return next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()).shape[0]
+
+
+def _read_scores(path: Path, widths: Iterable[Width]) -> dict[str, torch.Tensor]:
+    """The scores in a file, of as many units as there are.
+
+    Raises:
+        ValueError: naming the file and what is wrong in it.
+    """
+    wanted = {order.name: width.units for width in widths for order in width.orders}
+    try:
+        data = Record(**dict.fromkeys(wanted, ListOf(FINITE))).check(read_json(path), "it")
+        for name, units in wanted.items():
+            if len(data[name]) != units:
+                raise ValueError(f"{name!r} must have {units} scores, got {len(data[name])}")
+    except ValueError as error:
+        raise ValueError(
+            f"`save_dir`: {os.fspath(path)!r} is damaged: {error}. Delete it to have the importance measured again."
+        ) from None
+    return {name: torch.tensor(values) for name, values in data.items()}
 
 
 def _as_json(config: StructuredPruningConfig) -> dict[str, Any]:

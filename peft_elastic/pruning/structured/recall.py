@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ...deploy.timing import clock
+from ...documents import COUNT, NUMBER, TEXT, MapOf, Nullable, Record
 from ...journal import Journal
 from .metric import Measurement, Metric
 from .units import State
@@ -31,6 +32,7 @@ from .units import State
 
 _FORMAT = "peft-elastic/structured-pruning"
 _VERSION = 1
+_ROW = Record(data=TEXT, order=Nullable(TEXT), state=MapOf(COUNT), value=NUMBER, block_passes=NUMBER, seconds=NUMBER)
 _SAMPLED = 4096  # elements of each parameter that identify a model
 
 
@@ -47,8 +49,7 @@ def open_journal(folder: Path, model: nn.Module, batches: list[dict[str, Any]] |
         "calibration": None if batches is None else _digest_of_batches(batches),
         "metric": metric,
     }
-    fields = ("data", "order", "state", "value", "block_passes", "seconds")
-    return Journal(folder / "evaluations.jsonl", header, "pruning", fields)
+    return Journal(folder / "evaluations.jsonl", header, "pruning", _ROW)
 
 
 class Recalled:
