@@ -16,18 +16,21 @@
 `save_pretrained` writes the tensors of `format.py` and a `quantization_config`; transformers hands a checkpoint with that
 config to the quantizer below, which is registered when the package is imported. A checkpoint is untrusted: everything
 that it says is verified before a kernel sees a byte.
+
+`save_pretrained` writes one file after the other, into a folder that may hold another model, and may be stopped in between. So
+`config.json` and every file of tensors carry the same digest of all tensors, and files that were not saved together are refused.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,8 +45,10 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..documents import parse_json
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
 from ..structure.blocks import Removed
 from ..structure.description import apply_description, is_described, put_layer_sizes_back, take_layer_sizes
@@ -62,6 +67,7 @@ _VALUE_DTYPES = VALUE_DTYPES | {"int4": torch.uint8}
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
 _ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 _MAX_HEADER_BYTES = 100 * 2**20  # as in safetensors
+_ID = "peft_elastic_id"  # in the metadata of a file: `weights_id` of its config
 
 
 class SparseCheckpointConfig(QuantizationConfigMixin):
@@ -72,14 +78,20 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             "int4"), `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name). int4 has also
             `group_size` (int), `sparse` (bool; false: all values are stored) and `scale_dtype` ("float16" or "float32").
         version (`int`): of this description.
+        weights_id (`str`, *optional*): digest of all tensors that were saved with it. Files of other tensors are refused.
     """
 
     def __init__(
-        self, layers: dict[str, dict[str, Any]] | None = None, version: int = _VERSION, **kwargs: Any
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        version: int = _VERSION,
+        weights_id: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
         self.layers = {} if layers is None else layers
+        self.weights_id = weights_id
 
     def check(self) -> None:
         """ValueError if anything is not of its type or out of its range."""
@@ -89,6 +101,8 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.layers, dict):
             raise ValueError(f"quantization_config: layers must be an object, got {type(self.layers).__name__}.")
+        if not isinstance(self.weights_id, (str, type(None))):
+            raise ValueError(f"quantization_config: weights_id must be text, got {self.weights_id!r:.50}.")
         for name, entry in self.layers.items():
             keys = {"out_features", "in_features", "nnz", "value_dtype", "linear_dtype", "crc32"}
             int4 = isinstance(entry, dict) and entry.get("value_dtype") == "int4"
@@ -164,6 +178,7 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._stays_dense = ""  # why, if it does
         self._layer_sizes: Any = None
+        self._strangers: list[str] = []  # files that do not say which config they were saved with
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -196,14 +211,15 @@ class SparseQuantizer(HfQuantizer):
         put_layer_sizes_back(model.config, self._layer_sizes)
         if is_described(model.config):
             apply_description(model, model.config)
-        for file in checkpoint_files or ():
-            if str(file).endswith(".safetensors"):
-                check_safetensors(file)
-        modules = dict(model.named_modules())
+        self._strangers = check_files(checkpoint_files or (), self.quantization_config)
+        modules, seen = dict(model.named_modules()), dict[str, str]()
         for name, entry in self.quantization_config.layers.items():
             path = _find_path(model, modules, name)
             if path is None:
                 continue
+            if path in seen:
+                raise ValueError(f"quantization_config: {seen[path]!r} and {name!r} are the same layer.")
+            seen[path] = name
             linear = modules[path]
             if not isinstance(linear, (nn.Linear, Conv1D)):
                 raise ValueError(f"quantization_config: layer {name!r} is a {type(linear).__name__}, no linear layer.")
@@ -255,6 +271,8 @@ class SparseQuantizer(HfQuantizer):
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             for (name, _), layer in zip(stored, pool.map(load, stored), strict=True):
                 model.set_submodule(name, layer.eval())
+        if self._strangers:  # not before everything that says more of what is wrong
+            raise _not_together(self._strangers[0])
         if self._stays_dense:
             warnings.warn(f"The sparse layers of this checkpoint are loaded as dense ones: {self._stays_dense}.")
             self.remove_quantization_config(model)
@@ -273,11 +291,12 @@ class SparseQuantizer(HfQuantizer):
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
         state, absent = state_to_save(model), _absent_parameters(model)
+        self.quantization_config.weights_id = _digest(model.state_dict() if state is None else state)
         if absent:
             # Where this package is not imported, transformers would make up the weights of what was removed. Empty tensors in
             # their place let it fail.
             state = (model.state_dict() if state is None else state) | {name: torch.empty(0) for name in absent}
-        return state, {}
+        return state, {_ID: self.quantization_config.weights_id}
 
     def is_serializable(self) -> bool:
         return True
@@ -312,8 +331,73 @@ def mark_checkpoint(model: PreTrainedModel) -> None:
         model.is_quantized, model.quantization_method = True, METHOD
 
 
-def check_safetensors(file: str | os.PathLike[str]) -> None:
+def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> list[str]:
+    """Verify that the files of a checkpoint hold the tensors of the layers that its config describes, and of no others.
+
+    Returns:
+        the files that do not say which config they were saved with, though the config has a `weights_id`.
+
+    Raises:
+        ValueError: naming the tensor, the layer or the file that is one too many, or was saved with another config.
+    """
+    where: dict[str, str] = {}
+    strangers = []
+    for file in files:
+        name = os.path.basename(file)
+        if not name.endswith(".safetensors"):
+            if config.layers:
+                raise ValueError(f"{name} is no safetensors file; sparse layers are read from these alone.")
+            continue
+        header = check_safetensors(file)
+        metadata = header.pop("__metadata__", None)
+        found = metadata.get(_ID) if isinstance(metadata, dict) else None
+        if found is None and config.weights_id is not None:
+            strangers.append(file)
+        elif found != config.weights_id:
+            raise _not_together(file)
+        for tensor in header:
+            if tensor in where:
+                raise ValueError(f"{tensor} is in {where[tensor]} and in {name}; it must be in one of them.")
+            where[tensor] = name
+    stored = {tensor for tensor in where if tensor.rpartition(".")[2] in _STORED}
+    for tensor in sorted(stored):
+        dense = f"{tensor.rpartition('.')[0]}.weight"
+        if dense in where:
+            raise ValueError(f"{tensor} in {where[tensor]} is of a sparse layer, but {dense} is there as well.")
+    described = {f"{name}.{key}" for name, entry in config.layers.items() for key in _stored_dtypes(entry)}
+    # transformers may save a layer under another path than it has in the model: then as many others are missing here
+    if len(stored) > len(described):
+        tails = set(map(_tail, described))
+        more = sorted(stored - described, key=lambda tensor: (_tail(tensor) in tails, tensor))
+        layer = more[0].rpartition(".")[0]
+        raise ValueError(
+            f"quantization_config: layer {layer!r} is left out, or described wrongly: {where[more[0]]} holds {more[0]}."
+        )
+    return strangers
+
+
+def _tail(path: str) -> str:
+    """What does not change when a model becomes a part of another: from the number of the block on."""
+    match = re.search(r"\.\d+\..*", path)
+    return match[0] if match else path
+
+
+def _not_together(file: str) -> ValueError:
+    folder, name = os.path.split(file)
+    what = "a `save_pretrained` over an older model was interrupted, or one of the two was exchanged. Save the model again."
+    if name == SAFE_WEIGHTS_NAME and os.path.exists(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
+        what = "an older model is in the same folder as the shards of this one. Remove it, or save to another folder."
+    return ValueError(
+        f"{name} was not saved with this config.json: {what} (If they do belong together, remove `weights_id` from "
+        f"quantization_config and `{_ID}` from the metadata of the file.)"
+    )
+
+
+def check_safetensors(file: str | os.PathLike[str]) -> dict[str, Any]:
     """Verify the header of a safetensors file against the length of the file, without reading the tensors.
+
+    Returns:
+        the header.
 
     Raises:
         ValueError: naming the tensor whose offsets, type, shape and length do not agree, or the file if it is damaged as a
@@ -327,9 +411,9 @@ def check_safetensors(file: str | os.PathLike[str]) -> None:
         if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"{name} is damaged: {size} bytes, and its header claims {length}.")
         try:
-            header = json.loads(stream.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is damaged: its header is not JSON ({error}).") from None
+            header = parse_json(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: its header is {error}.") from None
     if not isinstance(header, dict):
         raise ValueError(f"{name} is damaged: its header is not a JSON object.")
     spans = []
@@ -355,6 +439,7 @@ def check_safetensors(file: str | os.PathLike[str]) -> None:
     for (_, end, _), (begin, _, tensor) in zip(spans, spans[1:]):
         if begin < end:
             raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
+    return header
 
 
 def _absent_parameters(model: nn.Module) -> list[str]:
@@ -397,6 +482,19 @@ def _describe(layer: SparseLinear) -> dict[str, Any]:
 
 def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    """Hexadecimal digest of names, types, shapes and values of tensors, wherever they are."""
+
+    def describe(item: tuple[str, Any]) -> str:
+        name, tensor = item
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
+            return f"{name} elsewhere"
+        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {_crc32(tensor.detach().cpu().reshape(-1))}"
+
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return hashlib.sha256("\n".join(pool.map(describe, sorted(state.items()))).encode()).hexdigest()[:32]
 
 
 def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
