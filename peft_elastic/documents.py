@@ -46,15 +46,9 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: if it is none, is not UTF-8, gives a key twice, or is nested too deeply.
     """
     try:
-        data = json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_object)
-        _check_depth(data)
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid JSON (not UTF-8: {error.reason} at byte {error.start})") from None
+        return _parse(text)
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from None
-    return data
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -83,9 +77,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     raw = read_bytes(path)
     try:
-        return parse_json(raw)
+        return _parse(raw)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r} is {error}") from None
+        raise ValueError(f"{os.fspath(path)!r} is not JSON ({error})") from None
+
+
+def _parse(text: str | bytes) -> Any:
+    try:
+        data = json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    _check_depth(data)
+    return data
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_an_unpacking_that_fails_leaves_nothing(cache, index):
 
 
 def test_what_a_killed_process_left_is_not_used(cache, index):
-    half = cache / ".tiny-1.partial" / "content"
+    half = cache / ".tiny-1.0123456789abcdef.partial" / "content"
     half.mkdir(parents=True)
     (half / "half.txt").write_text("half")
     assert assets.cached() == []

@@ -216,7 +216,7 @@ def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:
     """Choose the subnet, in the model and in the saved configuration of its adapter."""
     model.set_subnet(subnet)
     with writing(adapter), scratch_folder(adapter, CONFIG_NAME) as folder:
-        model.active_peft_config.save_pretrained(str(folder))
+        model.active_peft_config.save_pretrained(str(folder), weights_in=adapter)
         os.replace(folder / CONFIG_NAME, adapter / CONFIG_NAME)
 
 

@@ -41,19 +41,20 @@ from ...utils import atomic_path, atomic_write_text
 
 
 _ROW = Record(
-    {"seconds": NUMBER},
+    {
+        "removed": TEXT,
+        "cost": NUMBER,
+        "parameters": NUMBER,
+        "candidates": COUNT,
+        "evaluations": COUNT,
+        "block_passes": NUMBER,
+        "seconds": NUMBER,
+    },
     ANYTHING,
     stage=TEXT,
-    removed=TEXT,
     left=COUNT,
     value=Nullable(NUMBER),
-    cost=NUMBER,
-    parameters=NUMBER,
-    candidates=COUNT,
-    evaluations=COUNT,
-    block_passes=NUMBER,
 )
-_SIZES = Record(None, NUMBER, parameters=NUMBER, macs=NUMBER)
 _DOCUMENT = Document(
     "pruning plan",
     "peft-elastic/pruning-plan",
@@ -68,11 +69,11 @@ _DOCUMENT = Document(
         },
         method=TEXT,
         config=MapOf(ANYTHING),
-        model=Record({"class": TEXT}, blocks=MapOf(MapOf(ANYTHING))),
+        model=Record(**{"class": TEXT, "blocks": MapOf(MapOf(ANYTHING))}),
         values=MapOf(ANYTHING),  # `check` says more of these two
         units=MapOf(ListOf(COUNT)),
-        before=_SIZES,
-        after=_SIZES,
+        before=MapOf(NUMBER),
+        after=MapOf(NUMBER),
     ),
 )
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -211,9 +212,9 @@ class PruningPlan:
                 for path in self.model["blocks"]
                 if f"depth:{path}" not in gone and not {f"depth:{path}.attention", f"depth:{path}.mlp"} <= gone
             ]
-            if row["evaluations"]:
-                total += row["candidates"] * len(whole)
-            if row["left"] == 0:
+            if row.get("evaluations"):
+                total += row.get("candidates", 0) * len(whole)
+            if row["left"] == 0 and "removed" in row:
                 gone.add(row["removed"])
         return total
 
@@ -237,7 +238,7 @@ class PruningPlan:
                 lines.append(f"  {title} removed: {', '.join(map(str, gone))}")
         for kind, title in (("mlp", "channels"), ("heads", "heads")):
             cut = [
-                f"{number}: {self.values[f'{kind}:{path}']} of {sizes[kind]}"
+                f"{number}: {self.values[f'{kind}:{path}']} of {sizes.get(kind, '?')}"
                 for number, (path, sizes) in enumerate(self.model["blocks"].items())
                 if f"{kind}:{path}" in self.values
             ]
@@ -331,7 +332,7 @@ def _is_out_of_order(model: nn.Module, width: Width, units: Mapping[str, list[in
 
 
 def draw(plan: PruningPlan, path: str | os.PathLike[str] | None) -> Figure:
-    rows = [row for row in plan.history if row["value"] is not None]
+    rows = [row for row in plan.history if row["value"] is not None and "parameters" in row]
     if not rows:
         raise ValueError("plot: no removal of this plan was evaluated, so there is nothing to draw.")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -341,7 +342,7 @@ def draw(plan: PruningPlan, path: str | os.PathLike[str] | None) -> Figure:
         raise ValueError(f"`path` must end in one of {formats}, got {os.fspath(path)!r}.")
     axes = figure.subplots()
     last = None
-    if plan.metric in plan.before:
+    if plan.metric in plan.before and "parameters" in plan.before:
         last = (plan.before["parameters"], plan.before[plan.metric])
         axes.scatter([last[0]], [last[1]], color="#333333", marker="D", s=40, zorder=3, label="whole model")
     for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):

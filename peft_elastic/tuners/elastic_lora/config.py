@@ -13,15 +13,21 @@
 # limitations under the License.
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Optional, Union
+import json
+import os
+import zlib
+from dataclasses import InitVar, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional, Union
 
 from peft import LoraConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
+from ...documents import COUNT, MapOf, read_json
 from ...structure.blocks import KINDS
 from ...structure.importance import IMPORTANCES
 from ...structure.space import check_width_options
+from ...utils import atomic_write_text
 
 
 # The variants of LoRA that work on any leading part of A and B. The others keep state of their own for each rank
@@ -113,11 +119,14 @@ class ElasticLoraConfig(LoraConfig):
         metadata={"help": "The chosen subnet by choice key; None is the maximal one. Set it with model.set_subnet."},
     )
 
+    # Of a file: what the weights beside it are, see `save_pretrained`.
+    weights_crc32: InitVar[Optional[int]] = None
+
     # Not a field: what `init_lora_weights` was when the adapter was built. Users set it to True to save a PiSSA adapter's
     # initial state.
     initialized_with = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weights_crc32: Optional[int] = None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ELASTIC_LORA
         self._check_lora_options()
@@ -128,6 +137,8 @@ class ElasticLoraConfig(LoraConfig):
             raise ValueError(
                 f"`active_subnet` must be a dict from choice key to value, got {type(self.active_subnet).__name__}."
             )
+        if self.active_subnet is not None:
+            MapOf(COUNT).check(dict(self.active_subnet), "`active_subnet`")
 
     def _check_lora_options(self) -> None:
         """Refuse what cannot follow a change of rank."""
@@ -217,6 +228,52 @@ class ElasticLoraConfig(LoraConfig):
                         f"`{name}` cannot be combined with `elastic_width` or `elastic_depth`. Leave it unset."
                     )
 
+    # -- on disk ----------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str, *, weights_in: Optional[Union[str, os.PathLike[str]]] = None, **kwargs: Any
+    ) -> None:
+        """
+        Writes `adapter_config.json`.
+
+        peft writes the weights of an adapter and then this file, into a folder that may hold another adapter, and may be
+        stopped in between. So the file says which weights it goes with, and other ones are refused when it is read.
+
+        Args:
+            save_directory: the folder.
+            weights_in: the folder of the weights it goes with; by default `save_directory` when the file is written with an
+                adapter, and none when a configuration is saved alone.
+        """
+        if weights_in is None and "auto_mapping_dict" in kwargs:  # what a PeftModel says that has written the weights
+            weights_in = save_directory
+        super().save_pretrained(save_directory, **kwargs)
+        weights = None if weights_in is None else _weights_file(Path(weights_in))
+        if weights is not None:
+            path = Path(save_directory) / CONFIG_NAME
+            data = {**json.loads(path.read_text()), "weights_crc32": _crc32(weights)}
+            atomic_write_text(path, json.dumps(data, indent=2, sort_keys=True))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Reads `adapter_config.json`.
+
+        Raises:
+            ValueError: naming the file, if it is damaged, or was not saved with the weights in the same folder.
+        """
+        path = Path(path_json_file)
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise ValueError(f"{os.fspath(path)!r} must hold an object, got {type(data).__name__}.")
+        expected, weights = data.get("weights_crc32"), _weights_file(path.parent)
+        if expected is not None and weights is not None and _crc32(weights) != expected:
+            raise ValueError(
+                f"{os.fspath(weights)!r} was not saved with this {CONFIG_NAME}, or is damaged: a `save_pretrained` over an older "
+                "adapter was interrupted, or one of the two was exchanged. Save the adapter again. (If they do belong together, "
+                f"remove `weights_crc32` from {CONFIG_NAME}.)"
+            )
+        return super().from_json_file(path_json_file, **kwargs)
+
     @property
     def depth_entries(self) -> list[Union[int, str]]:
         """`elastic_depth` as a list."""
@@ -232,3 +289,17 @@ class ElasticLoraConfig(LoraConfig):
         small: `elastic_ranks` times `max_rank / r`, rounded up."""
         assert self.elastic_ranks is not None
         return tuple(sorted({-(-k * max_rank // self.r) for k in self.elastic_ranks}, reverse=True))
+
+
+def _weights_file(folder: Path) -> Optional[Path]:
+    """The file that peft reads the weights of an adapter from."""
+    files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value

@@ -86,7 +86,7 @@ class SparseQALoraConfig(ElasticLoraConfig):
         default="minmax", metadata={"help": "How scales are fitted to a base in floating point: 'minmax' or 'mse'."}
     )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weights_crc32: Optional[int] = None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SPARSE_QA_LORA
         for name in ("sparse_adapter", "quantization_aware"):
