@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,17 @@ def run(args: argparse.Namespace) -> int:
     print(model.subnet_summary().describe())
 
     written: list[tuple[Any, str]] = []
+    with ExitStack() as folders:  # they appear together, at the end
+        _fill(args, model, tokenizer, written, folders)
+    _common.say_written(written)
+    return 0
+
+
+def _fill(
+    args: argparse.Namespace, model: Any, tokenizer: Any, written: list[tuple[Any, str]], folders: ExitStack
+) -> None:
     if args.export_lora is not None:
-        with _common.new_folder(args.export_lora) as folder:
-            model.export_lora(folder)
+        model.export_lora(folders.enter_context(_common.new_folder(args.export_lora)))
         written.append((args.export_lora, "plain LoRA adapter: PeftModel.from_pretrained(base, ...)"))
     if args.out is not None:
         targets = [module for choice in model.search_space for module in choice.modules]
@@ -106,14 +115,12 @@ def run(args: argparse.Namespace) -> int:
         loads_with = "AutoModelForCausalLM.from_pretrained(...)"
         if args.sparse:
             print(sparsify_linears(merged, args.sparse))
+        folder = folders.enter_context(_common.new_folder(args.out))
         if args.gptq:
-            save_gptq(merged, args.out, tokenizer=tokenizer)
+            save_gptq(merged, folder, tokenizer=tokenizer)
             loads_with = "peft_elastic.load_gptq(...), or AutoModelForCausalLM.from_pretrained(...) with GPTQModel"
         else:
-            with _common.new_folder(args.out) as folder:
-                _common.save_model(merged, tokenizer, folder)
-            if _common.needs_this_package(args.out):
+            _common.save_model(merged, tokenizer, folder)
+            if _common.needs_this_package(folder):
                 loads_with = f"import peft_elastic; {loads_with}"
         written.append((args.out, f"merged model: {loads_with}"))
-    _common.say_written(written)
-    return 0

@@ -209,9 +209,12 @@ def run(args: argparse.Namespace) -> int:
         if last_checkpoint(checkpoints):
             print(f"\nThe last checkpoint is in {checkpoints}; the same command with --resume continues from there.")
         raise
+    finally:
+        if not last_checkpoint(checkpoints):  # nor half of one is left to be in the way of the next attempt
+            shutil.rmtree(checkpoints, ignore_errors=True)
     with _common.new_folder(args.out) as folder:
         model.save_pretrained(folder)
-    shutil.rmtree(checkpoints)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     _common.say_written(
         [(args.out, "the super-adapter, with the max subnet active")],
         ["peft-elastic", "search", "--model", args.model, "--adapter", args.out]
