@@ -23,6 +23,7 @@ A reader declares what it reads as a `Kind`, and may then rely on it:
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -64,6 +65,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # nor is it there if what should be its folder is a file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from error
     except OSError as error:
         raise ValueError(f"{os.fspath(path)!r} cannot be read: {error.strerror or error}") from error
 

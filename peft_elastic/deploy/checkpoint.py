@@ -18,18 +18,18 @@ config to the quantizer below, which is registered when the package is imported.
 that it says is verified before a kernel sees a byte.
 
 `save_pretrained` writes one file after the other, into a folder that may hold another model, and may be stopped in between. So
-`config.json` and every file of tensors carry the same digest of all tensors, and files that were not saved together are refused.
+`config.json` has a checksum of every tensor, and files that were not saved together are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import struct
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -48,7 +48,7 @@ from transformers.quantizers.auto import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..documents import parse_json
+from ..documents import COUNT, MapOf, parse_json
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
 from ..structure.blocks import Removed
 from ..structure.description import apply_description, is_described, put_layer_sizes_back, take_layer_sizes
@@ -67,7 +67,6 @@ _VALUE_DTYPES = VALUE_DTYPES | {"int4": torch.uint8}
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
 _ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 _MAX_HEADER_BYTES = 100 * 2**20  # as in safetensors
-_ID = "peft_elastic_id"  # in the metadata of a file: `weights_id` of its config
 
 
 class SparseCheckpointConfig(QuantizationConfigMixin):
@@ -78,20 +77,20 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             "int4"), `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name). int4 has also
             `group_size` (int), `sparse` (bool; false: all values are stored) and `scale_dtype` ("float16" or "float32").
         version (`int`): of this description.
-        weights_id (`str`, *optional*): digest of all tensors that were saved with it. Files of other tensors are refused.
+        dense_crc32 (`dict`, *optional*): of the other tensors that were saved with it, by their names.
     """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         version: int = _VERSION,
-        weights_id: str | None = None,
+        dense_crc32: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
         self.layers = {} if layers is None else layers
-        self.weights_id = weights_id
+        self.dense_crc32 = {} if dense_crc32 is None else dense_crc32
 
     def check(self) -> None:
         """ValueError if anything is not of its type or out of its range."""
@@ -101,8 +100,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.layers, dict):
             raise ValueError(f"quantization_config: layers must be an object, got {type(self.layers).__name__}.")
-        if not isinstance(self.weights_id, (str, type(None))):
-            raise ValueError(f"quantization_config: weights_id must be text, got {self.weights_id!r:.50}.")
+        MapOf(COUNT).check(self.dense_crc32, "quantization_config: dense_crc32")
         for name, entry in self.layers.items():
             keys = {"out_features", "in_features", "nnz", "value_dtype", "linear_dtype", "crc32"}
             int4 = isinstance(entry, dict) and entry.get("value_dtype") == "int4"
@@ -178,7 +176,6 @@ class SparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._stays_dense = ""  # why, if it does
         self._layer_sizes: Any = None
-        self._strangers: list[str] = []  # files that do not say which config they were saved with
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +208,7 @@ class SparseQuantizer(HfQuantizer):
         put_layer_sizes_back(model.config, self._layer_sizes)
         if is_described(model.config):
             apply_description(model, model.config)
-        self._strangers = check_files(checkpoint_files or (), self.quantization_config)
+        check_files(checkpoint_files or (), self.quantization_config)
         modules, seen = dict(model.named_modules()), dict[str, str]()
         for name, entry in self.quantization_config.layers.items():
             path = _find_path(model, modules, name)
@@ -271,8 +268,6 @@ class SparseQuantizer(HfQuantizer):
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             for (name, _), layer in zip(stored, pool.map(load, stored), strict=True):
                 model.set_submodule(name, layer.eval())
-        if self._strangers:  # not before everything that says more of what is wrong
-            raise _not_together(self._strangers[0])
         if self._stays_dense:
             warnings.warn(f"The sparse layers of this checkpoint are loaded as dense ones: {self._stays_dense}.")
             self.remove_quantization_config(model)
@@ -291,12 +286,12 @@ class SparseQuantizer(HfQuantizer):
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
         state, absent = state_to_save(model), _absent_parameters(model)
-        self.quantization_config.weights_id = _digest(model.state_dict() if state is None else state)
+        self.quantization_config.dense_crc32 = _dense_checksums(model, model.state_dict() if state is None else state)
         if absent:
             # Where this package is not imported, transformers would make up the weights of what was removed. Empty tensors in
             # their place let it fail.
             state = (model.state_dict() if state is None else state) | {name: torch.empty(0) for name in absent}
-        return state, {_ID: self.quantization_config.weights_id}
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -331,34 +326,28 @@ def mark_checkpoint(model: PreTrainedModel) -> None:
         model.is_quantized, model.quantization_method = True, METHOD
 
 
-def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> list[str]:
-    """Verify that the files of a checkpoint hold the tensors of the layers that its config describes, and of no others.
-
-    Returns:
-        the files that do not say which config they were saved with, though the config has a `weights_id`.
+def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> None:
+    """Verify that the files of a checkpoint hold the tensors that its config describes, and no others. Those of sparse layers are
+    looked at again, and more closely, when they have been read.
 
     Raises:
-        ValueError: naming the tensor, the layer or the file that is one too many, or was saved with another config.
+        ValueError: naming the tensor, the layer or the file that is one too many, missing or another one.
     """
     where: dict[str, str] = {}
-    strangers = []
+    places: dict[str, tuple[str, int, int]] = {}
     for file in files:
         name = os.path.basename(file)
         if not name.endswith(".safetensors"):
             if config.layers:
                 raise ValueError(f"{name} is no safetensors file; sparse layers are read from these alone.")
-            continue
-        header = check_safetensors(file)
-        metadata = header.pop("__metadata__", None)
-        found = metadata.get(_ID) if isinstance(metadata, dict) else None
-        if found is None and config.weights_id is not None:
-            strangers.append(file)
-        elif found != config.weights_id:
-            raise _not_together(file)
-        for tensor in header:
+            return
+        header, begin = check_safetensors(file)
+        for tensor, entry in header.items():
             if tensor in where:
                 raise ValueError(f"{tensor} is in {where[tensor]} and in {name}; it must be in one of them.")
             where[tensor] = name
+            first, last = entry["data_offsets"]
+            places[tensor] = (file, begin + first, last - first)
     stored = {tensor for tensor in where if tensor.rpartition(".")[2] in _STORED}
     for tensor in sorted(stored):
         dense = f"{tensor.rpartition('.')[0]}.weight"
@@ -367,37 +356,57 @@ def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> list[st
     described = {f"{name}.{key}" for name, entry in config.layers.items() for key in _stored_dtypes(entry)}
     # transformers may save a layer under another path than it has in the model: then as many others are missing here
     if len(stored) > len(described):
-        tails = set(map(_tail, described))
-        more = sorted(stored - described, key=lambda tensor: (_tail(tensor) in tails, tensor))
-        layer = more[0].rpartition(".")[0]
+        tensor = _first_unlike(stored - described, described)
+        layer = tensor.rpartition(".")[0]
         raise ValueError(
-            f"quantization_config: layer {layer!r} is left out, or described wrongly: {where[more[0]]} holds {more[0]}."
+            f"quantization_config: layer {layer!r} is left out, or described wrongly: {where[tensor]} holds {tensor}."
         )
-    return strangers
+    _check_dense({name: places[name] for name in places if name not in stored}, config.dense_crc32)
 
 
-def _tail(path: str) -> str:
-    """What does not change when a model becomes a part of another: from the number of the block on."""
-    match = re.search(r"\.\d+\..*", path)
-    return match[0] if match else path
+def _check_dense(places: Mapping[str, tuple[str, int, int]], expected: Mapping[str, int]) -> None:
+    """Verify tensors, by their (file, offset, bytes), against checksums. What transformers saves under other names, or several as
+    one, is left out."""
+    known = [name for name, (_, _, size) in places.items() if name in expected and size]
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        found = dict(zip(known, pool.map(lambda name: _crc32_of_file(*places[name]), known), strict=True))
+    for name, value in found.items():
+        if value != expected[name]:
+            raise _not_together(name, places[name][0])
+    if len(found) == sum(size > 0 for _, _, size in places.values()):
+        count = Counter(expected.values())  # tied tensors have one checksum, and are saved once
+        missing = sorted(name for name in expected if name not in places and count[expected[name]] == 1)
+        if missing and places:
+            raise ValueError(f"{missing[0]} is missing.")
 
 
-def _not_together(file: str) -> ValueError:
+def _first_unlike(names: Iterable[str], others: Iterable[str]) -> str:
+    """The first of `names` that is not, under another path, among `others`: from the number of the block on, which does not
+    change when a model becomes a part of another."""
+
+    def tail(name: str) -> str:
+        match = re.search(r"\.\d+\..*", name)
+        return match[0] if match else name
+
+    tails = set(map(tail, others))
+    return min(names, key=lambda name: (tail(name) in tails, name))
+
+
+def _not_together(tensor: str, file: str) -> ValueError:
     folder, name = os.path.split(file)
-    what = "a `save_pretrained` over an older model was interrupted, or one of the two was exchanged. Save the model again."
+    why = "it is damaged, or a `save_pretrained` over an older model was interrupted. Save the model again."
     if name == SAFE_WEIGHTS_NAME and os.path.exists(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
-        what = "an older model is in the same folder as the shards of this one. Remove it, or save to another folder."
+        why = "the file is of an older model beside the shards of this one. Remove it, or save to another folder."
     return ValueError(
-        f"{name} was not saved with this config.json: {what} (If they do belong together, remove `weights_id` from "
-        f"quantization_config and `{_ID}` from the metadata of the file.)"
+        f"{tensor} in {name} was not saved with this config.json, which has another checksum of it: {why}"
     )
 
 
-def check_safetensors(file: str | os.PathLike[str]) -> dict[str, Any]:
+def check_safetensors(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
     """Verify the header of a safetensors file against the length of the file, without reading the tensors.
 
     Returns:
-        the header.
+        what the header says of each tensor, and where in the file their bytes begin.
 
     Raises:
         ValueError: naming the tensor whose offsets, type, shape and length do not agree, or the file if it is damaged as a
@@ -439,7 +448,8 @@ def check_safetensors(file: str | os.PathLike[str]) -> dict[str, Any]:
     for (_, end, _), (begin, _, tensor) in zip(spans, spans[1:]):
         if begin < end:
             raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
-    return header
+    header.pop("__metadata__", None)
+    return header, length + 8
 
 
 def _absent_parameters(model: nn.Module) -> list[str]:
@@ -484,17 +494,30 @@ def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
 
 
-def _digest(state: Mapping[str, Any]) -> str:
-    """Hexadecimal digest of names, types, shapes and values of tensors, wherever they are."""
+def _crc32_of_file(file: str, offset: int, size: int) -> int:
+    value = 0
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        while size > 0:
+            block = stream.read(min(size, 1 << 22))
+            if not block:
+                break
+            value, size = zlib.crc32(block, value), size - len(block)
+    return value
 
-    def describe(item: tuple[str, Any]) -> str:
-        name, tensor = item
-        if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
-            return f"{name} elsewhere"
-        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {_crc32(tensor.detach().cpu().reshape(-1))}"
 
+def _dense_checksums(model: nn.Module, state: Mapping[str, Any]) -> dict[str, int]:
+    """Of all tensors that are not those of sparse layers, and that are here."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    dense = {
+        name: tensor
+        for name, tensor in sorted(state.items())
+        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.numel()
+        if name.rpartition(".")[2] not in _STORED and name not in ignored
+    }
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        return hashlib.sha256("\n".join(pool.map(describe, sorted(state.items()))).encode()).hexdigest()[:32]
+        sums = pool.map(lambda tensor: _crc32(tensor.detach().cpu().reshape(-1)), dense.values())
+        return dict(zip(dense, sums, strict=True))
 
 
 def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
