@@ -151,6 +151,7 @@ ANYTHING = Kind("anything", lambda value: True)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 COUNT = Kind("a whole number from 0 up", _is_count)
+POSITIVE = Kind("a whole number from 1 up", lambda value: _is_count(value) and value > 0)
 NUMBER = Kind("a number", _is_number)
 FINITE = Kind("a finite number", lambda value: _is_number(value) and math.isfinite(value))
 
@@ -293,6 +294,7 @@ __all__ = [
     "FINITE",
     "FLAG",
     "NUMBER",
+    "POSITIVE",
     "TEXT",
     "Document",
     "Kind",

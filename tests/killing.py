@@ -13,11 +13,15 @@
 # limitations under the License.
 """Death at the wrong moment: work in a child process that is killed at each of its file operations in turn."""
 
+import multiprocessing
 import os
+import random
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
@@ -50,13 +54,67 @@ def deaths(work: Callable[[], object]) -> Iterator[int]:
             yield number
 
 
+def random_deaths(work: Callable[[], object], seed: int, points: int = 20) -> Iterator[str]:
+    """As `deaths`, at so many random points of `work` alone: half of them before a change, half of them at any time. The last one
+    is not killed; what it yields is empty."""
+    rng = random.Random(seed)
+    counter = multiprocessing.Value("i", 0)
+    seconds = _run(work, lambda: _count_changes(counter))
+    assert seconds is not None and counter.value > 0
+    for point in range(points):
+        if point % 2:
+            number = rng.randint(1, counter.value)
+            _run(work, lambda number=number: _die_before_change(number))
+            yield f"before change {number} of {counter.value}"
+        else:
+            after = rng.uniform(0, seconds)
+            _run(work, lambda: None, after)
+            yield f"after {after:.3f} of {seconds:.3f} s"
+    assert _run(work, lambda: None) is not None
+    yield ""
+
+
+def _run(work: Callable[[], object], begin: Callable[[], None], kill_after: float | None = None) -> float | None:
+    """Seconds that a forked child takes for `work`; None if it is killed."""
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            begin()
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0
+        return time.monotonic() - start
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return None
+
+
+def _count_changes(counter: Any) -> None:
+    def hook(event: str, args: tuple) -> None:
+        if _is_change(event, args):
+            counter.value += 1
+
+    sys.addaudithook(hook)
+
+
+def _is_change(event: str, args: tuple) -> bool:
+    return event in CHANGES or (event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+
+
 def _die_before_change(number: int) -> None:
     seen = 0
 
     def hook(event: str, args: tuple) -> None:
         nonlocal seen
-        writes = event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if writes or event in CHANGES:
+        if _is_change(event, args):
             seen += 1
             if seen == number:
                 os.kill(os.getpid(), signal.SIGKILL)

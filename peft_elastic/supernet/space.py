@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..documents import ANYTHING, COUNT, FLAG, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
+from ..documents import ANYTHING, COUNT, FLAG, POSITIVE, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
 from ..utils import atomic_write_text
 
 
@@ -41,7 +41,7 @@ _LAYER = Record(
     in_features=COUNT,
     bias=FLAG,
     width=Nullable(TEXT),
-    full_width=COUNT,
+    full_width=POSITIVE,
     narrows=OneOf("out", "in"),
     rank=Nullable(TEXT),
     depth=ListOf(TEXT),
