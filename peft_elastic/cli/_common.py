@@ -31,6 +31,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_elastic import Subnet
@@ -41,6 +42,8 @@ from peft_elastic.utils import writing
 from ._data import first_line
 
 
+# What libraries raise when they meet a file that is damaged, which is not always their best.
+_UNLOADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -95,7 +98,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any
         config = AutoConfig.from_pretrained(name)
         architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
         return architecture.from_pretrained(name, dtype=dtype).to(device)
-    except (OSError, ValueError) as error:
+    except _UNLOADABLE as error:
         raise ValueError(f"`--model` {name!r} cannot be loaded: {first_line(error)}") from error
 
 
@@ -119,7 +122,7 @@ def load_tokenizer(name: str, required: bool = True) -> Any:
     _check_folder("--model", name, "config.json")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except _UNLOADABLE as error:
         if not required:
             return None
         raise ValueError(f"`--model` {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
@@ -134,7 +137,7 @@ def base_model_name(model: str | None, adapter: str) -> str:
     _check_folder("--adapter", adapter, "adapter_config.json")
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
+    except _UNLOADABLE as error:
         raise ValueError(f"`--adapter` {adapter!r} cannot be loaded: {first_line(error)}") from error
     if model or config.base_model_name_or_path:
         return model or config.base_model_name_or_path
@@ -149,7 +152,7 @@ def load_adapter(model: Any, adapter: str) -> PeftModel:
     """
     try:
         peft_model = PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
+    except _UNLOADABLE as error:
         raise ValueError(f"`--adapter` {adapter!r} cannot be loaded on this model: {first_line(error)}") from error
     if not hasattr(peft_model, "search_space"):
         raise ValueError(

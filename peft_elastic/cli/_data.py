@@ -19,8 +19,10 @@ import argparse
 import hashlib
 import inspect
 import json
+import os
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +32,8 @@ import datasets
 import torch
 
 from peft_elastic.documents import TEXT, ListOf, MapOf, Record, read_json
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.files import scratch_folder
+from peft_elastic.utils import atomic_write_text, write_error
 
 
 _SPLITS = MapOf(ListOf(Record(prompt=TEXT, completion=TEXT, choices=ListOf(TEXT))))
@@ -162,7 +165,7 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
             raise ValueError("the file is empty.")
         elif path.is_file() and path.suffix in _READERS:
             options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            loaded = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
+            loaded = _load_file(_READERS[path.suffix], path, options)
         elif path.is_file():
             raise ValueError(f"files may end in {', '.join(_READERS)}.")
         elif path.suffix in _READERS or name.startswith((".", "/", "~")):
@@ -173,6 +176,8 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
     # StopIteration is what a JSON file of blank lines raises
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # `datasets` says in the first message only that it failed
+        if write_error(cause) is not None:
+            cause = write_error(cause, datasets.config.HF_DATASETS_CACHE) or cause
         raise ValueError(f"`--dataset` {name!r} cannot be read: {first_line(cause)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -181,6 +186,18 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
     if not len(loaded):
         raise ValueError(f"`--dataset` {name!r} is empty.")
     return loaded
+
+
+def _load_file(reader: str, path: Path, options: Mapping[str, Any]) -> datasets.Dataset:
+    """A dataset from a local file, through the cache of `datasets` if there can be one: without a home, or with one that cannot be
+    written to, in memory."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if cache.is_absolute() and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+    with scratch_folder(tempfile.gettempdir(), "peft-elastic-data") as folder:
+        settings = {"cache_dir": str(folder), "keep_in_memory": True, **options}
+        return datasets.load_dataset(reader, data_files=str(path.resolve()), split="train", **settings)
 
 
 def to_examples(

@@ -184,8 +184,10 @@ def run(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor
 
 def _search(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor]]) -> int:
     config = make_config(args)
-    _common.check_new_folder(args.out)
     evaluations = args.evaluations or args.out.with_name(f"{args.out.name}-evaluations")
+    if args.evaluations is None and (args.out / "plan.json").is_file():  # finished, and killed before this
+        shutil.rmtree(evaluations, ignore_errors=True)
+    _common.check_new_folder(args.out)
     if args.out.resolve() in (evaluations.resolve(), *evaluations.resolve().parents):
         raise ValueError(
             f"`--evaluations` {os.fspath(evaluations)!r} must not be in `--out`, which is written at the end."

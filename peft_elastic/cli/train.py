@@ -175,8 +175,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "`--distillation max` goes with `--strategy sandwich`, whose steps begin with the max subnet."
         )
-    _common.check_new_folder(args.out)
     checkpoints = args.out.with_name(f"{args.out.name}-checkpoints")
+    if (args.out / "adapter_config.json").is_file():  # finished, and killed before this
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    _common.check_new_folder(args.out)
     if args.resume and not last_checkpoint(checkpoints):
         raise ValueError(f"`--resume`: there is no checkpoint in {os.fspath(checkpoints)!r}.")
     if not args.resume:
