@@ -567,7 +567,7 @@ def test_halves_of_two_saves_are_refused(tmp_path):
     ids = torch.arange(4)[None]
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "old")(ids).logits, new(ids).logits)
     # what releases wrote that knew no checksums of dense layers
-    edit(tmp_path / "old", lambda c: c.pop("dense_crc32"))
+    edit(tmp_path / "old", lambda c: c.pop("dense_sums"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype=torch.bfloat16)
     loaded.save_pretrained(tmp_path / "half")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
@@ -585,6 +585,32 @@ def test_checksums_of_tied_and_renamed_tensors(tmp_path):
     base.save_pretrained(tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_checksums_do_not_depend_on_the_order_of_elements(tmp_path):
+    tensors = {
+        "f32": torch.randn(5, 7),
+        "bf16": torch.randn(3, 3).bfloat16(),
+        "i64": torch.arange(9) - 4,
+        "u8": torch.arange(7, dtype=torch.uint8),
+        "f64": torch.randn(1).double(),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0),
+        "strided": torch.randn(4, 6)[:, ::2],
+    }
+    sums = checkpoint._dense_checksums(torch.nn.Module(), tensors)
+    assert set(sums) == set(tensors) - {"empty"} and len(set(sums.values())) == len(sums)
+    config = checkpoint.SparseCheckpointConfig(dense_sums=sums)
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    stored["f32"] = tensors["f32"].T.contiguous()
+    save_file(stored, tmp_path / "x.safetensors")
+    checkpoint.check_files([str(tmp_path / "x.safetensors")], config)
+    for name in sums:
+        changed = stored[name].clone()
+        changed.view(-1)[-1] += 1
+        save_file(stored | {name: changed}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=f"^{name} in x.safetensors was not saved with this config.json"):
+            checkpoint.check_files([str(tmp_path / "x.safetensors")], config)
 
 
 @needs_kernels

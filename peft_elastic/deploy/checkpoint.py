@@ -32,8 +32,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -77,20 +78,20 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             "int4"), `linear_dtype` (of the dense layer that it stands for) and `crc32` (of each tensor, by its name). int4 has also
             `group_size` (int), `sparse` (bool; false: all values are stored) and `scale_dtype` ("float16" or "float32").
         version (`int`): of this description.
-        dense_crc32 (`dict`, *optional*): of the other tensors that were saved with it, by their names.
+        dense_sums (`dict`, *optional*): of the other tensors that were saved with it, by their names.
     """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         version: int = _VERSION,
-        dense_crc32: dict[str, int] | None = None,
+        dense_sums: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
         self.layers = {} if layers is None else layers
-        self.dense_crc32 = {} if dense_crc32 is None else dense_crc32
+        self.dense_sums = {} if dense_sums is None else dense_sums
 
     def check(self) -> None:
         """ValueError if anything is not of its type or out of its range."""
@@ -100,7 +101,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.layers, dict):
             raise ValueError(f"quantization_config: layers must be an object, got {type(self.layers).__name__}.")
-        MapOf(COUNT).check(self.dense_crc32, "quantization_config: dense_crc32")
+        MapOf(COUNT).check(self.dense_sums, "quantization_config: dense_sums")
         for name, entry in self.layers.items():
             keys = {"out_features", "in_features", "nnz", "value_dtype", "linear_dtype", "crc32"}
             int4 = isinstance(entry, dict) and entry.get("value_dtype") == "int4"
@@ -286,7 +287,7 @@ class SparseQuantizer(HfQuantizer):
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
         state, absent = state_to_save(model), _absent_parameters(model)
-        self.quantization_config.dense_crc32 = _dense_checksums(model, model.state_dict() if state is None else state)
+        self.quantization_config.dense_sums = _dense_checksums(model, model.state_dict() if state is None else state)
         if absent:
             # Where this package is not imported, transformers would make up the weights of what was removed. Empty tensors in
             # their place let it fail.
@@ -334,7 +335,7 @@ def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> None:
         ValueError: naming the tensor, the layer or the file that is one too many, missing or another one.
     """
     where: dict[str, str] = {}
-    places: dict[str, tuple[str, int, int]] = {}
+    places: dict[str, _Place] = {}
     for file in files:
         name = os.path.basename(file)
         if not name.endswith(".safetensors"):
@@ -347,7 +348,7 @@ def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> None:
                 raise ValueError(f"{tensor} is in {where[tensor]} and in {name}; it must be in one of them.")
             where[tensor] = name
             first, last = entry["data_offsets"]
-            places[tensor] = (file, begin + first, last - first)
+            places[tensor] = _Place(file, begin + first, last - first, _ITEM_BYTES.get(entry["dtype"], 1))
     stored = {tensor for tensor in where if tensor.rpartition(".")[2] in _STORED}
     for tensor in sorted(stored):
         dense = f"{tensor.rpartition('.')[0]}.weight"
@@ -361,19 +362,27 @@ def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> None:
         raise ValueError(
             f"quantization_config: layer {layer!r} is left out, or described wrongly: {where[tensor]} holds {tensor}."
         )
-    _check_dense({name: places[name] for name in places if name not in stored}, config.dense_crc32)
+    _check_dense({name: places[name] for name in places if name not in stored}, config.dense_sums)
 
 
-def _check_dense(places: Mapping[str, tuple[str, int, int]], expected: Mapping[str, int]) -> None:
-    """Verify tensors, by their (file, offset, bytes), against checksums. What transformers saves under other names, or several as
-    one, is left out."""
-    known = [name for name, (_, _, size) in places.items() if name in expected and size]
+class _Place(NamedTuple):
+    """Where a tensor is, in bytes."""
+
+    file: str
+    offset: int
+    size: int
+    item: int
+
+
+def _check_dense(places: Mapping[str, _Place], expected: Mapping[str, int]) -> None:
+    """Verify tensors against checksums. What transformers saves under other names, or several as one, is left out."""
+    known = [name for name, place in places.items() if name in expected and place.size]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        found = dict(zip(known, pool.map(lambda name: _crc32_of_file(*places[name]), known), strict=True))
+        found = dict(zip(known, pool.map(lambda name: _sum_of_file(places[name]), known), strict=True))
     for name, value in found.items():
         if value != expected[name]:
-            raise _not_together(name, places[name][0])
-    if len(found) == sum(size > 0 for _, _, size in places.values()):
+            raise _not_together(name, places[name].file)
+    if len(found) == sum(place.size > 0 for place in places.values()):
         count = Counter(expected.values())  # tied tensors have one checksum, and are saved once
         missing = sorted(name for name in expected if name not in places and count[expected[name]] == 1)
         if missing and places:
@@ -494,16 +503,23 @@ def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
 
 
-def _crc32_of_file(file: str, offset: int, size: int) -> int:
-    value = 0
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        while size > 0:
-            block = stream.read(min(size, 1 << 22))
-            if not block:
-                break
-            value, size = zlib.crc32(block, value), size - len(block)
-    return value
+def _sum(words: np.ndarray[Any, Any]) -> int:
+    """A checksum that does not depend on the order of the elements: transformers stores some tensors transposed."""
+    total = 0
+    for start in range(0, len(words), 1 << 20):
+        part = words[start : start + (1 << 20)].astype(np.uint64)
+        total += int((part * part + part).sum(dtype=np.uint64))
+    return total % 2**63
+
+
+def _words(item: int) -> type[np.unsignedinteger[Any]]:
+    """What elements of so many bytes are summed as."""
+    return {1: np.uint8, 2: np.uint16}.get(item, np.uint32)
+
+
+def _sum_of_file(place: _Place) -> int:
+    words = np.memmap(place.file, np.uint8, "r", place.offset, (place.size,))
+    return _sum(words[: place.size // place.item * place.item].view(_words(place.item)))
 
 
 def _dense_checksums(model: nn.Module, state: Mapping[str, Any]) -> dict[str, int]:
@@ -516,8 +532,12 @@ def _dense_checksums(model: nn.Module, state: Mapping[str, Any]) -> dict[str, in
         if name.rpartition(".")[2] not in _STORED and name not in ignored
     }
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        sums = pool.map(lambda tensor: _crc32(tensor.detach().cpu().reshape(-1)), dense.values())
-        return dict(zip(dense, sums, strict=True))
+
+        def sum_of(tensor: torch.Tensor) -> int:
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return _sum(flat.view(_words(tensor.element_size())))
+
+        return dict(zip(dense, pool.map(sum_of, dense.values()), strict=True))
 
 
 def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
