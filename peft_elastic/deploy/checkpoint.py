@@ -512,7 +512,7 @@ def _sum(words: np.ndarray[Any, Any]) -> int:
     return total % 2**63
 
 
-def _words(item: int) -> type[np.unsignedinteger[Any]]:
+def _words(item: int) -> Any:
     """What elements of so many bytes are summed as."""
     return {1: np.uint8, 2: np.uint16}.get(item, np.uint32)
 
