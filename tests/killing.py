@@ -1,0 +1,64 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Death at the wrong moment: work in a child process that is killed at each of its file operations in turn."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+
+CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate")
+
+
+def deaths(work: Callable[[], object]) -> Iterator[int]:
+    """
+    Runs `work` in a forked child that kills itself (SIGKILL) right before its first change of a file or a folder, yields 1,
+    runs it in another one that does so before its second change, yields 2, and so on until one comes to its end.
+
+    A change is what Python's audit events tell of: what opens a file for writing, and `CHANGES`; `os.replace` is "os.rename".
+    """
+    number, alive = 0, False
+    while not alive:
+        number += 1
+        child = os.fork()
+        if child == 0:
+            _die_before_change(number)
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        alive = os.WIFEXITED(status)
+        assert not alive or os.WEXITSTATUS(status) == 0
+        assert alive or os.WTERMSIG(status) == signal.SIGKILL
+        if not alive:
+            yield number
+
+
+def _die_before_change(number: int) -> None:
+    seen = 0
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal seen
+        writes = event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writes or event in CHANGES:
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
