@@ -151,7 +151,7 @@ def test_killed_at_every_file_operation(before, tmp_path):
         else:
             assert len(set(kept.values())) <= 1, number  # not even then files of both
         if "config.json" in (before or {}) and "config.json" not in kept:
-            aside = [p for p in target.glob(".*.partial/old/config.json")]
+            aside = list(target.glob(".*.partial/old/config.json"))
             assert len(aside) == 1 and aside[0].read_text() == "old"
         seen.add(tuple(sorted(kept.items())))
         replace(target, OLD)
