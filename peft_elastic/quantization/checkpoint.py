@@ -18,8 +18,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +33,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
+from ..files import replaced_files
 from ..structure.description import is_described
 from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head, replace_layers, weight_matrix
-from ..utils import atomic_write_text
 from ..version import __version__
 from .gptq_format import FORMATS, TENSORS, check_packable, pack_gptq, unpack_gptq
 from .grid import Grid
@@ -64,7 +62,8 @@ def save_gptq(
     Saves a transformers model with `QuantizedLinear` layers as a GPTQ checkpoint, which GPTQModel, transformers (through
     GPTQModel) and `load_gptq` read. All other weights are stored as they are.
 
-    The files are written beside `save_directory` and then moved into it, the config last.
+    The files take the place of older ones together: a process that is killed meanwhile leaves the old model, the new one, or a
+    folder without config.json, which is an error for every reader. What else is in `save_directory` stays.
 
     Args:
         model: from `quantize` or `load_gptq`, or a merged model, without adapters. Layers may differ in bits and group size;
@@ -113,23 +112,19 @@ def save_gptq(
             state[f"{name}.{key}"] = tensor
     description = describe(model, layers, checkpoint_format)
 
-    target = Path(save_directory)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"`save_directory` is {os.fspath(target)!r}, which is a file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    if Path(save_directory).is_file():
+        raise ValueError(f"`save_directory` is {os.fspath(save_directory)!r}, which is a file.")
     quantizer, known = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
     try:
         # `save_pretrained` asks a quantizer for the tensors, and writes this part of the config.
         model.hf_quantizer = _Writer(state)
         model.config.quantization_config = description
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        atomic_write_text(temporary / _CONFIG_FILE, json.dumps(description, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _move_into(temporary, target)
+        with replaced_files(save_directory, last="config.json", stale=_is_weights) as folder:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            (folder / _CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         for owner, key, value in ((model, "hf_quantizer", quantizer), (model.config, "quantization_config", known)):
             if value is None:
                 delattr(owner, key)
@@ -215,17 +210,9 @@ def _rules(grids: Mapping[str, tuple[int, int] | None], most: tuple[int, int]) -
     }
 
 
-def _move_into(source: Path, target: Path) -> None:
-    """Moves all files of a folder into another, and removes weights there that are not of the model moved."""
-    target.mkdir(exist_ok=True)
-    written = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
-    for path in written:
-        os.replace(path, target / path.name)
-    names = {path.name for path in written}
-    for path in target.iterdir():
-        stale = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
-        if stale and path.name not in names:
-            path.unlink()
+def _is_weights(name: str) -> bool:
+    """Whether a file holds weights of a model, which those of another one must not stay beside."""
+    return re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", name) is not None
 
 
 # -- loading -------------------------------------------------------------------------------------------------------------
