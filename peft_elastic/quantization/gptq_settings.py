@@ -143,7 +143,7 @@ class Settings:
 def _check_entry(source: str, entry: Any) -> None:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{source} must be an object, got {entry!r:.100}.")
-    method = entry.get("quant_method", entry.get("method", "gptq"))
+    method = entry.get("quant_method") or entry.get("method") or "gptq"
     if not isinstance(method, str) or method.lower() != "gptq":
         raise ValueError(f"{source}: quant_method is {method!r:.100}; allowed is 'gptq'.")
     for form in _formats(entry):

@@ -97,8 +97,8 @@ def load_gptq(
         )
     config, names = _config(folder), _class_names(content)
     skeleton = _skeleton(config, names, auto_class)
-    other_task = bool(names) and type(skeleton).__name__ not in names
-    places = _places(skeleton, settings, state, packed, other_task)
+    other_task = auto_class is not None and bool(names) and type(skeleton).__name__ not in names
+    places, unused = _places(skeleton, settings, state, packed, other_task)
     if _untie_head(skeleton, config, places):
         skeleton = _skeleton(config, names, auto_class)
     _check_dtypes(skeleton, state)
@@ -148,19 +148,27 @@ def load_gptq(
     if not grids:
         raise ValueError(f"{os.fspath(path)!r} has no quantised weights that are linear layers of the model.")
 
+    fused = [name for name, place in places.items() if place.module is None]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} quantised weights, such as that of {fused[0]}, are not those of linear layers of the model: they are "
+            "loaded with the same values in floating point.",
+            stacklevel=2,
+        )
     if rounded:
         warnings.warn(
             f"The scales of {len(rounded)} layers, such as {rounded[0]}, are rounded to float16, as they are by other readers.",
             stacklevel=2,
         )
-    model, unused = _fill(path, skeleton, config, state, dtype, other_task)
+    model, unexpected = _fill(path, skeleton, config, state, dtype, other_task)
     for name, place in places.items():
         weight = None if place.module is None else model.get_submodule(place.module).get_parameter("weight")
         if weight is not None and not torch.equal(weight, state[f"{name}.weight"]):
             raise ValueError(f"{name} has quantised weights, and the model has others in their place.")
-        of_layer = [key for key in unused if key.startswith(f"{name}.") or key.startswith(f"{place.module}.")]
-        if of_layer:
-            raise ValueError(f"{of_layer[0]} is no tensor of a GPTQ layer.")
+        foreign = [key for key in unexpected if key.startswith((f"{name}.", f"{place.module}."))]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is no tensor of a GPTQ layer.")
+    unused += unexpected
     if unused:
         warnings.warn(
             f"{len(unused)} tensors of {os.fspath(path)!r}, such as {unused[0]}, have no place in {type(model).__name__}.",
@@ -198,8 +206,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], Settings, dict[str, torch.Tenso
     """
     file = folder / CONFIG_FILE
     if not file.exists():
+        aside = next((old.parent for old in folder.glob(f".*.partial/old/{CONFIG_FILE}")), None)
         raise ValueError(
             f"{os.fspath(folder)!r} has no {CONFIG_FILE}: it is no checkpoint, or one whose writing was interrupted; write it again."
+            + (f" What was there before is in {os.fspath(aside)!r}." if aside else "")
         )
     before = file.stat()
     content = read_object(file)
@@ -246,7 +256,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 state.update((key, tensors.get_tensor(key)) for key in keys)
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{file.name} is damaged: {error}") from None
-        lost = next((key for key, name in listed.items() if name == file.name and key not in keys), None)
+        lost = next((key for key, name in listed.items() if name == file.name and key not in state), None)
         if lost is not None:
             raise ValueError(f"{file.name} lacks {lost}, which the index says it holds.")
     return state
@@ -329,20 +339,24 @@ class _Place:
 
 def _places(
     skeleton: PreTrainedModel, settings: Settings, state: Mapping[str, torch.Tensor], packed: _Packed, other_task: bool
-) -> dict[str, _Place]:
-    """The places of the quantised weights, by their names in the checkpoint. Those that the model has no use for, and should not
-    have, are taken out of `packed`."""
+) -> tuple[dict[str, _Place], list[str]]:
+    """The places of the quantised weights, by their names in the checkpoint. Those that the model has no use for, and need not
+    have, are taken out of `packed`; returns the names of those of another task as well."""
     found = names_in_model(skeleton, [*state, *(f"{name}.weight" for name in packed)])
     modules, known = dict(skeleton.named_modules()), skeleton.state_dict()
     places: dict[str, _Place] = {}
     taken: dict[str, str] = {}
+    unused: list[str] = []
+    base = f"{skeleton.base_model_prefix}."
     for name in list(packed):
         if f"{name}.weight" in state:
             raise ValueError(f"{name}.weight is there, and so are the tensors of a quantised layer.")
         target, converted = found[f"{name}.weight"]
         path = target.removesuffix(".weight")
         if target not in known:
-            if not (_is_ignored(skeleton, target) or (other_task and not _in_base(skeleton, target))):
+            if other_task and base != "." and not target.startswith(base):
+                unused.append(f"{name}.qweight")
+            elif not _is_ignored(skeleton, target):
                 raise ValueError(f"{name} has quantised weights, but the model has no linear layer of this name.")
             del packed[name]
             continue
@@ -350,17 +364,12 @@ def _places(
         if not converted and taken.setdefault(path, name) != name:
             raise ValueError(f"{name} and {taken[path]} are both {path} in the model.")
         places[name] = _Place(path if alone else None, settings.of(name, path))
-    return places
+    return places, unused
 
 
 def _is_ignored(skeleton: PreTrainedModel, key: str) -> bool:
     """Whether transformers knows that checkpoints of this architecture have a tensor that its model has not."""
     return any(re.search(pattern, key) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ())
-
-
-def _in_base(model: PreTrainedModel, key: str) -> bool:
-    """Whether a tensor belongs to the part that models for all tasks share."""
-    return key.startswith(f"{model.base_model_prefix}.") or not hasattr(model, model.base_model_prefix)
 
 
 def _untie_head(skeleton: PreTrainedModel, config: Any, places: Mapping[str, _Place]) -> bool:
@@ -468,13 +477,17 @@ def _fill(
     """The model with the tensors of a state dict, named as in the checkpoint, and the names of those that it has no place for."""
     try:
         model, info = type(skeleton).from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # shapes that differ, above all
+    except Exception as error:  # what its conversions meet in tensors that they are not made for
         raise ValueError(f"{os.fspath(path)!r} does not fit its config: {error}") from error
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{os.fspath(path)!r} does not fit its config: {key} is {tuple(found)}, and the model has {tuple(expected)}."
+        )
     missing = sorted(info["missing_keys"])
-    if other_task:
-        new = [key for key in missing if not _in_base(model, key)]
+    if other_task and hasattr(model, model.base_model_prefix):
+        new = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
         missing = [key for key in missing if key not in new]
         if new:
             warnings.warn(
