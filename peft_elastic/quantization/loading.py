@@ -162,8 +162,8 @@ def load_gptq(
         )
     model, unexpected = _fill(path, skeleton, config, state, dtype, other_task)
     for name, place in places.items():
-        weight = None if place.module is None else model.get_submodule(place.module).get_parameter("weight")
-        if weight is not None and not torch.equal(weight, state[f"{name}.weight"]):
+        loaded = None if place.module is None else model.get_submodule(place.module).get_parameter("weight")
+        if loaded is not None and not torch.equal(loaded, state[f"{name}.weight"]):
             raise ValueError(f"{name} has quantised weights, and the model has others in their place.")
         foreign = [key for key in unexpected if key.startswith((f"{name}.", f"{place.module}."))]
         if foreign:
@@ -263,11 +263,12 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    listed = read_object(index).get("weight_map")
+    listed: Any = read_object(index).get("weight_map")
     names = list(listed.values()) if isinstance(listed, dict) else []
     if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise ValueError(f"{index.name} is damaged: weight_map must give a file of this folder for each tensor.")
-    return listed
+    weight_map: dict[str, str] = listed
+    return weight_map
 
 
 def _take_packed(state: dict[str, torch.Tensor]) -> _Packed:
