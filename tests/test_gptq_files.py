@@ -26,7 +26,7 @@ import pytest
 import torch
 import transformers
 from killing import deaths
-from models import outputs, tiny_gpt2, tiny_llama, tiny_llama_classifier, tiny_mixtral, tokens
+from models import outputs, tiny_gpt2, tiny_llama, tiny_llama_classifier, tiny_mixtral, tiny_t5, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -433,6 +433,17 @@ def test_experts_that_transformers_fuses(build, tmp_path):
     assert packed_layers(loaded) and all("self_attn" in name for name in packed_layers(loaded))
     save_gptq(loaded, tmp_path / "again")
     assert_same(load_silently(tmp_path / "again"), reference)
+    tensors = load_file(tmp_path / "model.safetensors")
+    expert = next(key for key in tensors if "experts.0" in key and key.endswith("qweight")).removesuffix("qweight")
+    for value in (0, 1):  # some writers give every layer a bias
+        save_file(tensors | {f"{expert}bias": torch.full((1,), value)}, tmp_path / "model.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if value:
+                with pytest.raises(ValueError, match=f"{expert}bias is not zero"):
+                    load_gptq(tmp_path)
+            else:
+                assert_same(load_gptq(tmp_path), reference)
 
 
 def test_layers_that_are_one_on_disk(tmp_path):
@@ -521,6 +532,18 @@ def test_a_head_that_the_config_ties(tmp_path):
     assert "lm_head" in packed_layers(loaded) and loaded.config.tie_word_embeddings is False
     save_gptq(loaded, tmp_path / "again")
     assert_same(load_silently(tmp_path / "again"), reference)
+
+
+def test_layers_that_a_model_keeps_in_float32(tmp_path):
+    """T5 does with those that feed its residual stream, whatever dtype is asked for."""
+    model = tiny_t5()
+    quantize(model, RTNConfig(group_size=16), progress=False)
+    save_gptq(model, tmp_path)
+    loaded = load_silently(tmp_path, dtype=torch.float16)
+    dtypes = {layer.weight.dtype for layer in loaded.modules() if isinstance(layer, QuantizedLinear)}
+    assert dtypes == {torch.float16, torch.float32}
+    for name in packed_layers(loaded):
+        assert torch.equal(loaded.get_submodule(name).integers(), model.get_submodule(name).integers())
 
 
 # --- damage --------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,10 @@ def load_gptq(
         grid = Grid(layer["scales"], layer["zeros"].int(), in_features=in_features, bits=bits, g_idx=layer["g_idx"])
         weight = grid.dequantize(layer["q"], dtype)
         state[f"{name}.weight"] = weight
+        bias = f"{name}.bias"
+        if bias in state and not place.has_bias:  # some writers give every layer one
+            if bool(state.pop(bias).any()):
+                raise ValueError(f"{bias} is not zero, and the layer has no bias in the model.")
         if place.module is None:
             continue
         if originals is not None:
@@ -140,10 +144,6 @@ def load_gptq(
                 f"`dtype` is {dtype}, which cannot hold the {bits}-bit weights of {name}; use torch.float32."
             )
         state[f"{name}.weight"] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-        bias = f"{name}.bias"
-        if module.bias is None and bias in state:  # some writers give every layer one
-            if bool(state.pop(bias).any()):
-                raise ValueError(f"{bias} is not zero, and the layer has no bias in the model.")
         grids[place.module] = grid
     if not grids:
         raise ValueError(f"{os.fspath(path)!r} has no quantised weights that are linear layers of the model.")
@@ -163,7 +163,8 @@ def load_gptq(
     model, unexpected = _fill(path, skeleton, config, state, dtype, other_task)
     for name, place in places.items():
         loaded = None if place.module is None else model.get_submodule(place.module).get_parameter("weight")
-        if loaded is not None and not torch.equal(loaded, state[f"{name}.weight"]):
+        # some models keep some layers in float32
+        if loaded is not None and not torch.equal(loaded, state[f"{name}.weight"].to(loaded.dtype)):
             raise ValueError(f"{name} has quantised weights, and the model has others in their place.")
         foreign = [key for key in unexpected if key.startswith((f"{name}.", f"{place.module}."))]
         if foreign:
@@ -325,7 +326,9 @@ def _skeleton(config: Any, names: list[str], auto_class: Any) -> PreTrainedModel
         with torch.device("meta"):
             model: PreTrainedModel = build(config)
     except Exception as error:  # whatever the values in the config lead to
-        raise ValueError(f"{CONFIG_FILE} describes no model that {auto_class.__name__} can build: {error}") from error
+        raise ValueError(
+            f"{CONFIG_FILE} describes no model that {getattr(auto_class, '__name__', auto_class)} can build: {error}"
+        ) from error
     return model
 
 
@@ -335,6 +338,7 @@ class _Place:
     weight, or not alone."""
 
     module: str | None
+    has_bias: bool
     settings: LayerSettings
 
 
@@ -364,7 +368,8 @@ def _places(
         alone = not converted and type(modules.get(path)) in (nn.Linear, Conv1D)
         if not converted and taken.setdefault(path, name) != name:
             raise ValueError(f"{name} and {taken[path]} are both {path} in the model.")
-        places[name] = _Place(path if alone else None, settings.of(name, path))
+        has_bias = found.get(f"{name}.bias", ("", False))[0] in known
+        places[name] = _Place(path if alone else None, has_bias, settings.of(name, path))
     return places, unused
 
 
