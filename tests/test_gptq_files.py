@@ -631,12 +631,19 @@ def test_entries_that_are_damaged(entry, message, folder):
     [
         {"hidden_size": "x"}, {"hidden_size": 10**30}, {"model_type": "unheard"}, {"model_type": 5}, {"vocab_size": -1},
         {"num_attention_heads": 0}, {"rope_parameters": 5}, {"dtype": 5}, {"quantization_config": 5},
-        {"quantization_config": ["gptq"]}, {"intermediate_size": float("nan")},
+        {"quantization_config": ["gptq"]}, {"intermediate_size": float("nan")}, {"num_hidden_layers": 2**40},
+        {"num_labels": 10**9}, {"text_config": {"num_hidden_layers": 2**31}},
     ],
 )  # fmt: skip
 def test_configs_that_describe_no_model(change, folder):
     edit_config(folder, **change)
     with pytest.raises(ValueError, match=r"config\.json"):
+        load_gptq(folder)
+
+
+def test_layers_without_inputs(folder):
+    edit_config(folder, intermediate_size=0)
+    with pytest.raises(ValueError, match=r"mlp.down_proj has 0 inputs; .* only multiples of 8 are allowed"):
         load_gptq(folder)
 
 

@@ -226,7 +226,7 @@ def check_packable(name: str, out_features: int, in_features: int, bits: int) ->
     """ValueError if a layer of this shape does not fill whole words."""
     per_word = _WORD // bits
     for what, number in (("inputs", in_features), ("outputs", out_features)):
-        if number % per_word:
+        if number < 1 or number % per_word:
             raise ValueError(
                 f"{name} has {number} {what}; the GPTQ format packs {per_word} values of {bits} bits into a word, so only "
                 f"multiples of {per_word} are allowed. Leave the layer out of the quantisation (exclude_modules)."

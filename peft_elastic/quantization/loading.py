@@ -46,6 +46,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Writers that subtract 1 from the zero points as `gptq_format` does.
 _BORROWS = re.compile("gptqmodel|peft_elastic", re.IGNORECASE)
 
+# What transformers makes one module, or one entry of a dictionary, of each.
+_LAYERS = re.compile(r"(num|n)_.*(layers?|blocks)|(en|de)coder_layers|depth")
+_COUNTS = re.compile(rf"{_LAYERS.pattern}|(num|n)_.*experts|num_labels")
+
 _Packed = dict[str, dict[str, torch.Tensor]]
 
 
@@ -95,6 +99,7 @@ def load_gptq(
         raise ValueError(
             f"{os.fspath(path)!r} has no quantised layers: no tensor of it is called {', '.join(TENSORS)}."
         )
+    _check_counts(content, state, packed)
     config, names = _config(folder), _class_names(content)
     skeleton = _skeleton(config, names, auto_class)
     other_task = auto_class is not None and bool(names) and type(skeleton).__name__ not in names
@@ -300,6 +305,22 @@ def _config(folder: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _check_counts(content: Any, state: Mapping[str, torch.Tensor], packed: _Packed) -> None:
+    """ValueError for more layers, experts or labels than the files can hold, before a module is built for each."""
+    shapes = [tensor.shape for layer in [state, *packed.values()] for tensor in layer.values()]
+    longest = max(size for shape in shapes for size in shape)
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            most = len(shapes) if _LAYERS.fullmatch(key) else max(len(shapes), longest)
+            if type(value) is int and value > most and _COUNTS.fullmatch(key):
+                raise ValueError(
+                    f"{CONFIG_FILE}: {key} is {value}; the tensors of the checkpoint are of {most} at most."
+                )
 
 
 def _class_names(content: Mapping[str, Any]) -> list[str]:
