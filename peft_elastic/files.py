@@ -108,11 +108,17 @@ def replaced_files(
         if not (new / last).is_file():
             raise ValueError(f"{last!r} was not written.")
         _sync_all(new)
-        if target.exists():
+        if not target.exists():
+            try:
+                os.rename(new, target)
+            except OSError:
+                if not target.is_dir():  # else another process was quicker
+                    raise
+        if new.exists():
             old.mkdir()
-            _step_in(new, old, target, last, stale)
+            with _alone(target):
+                _step_in(new, old, target, last, stale)
         else:
-            os.rename(new, target)
             _sync(target.parent)
 
 
@@ -134,6 +140,26 @@ def _step_in(new: Path, old: Path, target: Path, last: str, stale: Callable[[str
                 os.replace(destination, source)
         raise
     _sync(target)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system can lock a folder: the files of two must not mix."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # disks on the network
+                raise
+        yield
+    finally:
+        os.close(number)
 
 
 def _prefix(name: str) -> str:

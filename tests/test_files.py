@@ -14,8 +14,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -127,13 +130,13 @@ def test_what_cannot_be_replaced(tmp_path):
 # --- a process that dies -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [None, {}, FOREIGN, OLD, OLD | FOREIGN])
+@pytest.mark.parametrize("before", [None, FOREIGN, OLD | FOREIGN])
 def test_killed_at_every_file_operation(before, tmp_path):
     """What can be read is the old, the new, or without its most important file; and the next one cleans up."""
     target = tmp_path / "work" / "out"
 
     def start():
-        subprocess.run(["rm", "-rf", tmp_path / "work"], check=True)
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
         target.parent.mkdir()
         if before is not None:
             target.mkdir()
@@ -190,6 +193,27 @@ def test_only_what_is_abandoned_is_removed(tmp_path):
     with scratch_folder(tmp_path, "x"):
         pass
     assert sorted(os.listdir(tmp_path)) == [".x.mine.partial", ".x.partial", ".xy.0123456789abcdef.partial"]
+
+
+def test_two_processes_do_not_mix_their_files(tmp_path, monkeypatch):
+    """They are slow, so that they meet; each writes files that hold its own name."""
+    fill(tmp_path / "out", OLD)
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: [real(*args), time.sleep(0.005)])
+    children = []
+    for child in ("a", "b"):
+        number = os.fork()
+        if number == 0:
+            try:
+                for _ in range(5):
+                    replace(tmp_path / "out", dict.fromkeys(NEW, child))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(number)
+    assert [os.waitpid(number, 0)[1] for number in children] == [0, 0]
+    assert content(tmp_path) in ({f"out/{name}": child for name in NEW} for child in ("a", "b"))
 
 
 def test_long_and_odd_names(tmp_path):

@@ -148,10 +148,10 @@ def test_shapes_that_do_not_fill_words(what, shape):
         ("g_idx", lambda t: t - 1, "must be 0 to 3; it runs from -1 to 2"),
         ("g_idx", lambda t: t + 1, "must be 0 to 3; it runs from 1 to 4"),
         ("g_idx", lambda t: t * 0, "has 32 inputs in group 0; groups have 8"),
-        ("scales", lambda t: t.index_fill(0, torch.tensor(1), float("nan")), "must be positive and finite"),
-        ("scales", lambda t: t * float("inf"), "must be positive and finite"),
-        ("scales", lambda t: t.float() * 1e6, "must be positive and finite"),
-        ("scales", lambda t: -t, "must be positive and finite"),
+        ("scales", lambda t: t.index_fill(0, torch.tensor(1), float("nan")), "must be finite in float16"),
+        ("scales", lambda t: t * float("inf"), "must be finite in float16"),
+        ("scales", lambda t: t.float() * 1e6, "must be finite in float16"),
+        ("scales", lambda t: t.float() * 1e-7, "has .* values that are too small for float16"),
     ],
 )
 def test_damaged_tensors(tensor, change, message):
@@ -501,7 +501,7 @@ _Q = "model__layers__0__self_attn__q_proj__"
     [
         (edit_tensors(**{_Q + "qzeros": None}), r"self_attn.q_proj.qzeros is missing"),
         (edit_tensors(**{_Q + "qweight": None}), r"self_attn.q_proj.qweight is missing"),
-        (edit_tensors(**{_Q + "scales": lambda t: t * float("nan")}), r"q_proj.scales must be positive and finite"),
+        (edit_tensors(**{_Q + "scales": lambda t: t * float("nan")}), r"q_proj.scales must be finite in float16"),
         (edit_tensors(**{_Q + "g_idx": lambda t: t + 7}), r"q_proj.g_idx must be 0 to 1"),
         (edit_tensors(**{_Q + "bias": lambda t: torch.ones(32)}), r"q_proj.bias is not zero"),
         (edit_tensors(**{"model__norm__weight": None}), r"lacks 1 tensors, such as model.norm.weight"),

@@ -13,10 +13,11 @@
 # limitations under the License.
 """Affine group quantisation of base weights: `quantize(model, config, calibration)`, and the GPTQ format on disk."""
 
-from .checkpoint import load_gptq, save_gptq
+from .checkpoint import save_gptq
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .grid import Grid, fit_grid
 from .layer import QuantizedLinear
+from .loading import load_gptq
 from .quantize import quantize
 from .report import QuantizationReport
 

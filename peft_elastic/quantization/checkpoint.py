@@ -11,45 +11,35 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""GPTQ checkpoints: `save_gptq` and `load_gptq`. The tensors of a layer are the business of gptq_format.py."""
+"""Models into GPTQ checkpoints: `save_gptq`. The tensors of a layer are the business of gptq_format.py, loading that of loading.py."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
+from ..files import replaced_files
 from ..structure.description import is_described
-from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head, replace_layers, weight_matrix
-from ..utils import atomic_write_text
+from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head
 from ..version import __version__
-from .gptq_format import FORMATS, TENSORS, check_packable, pack_gptq, unpack_gptq
+from .checkpoint_names import names_in_model, names_on_disk
+from .gptq_format import FORMATS, check_packable, pack_gptq
+from .gptq_settings import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from .grid import Grid
 from .layer import QuantizedLinear
-from .saving import InMemoryConfig, guard_saving
-
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CONFIG_FILE = "quantize_config.json"  # where AutoGPTQ and GPTQModel keep a copy of the config
-
-
-# -- saving --------------------------------------------------------------------------------------------------------------
+from .saving import InMemoryConfig
 
 
 def save_gptq(
@@ -64,7 +54,8 @@ def save_gptq(
     Saves a transformers model with `QuantizedLinear` layers as a GPTQ checkpoint, which GPTQModel, transformers (through
     GPTQModel) and `load_gptq` read. All other weights are stored as they are.
 
-    The files are written beside `save_directory` and then moved into it, the config last.
+    The files take the place of older ones together: a process that is killed meanwhile leaves the old model, the new one, or a
+    folder without config.json, which is an error for every reader. What else is in `save_directory` stays.
 
     Args:
         model: from `quantize` or `load_gptq`, or a merged model, without adapters. Layers may differ in bits and group size;
@@ -107,29 +98,27 @@ def save_gptq(
             )
 
     state = model.state_dict()
+    packed: dict[str, dict[str, torch.Tensor]] = {}
     for name, layer in layers.items():
         del state[f"{name}.weight"]
-        for key, tensor in pack_gptq(name, layer.quantized(), checkpoint_format).items():
-            state[f"{name}.{key}"] = tensor
+        packed[name] = pack_gptq(name, layer.quantized(), checkpoint_format)
+        state |= {f"{name}.{key}": tensor for key, tensor in packed[name].items()}
+    original_names = _names_to_write(model, packed)
     description = describe(model, layers, checkpoint_format)
 
-    target = Path(save_directory)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"`save_directory` is {os.fspath(target)!r}, which is a file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    if Path(save_directory).is_file():
+        raise ValueError(f"`save_directory` is {os.fspath(save_directory)!r}, which is a file.")
     quantizer, known = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
     try:
         # `save_pretrained` asks a quantizer for the tensors, and writes this part of the config.
         model.hf_quantizer = _Writer(state)
         model.config.quantization_config = description
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        atomic_write_text(temporary / _CONFIG_FILE, json.dumps(description, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        _move_into(temporary, target)
+        with replaced_files(save_directory, last=CONFIG_FILE, stale=_is_weights) as folder:
+            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original_names)
+            (folder / QUANTIZE_CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         for owner, key, value in ((model, "hf_quantizer", quantizer), (model.config, "quantization_config", known)):
             if value is None:
                 delattr(owner, key)
@@ -160,7 +149,7 @@ def describe(model: nn.Module, layers: Mapping[str, QuantizedLinear], checkpoint
     # (bits, group size) of each layer. Where all layers have one group each, -1 stands for sizes that differ.
     one_group = all(layer.grid.scales.shape[1] == 1 for layer in layers.values())
     grids: dict[str, tuple[int, int] | None] = {
-        name: (layer.grid.bits, -1 if one_group else layer.grid.group_size) for name, layer in layers.items()
+        name: (layer.grid.bits, -1 if one_group else _group_size(name, layer.grid)) for name, layer in layers.items()
     }
     most = Counter(grids.values()).most_common(1)[0][0]
     assert most is not None
@@ -174,7 +163,7 @@ def describe(model: nn.Module, layers: Mapping[str, QuantizedLinear], checkpoint
         "quant_method": "gptq",
         "bits": most[0],
         "group_size": most[1],
-        "desc_act": not all(layer.grid.in_order for layer in layers.values()),
+        "desc_act": not all(_is_in_order(name, layer.grid) for name, layer in layers.items()),
         "sym": all(layer.grid.symmetric for layer in layers.values()),
         "lm_head": output_head(model) in layers.values(),
         "checkpoint_format": checkpoint_format,
@@ -197,6 +186,53 @@ def describe(model: nn.Module, layers: Mapping[str, QuantizedLinear], checkpoint
     return description
 
 
+def _group_size(name: str, grid: Grid) -> int:
+    """The number that readers are told, who count on in / size groups, rounded up.
+
+    Raises:
+        ValueError: there is none, for groups that differ in more than the last one being smaller.
+    """
+    if grid.in_order:
+        return grid.group_size
+    largest = int(torch.bincount(grid.g_idx).max())
+    groups = grid.scales.shape[1]
+    for size in (max(grid.group_size, largest), largest):
+        if -(-grid.in_features // size) == groups:
+            return size
+    raise ValueError(
+        f"{name} has {groups} groups for {grid.in_features} inputs, the largest of {largest}; no group size of a GPTQ checkpoint "
+        "means that."
+    )
+
+
+def _is_in_order(name: str, grid: Grid) -> bool:
+    expected = torch.arange(grid.in_features, device=grid.g_idx.device) // _group_size(name, grid)
+    return grid.in_order or torch.equal(grid.g_idx.long(), expected)
+
+
+def _names_to_write(model: PreTrainedModel, packed: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
+    """Whether the tensors get the names that transformers gives them on disk (True), or those that they have in the model.
+
+    Raises:
+        ValueError: neither leads back to the layers that they belong to.
+    """
+    tensors = {f"{name}.{key}": tensor for name, layer in packed.items() for key, tensor in layer.items()}
+    lost = ""
+    for original, names in ((True, names_on_disk(model, tensors)), (False, {key: key for key in tensors})):
+        if names is None:  # transformers would make other tensors of them
+            continue
+        layers = {key.rpartition(".")[0]: on_disk.rpartition(".")[0] for key, on_disk in names.items()}
+        whole = all(names[f"{name}.{key}"] == f"{layers[name]}.{key}" for name in packed for key in packed[name])
+        back = names_in_model(model, [f"{on_disk}.weight" for on_disk in layers.values()])
+        lost = next((n for n, on_disk in layers.items() if back[f"{on_disk}.weight"] != (f"{n}.weight", False)), "")
+        if whole and not lost:
+            return original
+    raise ValueError(
+        f"`model`: transformers fuses, splits or renames the weight of {lost!r} when it loads a {type(model).__name__}, so a "
+        "checkpoint with it quantised cannot be loaded. Leave the layer out of the quantisation (exclude_modules)."
+    )
+
+
 def _rules(grids: Mapping[str, tuple[int, int] | None], most: tuple[int, int]) -> dict[str, dict[str, int]]:
     """GPTQModel's `dynamic` for layers that are not like `most`: None is not quantised. One rule for all blocks if possible."""
     kinds: dict[str, list[str]] = {}
@@ -215,249 +251,6 @@ def _rules(grids: Mapping[str, tuple[int, int] | None], most: tuple[int, int]) -
     }
 
 
-def _move_into(source: Path, target: Path) -> None:
-    """Moves all files of a folder into another, and removes weights there that are not of the model moved."""
-    target.mkdir(exist_ok=True)
-    written = sorted(source.iterdir(), key=lambda path: path.name == "config.json")
-    for path in written:
-        os.replace(path, target / path.name)
-    names = {path.name for path in written}
-    for path in target.iterdir():
-        stale = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
-        if stale and path.name not in names:
-            path.unlink()
-
-
-# -- loading -------------------------------------------------------------------------------------------------------------
-
-
-def load_gptq(
-    path: str | os.PathLike[str],
-    *,
-    dense: nn.Module | str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    auto_class: Any = AutoModelForCausalLM,
-) -> PreTrainedModel:
-    """
-    Reads a GPTQ checkpoint, whoever wrote it, into an ordinary transformers model with `QuantizedLinear` layers. GPTQModel is
-    not needed.
-
-    Both conventions for zero points ("gptq" and "gptq_v2"; a config that names none, as those of AutoGPTQ, means "gptq"),
-    act-order, and `dynamic` rules are understood. The integers, scales and zero points become the grids of the layers.
-
-    The weights of the layers are s (q - z), or with `dense` those of the original where they are rounded to q, and otherwise the
-    value closest to them that is: quantisation-aware training starts from what was there before the rounding, and from the
-    integers of the checkpoint. Weights with q = z are zero in either case. A checkpoint does not tell the zeros of a sparse model
-    from small weights that were rounded to zero, and adapters take the zeros of the weight as their mask: so what the checkpoint
-    has as zero stays zero.
-
-    Args:
-        path: a folder, or the name of a repository on the Hub, with safetensors.
-        dense: the model before it was quantised, or its path.
-        dtype: of the weights and everything else.
-        auto_class: `AutoModelForCausalLM` or another one, or a model class.
-
-    Raises:
-        ValueError: naming the file, the tensor or the entry of the config that is missing, damaged or does not fit the others or
-            the model.
-    """
-    if dtype not in _DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(map(str, _DTYPES))}.")
-    folder = _folder(path)
-    config = AutoConfig.from_pretrained(folder)
-    settings = _Settings(folder, getattr(config, "quantization_config", None))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    state = _read_tensors(folder)
-    with torch.device("meta"):
-        build = getattr(auto_class, "from_config", None) or auto_class._from_config
-        skeleton = build(config)
-    originals = None if dense is None else _weights_of(dense, auto_class, dtype)
-
-    grids: dict[str, Grid] = {}
-    for name in sorted({key.rpartition(".")[0] for key in state if key.rpartition(".")[2] in TENSORS}):
-        module_path, module = _find_linear(skeleton, name)
-        out_features, in_features = weight_matrix(module).shape
-        tensors = {key: state.pop(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in state}
-        bits, group_size = settings.of(name)
-        layer = unpack_gptq(
-            name,
-            tensors,
-            out_features=out_features,
-            in_features=in_features,
-            bits=bits,
-            group_size=group_size,
-            checkpoint_format=settings.checkpoint_format,
-        )
-        grid = Grid(layer["scales"], layer["zeros"].int(), in_features=in_features, bits=bits, g_idx=layer["g_idx"])
-        weight = grid.dequantize(layer["q"], dtype)
-        if originals is not None:
-            weight = torch.where(
-                weight == 0, weight, grid.into_cells(_original(originals, module_path, weight), layer["q"])
-            )
-        if not torch.equal(grid.quantize(weight), layer["q"]):
-            raise ValueError(
-                f"`dtype` is {dtype}, which cannot hold the {bits}-bit weights of {name}; use torch.float32."
-            )
-        state[f"{name}.weight"] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-        bias = f"{name}.bias"
-        if module.bias is None and bias in state:  # some writers give every layer one
-            if bool(state.pop(bias).any()):
-                raise ValueError(f"{bias} is not zero, and the layer has no bias in the model.")
-        grids[module_path] = grid
-    if not grids:
-        raise ValueError(
-            f"{os.fspath(path)!r} has no quantised layers: no tensor of it is called {', '.join(TENSORS)}."
-        )
-
-    try:
-        model, info = type(skeleton).from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    except RuntimeError as error:  # shapes that differ
-        raise ValueError(f"{os.fspath(path)!r} does not fit its config: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{os.fspath(path)!r} lacks {len(missing)} tensors, such as {missing[0]}.")
-    replace_layers(
-        model,
-        [(model.get_submodule(n), QuantizedLinear.from_linear(model.get_submodule(n), g)) for n, g in grids.items()],
-    )
-    guard_saving(model)
-    if (folder / "generation_config.json").exists() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-class _Settings:
-    """What the config of a checkpoint says of its layers.
-
-    Raises:
-        ValueError: it is missing, of another method, or says what no GPTQ checkpoint has.
-    """
-
-    def __init__(self, folder: Path, entry: Any) -> None:
-        source = "quantization_config in config.json"
-        if entry is None:
-            source = _CONFIG_FILE
-            entry = _read_json(folder / _CONFIG_FILE) if (folder / _CONFIG_FILE).exists() else None
-        if entry is not None and not isinstance(entry, Mapping):
-            entry = entry.to_dict() if hasattr(entry, "to_dict") else None
-        if entry is None:
-            raise ValueError(
-                f"{os.fspath(folder)!r} is no GPTQ checkpoint: config.json has no quantization_config, and there is no "
-                f"{_CONFIG_FILE}."
-            )
-        method = entry.get("quant_method", entry.get("method", "gptq"))
-        if str(getattr(method, "value", method)).lower() != "gptq":
-            raise ValueError(f"{source}: quant_method is {method!r}; allowed is 'gptq'.")
-        self.checkpoint_format = entry.get("checkpoint_format") or entry.get("format") or "gptq"
-        if self.checkpoint_format not in FORMATS:
-            raise ValueError(
-                f"{source}: checkpoint_format is {self.checkpoint_format!r}; allowed are {list(FORMATS)}."
-            )
-        if entry.get("pack_dtype", "int32") not in ("int32", None):
-            raise ValueError(f"{source}: pack_dtype is {entry['pack_dtype']!r}; allowed is 'int32'.")
-        if "bits" not in entry or "group_size" not in entry:
-            raise ValueError(f"{source}: bits and group_size must be there; it has {sorted(entry)}.")
-        self._default = entry["bits"], entry["group_size"]
-        self._rules: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
-        dynamic = entry.get("dynamic") or {}
-        if not isinstance(dynamic, Mapping) or not all(isinstance(rule, Mapping) for rule in dynamic.values()):
-            raise ValueError(f"{source}: dynamic must be an object of objects, got {dynamic!r:.200}.")
-        for pattern, rule in dynamic.items():
-            if pattern.startswith("-:"):
-                continue  # not quantised, which the tensors tell
-            try:
-                self._rules.append((re.compile(pattern.removeprefix("+:")), rule))
-            except re.error as error:
-                raise ValueError(f"{source}: dynamic has {pattern!r}, no regular expression ({error}).") from error
-
-    def of(self, name: str) -> tuple[Any, Any]:
-        """bits and group size of a layer."""
-        rule = next((rule for pattern, rule in self._rules if pattern.match(name)), {})
-        return rule.get("bits", self._default[0]), rule.get("group_size", self._default[1])
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(path)):
-        raise ValueError(
-            f"`path` is {os.fspath(path)!r}; it must be a folder or the name of a repository, owner/name."
-        )
-    return Path(snapshot_download(os.fspath(path), allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} is damaged: it is not JSON ({error}).") from None
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files of a checkpoint."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weights = _read_json(index)
-        listed = weights.get("weight_map") if isinstance(weights, dict) else None
-        names = set(listed.values()) if isinstance(listed, dict) else set()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(f"{index.name} is damaged: weight_map must give a file of this folder for each tensor.")
-        files = [folder / name for name in sorted(names)]
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    else:
-        files = sorted(folder.glob("*.safetensors"))  # AutoGPTQ names them after the bits and the group size
-        if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
-            raise ValueError(
-                f"{os.fspath(folder)!r} must have model.safetensors, with an index if there are several files, or one other "
-                f"*.safetensors; found: {found}. Pickled weights are not read."
-            )
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file.name} is missing.")
-        try:
-            with safetensors.safe_open(file, framework="pt") as tensors:
-                state.update((key, tensors.get_tensor(key)) for key in tensors.keys())
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file.name} is damaged: {error}") from None
-    return state
-
-
-def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, Any]:
-    """The path and the layer that a name in a checkpoint means, which may have been saved from the base of this model, or with
-    it inside."""
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
-    for path in (name, name.removeprefix(prefix), prefix + name):
-        if isinstance(modules.get(path), (nn.Linear, Conv1D)):
-            return path, modules[path]
-    raise ValueError(f"{name} has quantised weights, but the model has no linear layer of this name.")
-
-
-def _weights_of(
-    dense: nn.Module | str | os.PathLike[str], auto_class: Any, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """The weights (out, in) of the linear layers of the original."""
-    if not isinstance(dense, nn.Module):
-        dense = auto_class.from_pretrained(os.fspath(dense), dtype=dtype)
-    return {
-        name: weight_matrix(layer)
-        for name, layer in linear_layers(dense).items()  # type: ignore[arg-type]
-        if isinstance(layer, (nn.Linear, Conv1D))
-    }
-
-
-def _original(weights: Mapping[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
-    found = weights.get(name)
-    if found is None or found.shape != like.shape or not found.is_floating_point():
-        what = "it is not there" if found is None else f"it is {found.dtype} {tuple(found.shape)}"
-        raise ValueError(f"`dense`: {name} must be a linear layer with a weight {tuple(like.shape)}; {what}.")
-    if not bool(torch.isfinite(found).all()):
-        raise ValueError(f"`dense`: the weight of {name} holds NaN or infinite values.")
-    return found.to(like)
+def _is_weights(name: str) -> bool:
+    """Whether a file holds weights of a model, which those of another one must not stay beside."""
+    return re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", name) is not None
