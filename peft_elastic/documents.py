@@ -153,6 +153,10 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 COUNT = Kind("a whole number from 0 up", _is_count)
 POSITIVE = Kind("a whole number from 1 up", lambda value: _is_count(value) and value > 0)
 NUMBER = Kind("a number", _is_number)
+MEASURED = Kind(  # what JSON has no number for is written by name
+    "a number, NaN, Infinity or -Infinity",
+    lambda value: _is_number(value) or (isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity")),
+)
 FINITE = Kind("a finite number", lambda value: _is_number(value) and math.isfinite(value))
 
 
@@ -293,6 +297,7 @@ __all__ = [
     "COUNT",
     "FINITE",
     "FLAG",
+    "MEASURED",
     "NUMBER",
     "POSITIVE",
     "TEXT",

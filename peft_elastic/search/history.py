@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..documents import ANYTHING, COUNT, NUMBER, MapOf, Record
+from ..documents import ANYTHING, COUNT, MEASURED, MapOf, Record
 from ..journal import Journal
 from .result import Evaluation
 
@@ -42,7 +42,7 @@ class HistoryFile(Journal):
 
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any], metrics: Iterable[str] = ()) -> None:
         header = {"format": _FORMAT, "version": _VERSION, **header}
-        values = Record(None, NUMBER, **dict.fromkeys(metrics, NUMBER))
+        values = Record(None, MEASURED, **dict.fromkeys(metrics, MEASURED))
         super().__init__(
             path, header, "search", Record(None, ANYTHING, index=COUNT, metrics=values, subnet=MapOf(COUNT))
         )

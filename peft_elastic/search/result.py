@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
-from ..documents import ANYTHING, COUNT, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
+from ..documents import ANYTHING, COUNT, MEASURED, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
 from ..supernet.space import SearchSpace, Subnet
 from ..utils import atomic_write_text
 from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _FILE_NAME = "search_result.json"
 _EVALUATION = Record(
-    index=COUNT, source=TEXT, subnet=MapOf(COUNT), metrics=MapOf(NUMBER), held_out=Nullable(MapOf(NUMBER))
+    index=COUNT, source=TEXT, subnet=MapOf(COUNT), metrics=MapOf(MEASURED), held_out=Nullable(MapOf(MEASURED))
 )
 _DOCUMENT = Document(
     "search result",
