@@ -218,6 +218,14 @@ def make_elastic(layer: LoraLayer, adapter_name: str, name: str) -> None:
     lora_A.blocks = _num_experts(layer) * _conv_groups(layer)
 
 
+def read_unpacked(layer: LoraLayer) -> None:
+    """Let a LoRA layer of stock peft around 4 bits of bitsandbytes read that weight right, whenever it merges or unmerges."""
+    from . import bitsandbytes  # imports the package of that name
+
+    if type(layer) is bitsandbytes.bnb.Linear4bit:
+        layer.__class__ = bitsandbytes.Linear4bit
+
+
 def set_width(layer: LoraLayer, outputs: Optional[Ranges], inputs: Optional[Ranges]) -> None:
     """Let all adapters of a linear layer compute with these of its features, those that the base layer computes with."""
     for factors, ranges in ((layer.lora_B, outputs), (layer.lora_A, inputs)):

@@ -43,6 +43,7 @@ from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
+from ...structure.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
 from ...structure.blocks import KINDS, Structure, Width
 from ...structure.description import describe
 from ...structure.extract import extract
@@ -70,6 +71,7 @@ from .layer import (
     get_rank,
     is_elastic,
     make_elastic,
+    read_unpacked,
     set_rank,
     set_width,
     zero_inactive,
@@ -216,6 +218,8 @@ class ElasticLoraModel(LoraModel):
             with self._whole_base():  # whose weights and sizes a new adapter may start from
                 self._check_injection(model, adapter_name, state_dict)
                 _convert_moe_targets(config, model)
+                for module in model.modules():
+                    unpack(module)
                 super().inject_adapter(
                     model,
                     adapter_name,
@@ -225,6 +229,10 @@ class ElasticLoraModel(LoraModel):
                 )
             for name, layer in self._find_layers(adapter_name):
                 make_elastic(layer, adapter_name, name)
+                if is_bitsandbytes(base_layer := layer.get_base_layer()):
+                    read_unpacked(layer)
+                    if adapter_name in layer.lora_variant:  # which reads the weight in every forward pass
+                        keep_unpacked(base_layer)
             self._elastic_adapters = self._find_elastic_adapters(adapter_name)
             self._settle_order(adapter_name)
             self._activate_chosen(adapter_name, when_loaded=not self._in_peft_model)
@@ -805,6 +813,8 @@ class ElasticLoraModel(LoraModel):
     def train(self, mode: bool = True) -> ElasticLoraModel:
         super().train(mode)
         if mode:
+            for module in self.model.modules():
+                unpack(module)
             self._warn_if_one_subnet_is_trained()
         elif self._sampled:
             self.restore_subnet()
@@ -917,6 +927,8 @@ class ElasticLoraModel(LoraModel):
             self._apply_structure()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model.__dict__.pop(HOST_ATTRIBUTE, None)
+        for module in model.modules():
+            allow_packing(module)
         for hook in (self._follower, self._order_guard):
             if hook is not None:
                 hook.remove()
