@@ -1026,7 +1026,9 @@ def test_unmerging_from_bitsandbytes_by_disabling(quantized, packing):
 
 def test_dora_on_bitsandbytes_evaluates_as_it_trains(quantized, packing):
     evaluated, fresh = after_an_evaluation(quantized, adapter={"use_dora": True, "lora_dropout": 0.0})
-    close(outputs(evaluated, tokens()), outputs(fresh, tokens()), 0.05)  # layers without an adapter compute in bfloat16
+    close(
+        outputs(evaluated, tokens()), outputs(fresh, tokens()), 0.05
+    )  # layers without an adapter compute in bfloat16
     # the base was evaluated before it got its adapter, and its norms were taken then
     base = quantized(4, packs=True)
     base(tokens())

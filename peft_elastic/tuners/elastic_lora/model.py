@@ -63,6 +63,7 @@ from ...structure.space import activate, check_depth, check_narrowable_layers, l
 from ...supernet.groups import find_blocks, group_modules
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
+from ..tied_weights import check_tied_weights, merged_once
 from .config import ElasticLoraConfig
 from .export import FILE_PREFIX, ORDER_SUFFIX, export_lora
 from .layer import (
@@ -229,6 +230,7 @@ class ElasticLoraModel(LoraModel):
                 )
             for name, layer in self._find_layers(adapter_name):
                 make_elastic(layer, adapter_name, name)
+                layer.kwargs.pop("tied_adapter", None)  # views that would keep the model from being copied
                 if is_bitsandbytes(base_layer := layer.get_base_layer()):
                     read_unpacked(layer)
                     if adapter_name in layer.lora_variant:  # which reads the weight in every forward pass
@@ -882,15 +884,21 @@ class ElasticLoraModel(LoraModel):
                 "The active subnet narrows or skips parts of the base, into which an adapter cannot be merged in place. Use "
                 "`merge_and_unload()` or `extract_subnet()`, or `set_subnet('max')` first."
             )
-        self._check_merge(adapter_names, safe_merge)
+        if twice := self._check_merge(adapter_names, safe_merge):
+            raise ValueError(
+                f"{next(p for p, m in self.model.named_modules() if m in twice)!r} is tied with the embedding, and so is its adapter (`ensure_weight_tying`), which "
+                "cannot be merged in place: use `merge_and_unload()` or `extract_subnet()`."
+            )
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        """Raise a ValueError if merging these adapters, or the active ones, would change what the model computes."""
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> dict[LoraLayer, LoraLayer]:
+        """Raise a ValueError if merging these adapters, or the active ones, would change what the model computes. See
+        `check_tied_weights` for what is returned."""
         for name in self._active_elastic_adapters() if adapter_names is None else adapter_names:
             if name in self._elastic_adapters:
                 for path, layer in self._elastic(name).layers.items():
                     self._check_merge_into(layer, name, path)
+        return check_tied_weights(self.model, adapter_names)
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         """Raise a ValueError if merging into this layer would change what the model computes."""
@@ -910,9 +918,10 @@ class ElasticLoraModel(LoraModel):
         adapter_names: Optional[list[str]] = None,
     ) -> nn.Module:
         kept: dict[str, list[int]] = {}
+        twice: dict[LoraLayer, LoraLayer] = {}
         narrowed = is_narrowed(self.model)
         if merge:
-            self._check_merge(adapter_names, safe_merge)
+            twice = self._check_merge(adapter_names, safe_merge)
             if adapter_names is not None and self._check_together(adapter_names) != self._check_together(
                 self._enabled_adapters()
             ):
@@ -925,7 +934,8 @@ class ElasticLoraModel(LoraModel):
         elif narrowed:
             self._structural_values = {}
             self._apply_structure()
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with merged_once(twice, adapter_names):
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model.__dict__.pop(HOST_ATTRIBUTE, None)
         for module in model.modules():
             allow_packing(module)

@@ -114,14 +114,15 @@ class SparseQALoraModel(ElasticLoraModel):
             if grids and adapter_name in layer.lora_grid:
                 layer.lora_grid[adapter_name] = Grid.copy_of(grids[0], persistent=True)
 
-    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        super()._check_merge(adapter_names, safe_merge)
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> dict[LoraLayer, LoraLayer]:
+        twice = super()._check_merge(adapter_names, safe_merge)
         for module in self.model.modules():
             if isinstance(module, SparseLoraLinear):
                 names = module.active_adapters if adapter_names is None else adapter_names
                 new = [name for name in names if name in module.lora_A and name not in module.merged_adapters]
                 if new:
                     module.check_merge([*module.merged_adapters, *new], safe_merge)
+        return twice
 
     def _check_merge_allowed(self) -> None:
         # peft refuses to merge into any model that GPTQModel quantised; `_check_merge_into` knows which layers lose by it
