@@ -291,6 +291,27 @@ def active_weights(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, t
     return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
+def padded_weights(layer: LoraLayer, adapter_name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of A and B as they are active now, with zeros for the ranks from there to `rank`: the same update."""
+    blocks = 1 if adapter_name in layer.lora_embedding_A else layer.lora_A[adapter_name].blocks
+    groups, experts = _conv_groups(layer), _num_experts(layer)
+    a, b = active_weights(layer, adapter_name)
+    return _padded(a, 0, rank // groups, blocks), _padded(b, 1, rank // groups * experts, 1)
+
+
+def _padded(weight: torch.Tensor, dim: int, size: int, blocks: int) -> torch.Tensor:
+    """Each of the `blocks` equal parts of dimension `dim` filled up with zeros to `size`: the inverse of `_leading`."""
+    parts = weight.unflatten(dim, (blocks, -1))
+    shape = list(parts.shape)
+    shape[dim + 1] = size - shape[dim + 1]
+    return torch.cat([parts, parts.new_zeros(shape)], dim + 1).flatten(dim, dim + 1)
+
+
+def rank_step(layer: LoraLayer) -> int:
+    """What every rank of the layer is a multiple of."""
+    return _conv_groups(layer)
+
+
 def zero_inactive(layer: LoraLayer, adapter_name: str) -> None:
     """Set the inactive part of A and B to zero, in place."""
     if adapter_name in layer.lora_embedding_A:

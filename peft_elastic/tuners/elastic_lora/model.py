@@ -60,7 +60,7 @@ from ...structure.importance import (
 from ...structure.modules import module_at
 from ...structure.narrow import active_ranges, is_narrowed
 from ...structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
-from ...supernet.groups import find_blocks, group_modules
+from ...supernet.groups import find_blocks, group_modules, plain_path
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
 from ..tied_weights import check_tied_weights, merged_once
@@ -278,7 +278,8 @@ class ElasticLoraModel(LoraModel):
 
         for path, (module, rank) in plan.items():
             self._check_target(module, path, rank, config)
-        choices = self._build_choices(trial, {path: rank for path, (_, rank) in plan.items()}, model)
+        ranks = {plain_path(path): rank for path, (_, rank) in plan.items()}
+        choices = self._build_choices(trial, ranks, model)
         choices += self._check_structure(trial, model, {path: module for path, (module, _) in plan.items()})
         # with `layer_replication`, the layers that are to come are not known yet
         if config.active_subnet is not None and not config.layer_replication:
@@ -406,7 +407,7 @@ class ElasticLoraModel(LoraModel):
                 continue
             if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
                 continue
-            name = re.sub(r"(^|\.)(base_layer|_orig_mod)(?=\.|$)", "", path).lstrip(".")
+            name = re.sub(r"(^|\.)base_layer(?=\.|$)", "", plain_path(path)).lstrip(".")
             if isinstance(module, ParamWrapper):
                 name = f"{name}.{module.parameter_name}"
             yield name, module
@@ -852,13 +853,20 @@ class ElasticLoraModel(LoraModel):
 
     # -- out -------------------------------------------------------------------------------------------------------
 
-    def export_lora(self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None) -> None:
+    def export_lora(
+        self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None, *, pad: bool = True
+    ) -> None:
         """Write the active sub-adapter as a plain LoRA adapter, which peft loads without this package.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder; it is created, and gets `adapter_config.json` and
                 `adapter_model.safetensors`. Those of an earlier adapter are replaced once the new ones are complete.
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+            pad (`bool`, defaults to `True`):
+                Fill the matrices of smaller ranks up with zeros to the largest rank that is active, and put what modules differ
+                in scaling into B: one rank and one scaling for all, which every program reads alike. llama.cpp scales each
+                tensor by `lora_alpha` over its own rank, vLLM by `lora_alpha / r`. False writes the active ranks alone, with a
+                `rank_pattern` and an `alpha_pattern`, which peft reads.
 
         Raises:
             ValueError: if the adapter changed the base weights when it was initialised (PiSSA and relatives), or the active
@@ -875,7 +883,7 @@ class ElasticLoraModel(LoraModel):
                 "alone are smaller."
             )
         with self._whole_base():
-            export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
+            export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers, pad)
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """As in peft; what can be refused is refused before any layer is merged."""
@@ -1280,10 +1288,11 @@ def _check_active_subnet(config: ElasticLoraConfig, adapter_name: str, choices: 
 
 def _tie_groups(groups: dict[str, list[str]], config: ElasticLoraConfig, model: Any) -> None:
     """Give the adapter of a tied output layer the rank of the embedding's adapter, whose weights it shares."""
-    tied = set(getattr(config, "target_modules_to_tie", None) or ())
+    tied = {plain_path(name) for name in getattr(config, "target_modules_to_tie", None) or ()}
     if not tied:
         return
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding = plain_path(embedding)
     source = next(name for name, members in groups.items() if embedding in members)
     for group_name in [name for name in groups if name != source]:
         moved = [name for name in groups[group_name] if name in tied]

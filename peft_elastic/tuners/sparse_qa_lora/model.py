@@ -68,7 +68,9 @@ class SparseQALoraModel(ElasticLoraModel):
         super()._check_target(module, path, rank, config)
         check_target(module, path, config)
 
-    def export_lora(self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None) -> None:
+    def export_lora(
+        self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None, *, pad: bool = True
+    ) -> None:
         """As in `ElasticLoraModel`, for adapters that are neither masked nor quantisation-aware.
 
         Raises:
@@ -81,7 +83,7 @@ class SparseQALoraModel(ElasticLoraModel):
                 f"Adapter {adapter_name!r} is masked by the zeros of its base, or rounded together with it, which a plain LoRA "
                 "adapter is not. Merge it: `merge_and_unload()`."
             )
-        super().export_lora(save_directory, adapter_name)
+        super().export_lora(save_directory, adapter_name, pad=pad)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
