@@ -147,10 +147,12 @@ def _plain_state_dict(
     model: nn.Module, adapter_name: str, active: Mapping[int, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The adapter's state dict in peft's format, with `active` by the identity of the parameters."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    state_dict = {
-        name: active.get(id(parameters.get(name)), tensor).detach() for name, tensor in model.state_dict().items()
-    }
+    state_dict = model.state_dict()
+    # by the paths of the modules, which are what peft goes by; some wrappers leave their own names out of the state dict
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                state_dict[f"{path}.{name}" if path else name] = active.get(id(parameter), parameter).detach()
     plain = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter_name)
     # peft's files carry the prefix of a PeftModel; tied adapters share memory, which safetensors refuses
     named = {f"{FILE_PREFIX}{name}": tensor for name, tensor in plain.items() if not name.endswith(ORDER_SUFFIX)}

@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
 from ...structure.blocks import Ranges
-from ...structure.narrow import take
+from ...structure.narrow import store_in_replica, stored_tensor, take
 
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:
@@ -54,7 +54,7 @@ class _ElasticWeight(nn.Module):
     @property
     def full_weight(self) -> torch.Tensor:
         """All ranks, whatever is active."""
-        return self._parameters["weight"]
+        return stored_tensor(self, "weight")
 
     @property
     def weight(self) -> torch.Tensor:
@@ -73,6 +73,8 @@ class _ElasticWeight(nn.Module):
     # Assigning a Parameter goes to nn.Module and never comes here.
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
+        if store_in_replica(self, "weight", value):
+            return
         raise ValueError(
             "The weight of an elastic adapter must stay a parameter. FSDP1 replaces it by a view into flat memory: use "
             "FSDP2 (`fully_shard`; `fsdp_version: 2` in accelerate) or DDP."
@@ -105,8 +107,12 @@ class ElasticLinearB(_ElasticB, nn.Linear):
 
     @property
     def bias(self) -> Optional[torch.Tensor]:  # type: ignore[override]
-        full = self._parameters.get("bias")
+        full = stored_tensor(self, "bias")
         return None if full is None else take(full, 0, self.active_width)
+
+    @bias.setter
+    def bias(self, value: torch.Tensor) -> None:
+        store_in_replica(self, "bias", value)
 
 
 class ElasticConv1dA(_ElasticA, nn.Conv1d):
