@@ -1321,6 +1321,8 @@ def _search_subnet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _welcome_peft_model(module: nn.Module, name: str, submodule: Optional[nn.Module]) -> None:
     """Give a PeftModel that gets an elastic tuner what it must do itself. peft does not tell the tuner which PeftModel
     it belongs to, and looks for methods in the PeftModel first."""
+    if module.__dict__.get("_is_replica"):
+        return  # a copy that `nn.DataParallel` makes for one forward pass
     if isinstance(submodule, ElasticLoraModel) and isinstance(module, PeftModel) and name == "base_model":
         module.__dict__["print_trainable_parameters"] = functools.partial(_print_trainable_parameters, module)
         module.__dict__["search_subnet"] = functools.partial(_search_subnet, module)
