@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -191,6 +192,8 @@ class ElasticLoraModel(LoraModel):
     _tagged: bool = False
     # Whether a subnet other than the chosen one is active; only ever between `sample_subnet` and `restore_subnet`.
     _sampled: bool = False
+    # By adapter, what was active when evaluation mode interrupted a training step, and is again in training mode.
+    _suspended: Mapping[str, Subnet] = MappingProxyType({})
     # The state of the adapter weights when the model was last put into training mode, to notice one-subnet training.
     _trained_version: Optional[list[float]] = None
     _warned_about_sampling: bool = False
@@ -564,12 +567,12 @@ class ElasticLoraModel(LoraModel):
         checked = self.get_search_space(adapter_name).subnet(subnet)
         self._activate(checked, adapter_name)
         self.peft_config[adapter_name].active_subnet = checked.to_dict()
-        self._sampled = False
+        self._sampled, self._suspended = False, {}
         self._trained_version = None
 
     def sample_subnet(self, subnet: Subnet | Mapping[str, int] | str, adapter_name: Optional[str] = None) -> None:
-        """Activate a subnet for a training step, without choosing it: saving, `restore_subnet()` and `model.eval()`
-        go by the chosen one.
+        """Activate a subnet for a training step, without choosing it: saving and `restore_subnet()` go by the chosen one, and
+        so does evaluation mode, after which `model.train()` goes on with the step.
 
         Args:
             subnet: as in `set_subnet`.
@@ -580,14 +583,14 @@ class ElasticLoraModel(LoraModel):
         if (structure := self._elastic(adapter_name).structure) is not None:
             check_depth(structure, checked)
         self._activate(checked, adapter_name)
-        self._sampled = True
+        self._sampled, self._suspended = True, {}
         self._trained_version = None
 
     def restore_subnet(self) -> None:
         """Activate the chosen subnet of every adapter again (see `set_subnet`; the maximal one if none was chosen)."""
         for adapter_name in self._elastic_configs():
             self._activate_chosen(adapter_name)
-        self._sampled = False
+        self._sampled, self._suspended = False, {}
 
     def _activate_chosen(self, adapter_name: str, when_loaded: bool = False) -> None:
         if adapter_name not in self._elastic_adapters:
@@ -818,9 +821,19 @@ class ElasticLoraModel(LoraModel):
         if mode:
             for module in self.model.modules():
                 unpack(module)
+            suspended, self._suspended = self._suspended, {}
+            for (
+                name,
+                subnet,
+            ) in suspended.items():  # generation in the middle of a step may have been in evaluation mode
+                layers = self._elastic_adapters[name].layers.values() if name in self._elastic_adapters else ()
+                if layers and not any(layer.merged for layer in layers):
+                    self.sample_subnet(subnet, name)
             self._warn_if_one_subnet_is_trained()
         elif self._sampled:
+            sampled = {name: self.get_active_subnet(name) for name in self._elastic_adapters}
             self.restore_subnet()
+            self._suspended = sampled
         return self
 
     def _warn_if_one_subnet_is_trained(self) -> None:
