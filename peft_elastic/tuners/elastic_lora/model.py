@@ -78,6 +78,7 @@ from .layer import (
     set_width,
     zero_inactive,
 )
+from .optimizers import watch_optimizers
 
 
 logger = logging.getLogger(__name__)
@@ -584,6 +585,7 @@ class ElasticLoraModel(LoraModel):
             check_depth(structure, checked)
         self._activate(checked, adapter_name)
         self._sampled, self._suspended = True, {}
+        watch_optimizers(self)
         self._trained_version = None
 
     def restore_subnet(self) -> None:
