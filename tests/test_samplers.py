@@ -214,7 +214,6 @@ def test_balanced_in_a_stage_of_ranks_is_that_of_a_space_of_ranks():
     whole = elastic_space(4)
     space = StagePlan([Stage(["rank"], 1)], whole, args, 10, None).space_of_step(0)
     assert space.layers == whole.layers
-    ranks = SearchSpace(choice for choice in whole if choice.kind == "rank")
     drawn = draw(BalancedSampler(), space, 400)
     for subnet in drawn:
         assert space.count_base_parameters(subnet) == whole.count_base_parameters(whole.max)
