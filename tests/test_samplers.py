@@ -14,6 +14,7 @@
 """The distributions that the samplers draw from."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from models import tiny_llama
 from narrow import NarrowLlama
 from scipy import stats
 
-from peft_elastic import BalancedSampler, Choice, SandwichSampler, SearchSpace, UniformSampler
+from peft_elastic import BalancedSampler, Choice, SandwichSampler, SearchSpace, Stage, UniformSampler
 from peft_elastic.supernet.samplers import _expected_count
+from peft_elastic.supernet.stages import StagePlan
 
 
 # Parameters per rank of q, k, v, o, gate, up and down in SmolLM2-135M.
@@ -188,6 +190,36 @@ def test_balanced_fills_bins_of_all_active_parameters(depth):
 
     assert stats.chisquare(bins(BalancedSampler())).pvalue > 1e-3
     assert stats.chisquare(bins(UniformSampler())).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("kinds", [["heads", "mlp"], ["depth"]])
+def test_balanced_fills_bins_in_a_stage(kinds):
+    """Where only some kinds of choices are sampled, what is balanced is still the size of the model."""
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=2)
+    plan = StagePlan([Stage(["rank"], 1), Stage(kinds, 1)], elastic_space(10), args, 100, None)
+    space = plan.space_of_step(99)
+    low, high = total(space, space.min), total(space, space.max)
+    assert low < 0.9 * high
+
+    def fifths(sampler):
+        shares = [(total(space, subnet) - low) / (high - low) for subnet in draw(sampler, space, 200)]
+        return np.histogram(shares, 5, (0, 1))[0]
+
+    assert fifths(BalancedSampler()).min() > 12
+    assert fifths(UniformSampler())[[0, -1]].max() < 10
+
+
+def test_balanced_in_a_stage_of_ranks_is_that_of_a_space_of_ranks():
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=1)
+    whole = elastic_space(4)
+    space = StagePlan([Stage(["rank"], 1)], whole, args, 10, None).space_of_step(0)
+    assert space.layers == whole.layers
+    drawn = draw(BalancedSampler(), space, 400)
+    for subnet in drawn:
+        assert space.count_base_parameters(subnet) == whole.count_base_parameters(whole.max)
+    # every sum of ranks, here one for each number of blocks that are large, is as likely as any other
+    sums = Counter(space.count_parameters(subnet) for subnet in drawn)
+    assert len(sums) > 4 and stats.chisquare(list(sums.values())).pvalue > 1e-3
 
 
 def test_balanced_where_some_bins_are_empty():

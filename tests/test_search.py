@@ -406,15 +406,13 @@ def test_the_model_is_left_as_it_was_found_after_an_exception(model, error, wher
     assert_as_found(model, before)
 
 
-NO_NUMBERS = [math.nan, math.inf, -math.inf, None, "0.5", True, np.bool_(True), [0.5], torch.ones(2), np.ones(1), 1j]
-NO_NUMBERS += [object, torch.tensor(math.nan), np.float32("nan")]
+NO_NUMBERS = [None, "0.5", "nan", True, np.bool_(True), [0.5], torch.ones(2), np.ones(1), 1j, object]
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(value, f"returned {value!r} as 'accuracy'") for value in NO_NUMBERS]
     + [
-        ({"accuracy": math.nan}, "returned nan as 'accuracy'"),
         ({"accuracy": None}, "returned None as 'accuracy'"),
         ({"accuracy": 1.0, "f1": "high"}, "returned 'high' as 'f1'"),
         ({1: 0.5}, "the key 1"),
@@ -448,13 +446,13 @@ def test_dicts_with_wrong_names(model, value):
 
 
 def test_objective_functions_must_return_a_number(model):
-    for value in (math.nan, None, {"a": 1.0}):
+    for value in ("nan", None, {"a": 1.0}):
         with pytest.raises(ValueError, match="objective 'time'"):
             search(model, objectives=("accuracy", ("time", lambda m, value=value: value)))
     with pytest.raises(ValueError, match="computed otherwise"):
         search(model, lambda m: {"accuracy": 1.0, "time": 2.0}, objectives=("accuracy", ("time", quality)))
-    with pytest.raises(ValueError, match="`held_out` returned nan"):
-        search(model, held_out=lambda m: math.nan)
+    with pytest.raises(ValueError, match="`held_out` returned None"):
+        search(model, held_out=lambda m: None)
 
 
 @pytest.mark.parametrize(

@@ -536,7 +536,7 @@ def test_bitsandbytes(bitsandbytes_llama, bits, kind, dropout):
     with model.disable_adapter():
         torch.testing.assert_close(outputs(model, tokens()), before)
     unmerged = outputs(model, tokens())
-    # a fresh one: no gradient goes through a 4-bit layer of bitsandbytes that has been used in evaluation mode on a CPU
+    # a fresh one, whose scales no evaluation has rounded
     fresh = adapted(bitsandbytes_llama(bits), lora_dropout=dropout, **ALL_KINDS[kind]).train()
     fresh(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in fresh.parameters() if p.requires_grad)

@@ -27,8 +27,10 @@ import torch
 from models import ConvNet, net, outputs, randomize, tiny_llama, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peft_elastic import ElasticLoraConfig
+from peft_elastic.supernet import get_elastic_host
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,10 +100,11 @@ from models import *
 from peft import PeftModel, PeftType
 
 for name, (base, inputs) in json.load(open(sys.argv[1])).items():
-    model = PeftModel.from_pretrained(eval(base), f"{sys.argv[2]}/{name}").eval()
-    assert model.peft_config["default"].peft_type == "LORA"
-    result = outputs(model, eval(inputs)) if inputs != "None" else dict(model.named_parameters())
-    torch.save(result, f"{sys.argv[2]}/{name}.pt")
+    for folder in (name, f"{name} padded"):
+        model = PeftModel.from_pretrained(eval(base), f"{sys.argv[2]}/{folder}").eval()
+        assert model.peft_config["default"].peft_type == "LORA"
+        result = outputs(model, eval(inputs)) if inputs != "None" else dict(model.named_parameters())
+        torch.save(result, f"{sys.argv[2]}/{folder}.pt")
 try:
     PeftModel.from_pretrained(tiny_llama(), f"{sys.argv[2]}/elastic")
 except KeyError as error:
@@ -132,11 +135,12 @@ def make(name):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Everything exported, and loaded in one fresh process: name -> (model, inputs, its outputs there)."""
+    """Everything exported, and loaded in one fresh process: (name, padded?) -> (model, inputs, its outputs there)."""
     folder = tmp_path_factory.mktemp("exported")
     made = {name: make(name) for name in CASES}
     for name, (model, _) in made.items():
-        model.export_lora(folder / name)
+        model.export_lora(folder / name, pad=False)
+        model.export_lora(folder / f"{name} padded")
     made["plain"][0].save_pretrained(folder / "elastic")
     (folder / "cases.json").write_text(json.dumps({name: case[:2] for name, case in CASES.items()}))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
@@ -144,12 +148,14 @@ def exported(tmp_path_factory):
     # in another folder: this package must not be found by chance
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return {name: (*made[name], torch.load(folder / f"{name}.pt"), folder / name) for name in CASES}
+    folders = {(name, pad): f"{name} padded" if pad else name for name in CASES for pad in (False, True)}
+    return {key: (*made[key[0]], torch.load(folder / f"{path}.pt"), folder / path) for key, path in folders.items()}
 
 
+@pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_a_process_without_this_package_computes_the_same(exported, name):
-    model, inputs, found, folder = exported[name]
+def test_a_process_without_this_package_computes_the_same(exported, name, pad):
+    model, inputs, found, folder = exported[name, pad]
     if inputs is not None:
         torch.testing.assert_close(found, outputs(model, inputs), rtol=1e-5, atol=1e-5)
         maximum = model.active_subnet
@@ -159,15 +165,23 @@ def test_a_process_without_this_package_computes_the_same(exported, name):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert not {"elastic_ranks", "rank_groups", "active_subnet"} & config.keys()
-    # nothing but the active ranks is in the file
-    size = sum(t.numel() for n, t in load_file(folder / "adapter_model.safetensors").items() if ".lora_" in n)
-    if "dora" not in name and "bias" not in name:
+    # nothing but the active ranks is in the file, or all of them have the same rank
+    tensors = load_file(folder / "adapter_model.safetensors")
+    size = sum(t.numel() for n, t in tensors.items() if ".lora_" in n)
+    if "dora" not in name and "bias" not in name and not pad:
         active = model.search_space.count_parameters(model.active_subnet)
         assert size == active
+    experts = 4 if "experts" in name else 1
+    ranks = {n: t.shape[0] for n, t in tensors.items() if n.endswith(("lora_A.weight", "lora_embedding_A"))}
+    assert config["r"] in {rank // width for rank in ranks.values() for width in (1, experts)}
+    assert config["r"] == max(rank // (experts if ".experts." in n else 1) for n, rank in ranks.items())
+    if pad:
+        assert not config["rank_pattern"] and not config["alpha_pattern"]
+        assert {rank // (experts if ".experts." in n else 1) for n, rank in ranks.items()} == {config["r"]}
 
 
 def test_paths_that_end_in_others(exported):
-    _, _, found, _ = exported["ends of paths"]
+    _, _, found, _ = exported["ends of paths", False]
     for path, rank in {"a+b": 3, "x.a+b": 5, "y.a+b": 5}.items():
         assert found[f"base_model.model.{path}.lora_A.default.weight"].shape[0] == rank
 
@@ -175,13 +189,162 @@ def test_paths_that_end_in_others(exported):
 def test_the_scaling_can_be_read_in_either_way(exported):
     """`lora_alpha / r` for programs that take the shapes from the tensors, the patterns for peft."""
     for name in ("plain", "all-linear", "experts"):
-        model, _, _, folder = exported[name]
+        model, _, _, folder = exported[name, False]
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["lora_alpha"] / config["r"] == 12 / 8
         assert config["use_rslora"] is False
         for path, k in config["rank_pattern"].items():
             assert config["alpha_pattern"][path] == 1.5 * k
         assert config["rank_pattern"]
+
+
+def reader_rules(folder, path):
+    """The update of a module as three programs compute it from the file: peft's patterns aside, these are all they read."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{path}.lora_{side}.weight"].double() for side in "AB")
+    update, rank = b @ a, a.shape[0]
+    assert rank <= config["r"]  # vLLM has room for that many
+    return {
+        "vLLM": config["lora_alpha"] / config["r"] * update,
+        "llama.cpp": config["lora_alpha"] / rank * update,
+        "a reader of the patterns": config["alpha_pattern"].get(path, config["lora_alpha"]) / rank * update,
+    }
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 5}}, {"rank_pattern": {"q_proj": 6}}]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_other_programs_read_a_padded_export_right(tmp_path, settings, seed):
+    model = get_peft_model(tiny_llama(), ElasticLoraConfig(**(QV | settings))).eval()
+    randomize(model, seed=seed)
+    model.set_subnet(model.search_space.sample(seed))
+    model.export_lora(tmp_path)
+    for path, layer in model.base_model._elastic("default").layers.items():
+        expected = layer.get_delta_weight("default").double()
+        for reader, update in reader_rules(tmp_path, path).items():
+            torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-6, msg=f"{reader}, {path}")
+
+
+def test_an_unpadded_export_says_the_largest_rank(tmp_path):
+    """The most frequent one, say, would make vLLM refuse the file, or read past its buffers."""
+    model = get_peft_model(tiny_llama(), ElasticLoraConfig(**QV)).eval()
+    randomize(model)
+    smallest = model.search_space.min.to_dict()
+    model.set_subnet(smallest | {next(iter(smallest)): 5})
+    model.export_lora(tmp_path, pad=False)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (5, 7.5)
+    assert sorted(config["rank_pattern"].values()) == [3, 3, 3]
+    for path, layer in model.base_model._elastic("default").layers.items():
+        readers = reader_rules(tmp_path, path)
+        for reader in ("vLLM", "a reader of the patterns"):
+            torch.testing.assert_close(
+                readers[reader].float(), layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_a_padded_rank_fits_the_groups_of_every_convolution(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.three = nn.Conv1d(6, 6, 3, groups=3)
+            self.two = nn.Conv1d(6, 4, 1, groups=2)
+
+        def forward(self, x):
+            return self.two(self.three(x))
+
+    def base():
+        torch.manual_seed(0)
+        return Net()
+
+    ranks = {"two": 4, "three": 9}
+    config = ElasticLoraConfig(r=6, target_modules=list(ranks), rank_pattern=ranks, elastic_ranks=[6])
+    model = get_peft_model(base(), config).eval()
+    randomize(model)
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(x)
+        model.export_lora(tmp_path)
+        found = PeftModel.from_pretrained(base(), tmp_path).eval()(x)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 12
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_pad_is_checked(tmp_path, value):
+    model = get_peft_model(tiny_llama(), ElasticLoraConfig(**QV))
+    with pytest.raises(ValueError, match=f"`pad` must be True or False, got {value!r}"):
+        model.export_lora(tmp_path / "new", pad=value)
+    assert not (tmp_path / "new").exists()
+
+
+def compiled_base(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_layers(model):
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def checkpointed(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = checkpoint_wrapper(layer)
+    return model
+
+
+BASE_WRAPPERS = {
+    "compiled": compiled_base,
+    "compiled layer by layer": compiled_layers,
+    "compiled in place": compiled_in_place,
+    "checkpointed": checkpointed,
+    "data parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("wrapper", BASE_WRAPPERS)
+def test_the_base_may_be_wrapped(tmp_path, wrapper, pad):
+    groups = [["q_proj", "v_proj"]]
+    settings = QV | {"rank_groups": groups, "target_modules": ["q_proj", "v_proj", "embed_tokens"]}
+    model = get_peft_model(BASE_WRAPPERS[wrapper](tiny_llama()), ElasticLoraConfig(**settings)).eval()
+    randomize(model)
+    if wrapper != "data parallel":
+        assert "rank:model.layers.0.q_proj+v_proj" in model.search_space.min
+    model.set_subnet(model.search_space.sample(4))
+    expected = outputs(model, tokens())
+    model.export_lora(tmp_path, pad=pad)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    plain = get_peft_model(tiny_llama(), LoraConfig(target_modules=settings["target_modules"]))
+    wanted = {name for name in get_peft_model_state_dict(plain) if "base_layer" not in name}
+    assert {
+        name for name in names if "base_layer" not in name
+    } == wanted  # peft adds the embedding itself, where it finds it
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(outputs(loaded, tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_peft_model_may_be_wrapped(tmp_path):
+    model = get_peft_model(tiny_llama(), ElasticLoraConfig(**QV)).eval()
+    randomize(model)
+    model.set_subnet("min")
+    compiled = torch.compile(model, backend="eager")
+    expected = outputs(compiled, tokens())
+    compiled.export_lora(tmp_path / "compiled")
+    get_elastic_host(nn.DataParallel(model)).export_lora(tmp_path / "parallel")
+    for folder in ("compiled", "parallel"):
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / folder).eval()
+        torch.testing.assert_close(outputs(loaded, tokens()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_export_that_keeps_the_rank_does_not_load(tmp_path):
@@ -198,7 +361,7 @@ def test_an_export_that_keeps_the_rank_does_not_load(tmp_path):
     with pytest.raises(RuntimeError, match=r"size mismatch.*\[3, 32\]"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
     # these are the tensors that belong there, so it was the configuration
-    model.export_lora(tmp_path)
+    model.export_lora(tmp_path, pad=False)
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert found.keys() == sliced.keys() and all(torch.equal(found[n], sliced[n]) for n in found)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()

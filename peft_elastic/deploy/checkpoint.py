@@ -47,6 +47,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..documents import COUNT, MapOf, parse_json
@@ -57,6 +58,8 @@ from . import ops
 from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
 from .sparse_linear import SparseLinear
 
+
+logger = get_logger(__name__)
 
 METHOD = "peft_elastic"  # transformers prints it where the package was not imported
 _VERSION = 1
@@ -300,6 +303,15 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # adapters beside the layers, whose own weights have no gradient
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # What Trainer asks when it is made, also for evaluation alone: otherwise it takes no such model without adapters.
+        logger.warning_once(
+            "The sparse layers of this model are constant. Trainer evaluates it as it is; training without adapters would change "
+            "the other weights alone."
+        )
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 from ..documents import ANYTHING, COUNT, MEASURED, MapOf, Record
 from ..journal import Journal
 from .result import Evaluation
+from .values import from_json, to_json
 
 
 _FORMAT = "peft-elastic/search-history"
@@ -69,7 +70,12 @@ class HistoryFile(Journal):
                 f"`save_dir`: evaluation {evaluation.index} in {os.fspath(self.path)!r} is another subnet than this search asks for. "
                 "Was the file edited, or written with another version of pymoo or NumPy?"
             )
-        return row["metrics"]
+        try:
+            return from_json(row["metrics"])
+        except (AttributeError, ValueError) as error:
+            raise ValueError(
+                f"`save_dir`: evaluation {evaluation.index} in {os.fspath(self.path)!r} is damaged: {error}"
+            ) from error
 
     def record(self, evaluation: Evaluation, metrics: Mapping[str, float]) -> None:
         """Add a row with the metrics of an evaluation and wait until it is on disk.
@@ -80,7 +86,7 @@ class HistoryFile(Journal):
         row = {
             "index": evaluation.index,
             "source": evaluation.source,
-            "metrics": dict(metrics),
+            "metrics": to_json(metrics),
             "subnet": evaluation.subnet.to_dict(),
         }
         self.append(row)

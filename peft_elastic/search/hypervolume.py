@@ -64,7 +64,7 @@ def hypervolume_of(result: SearchResult, reference: Mapping[str, float], ideal: 
     with one box: `hypervolume_of(other, *result.hypervolume_box)`.
 
     Args:
-        result (`SearchResult`): evaluations that violate its constraints add nothing.
+        result (`SearchResult`): evaluations that violate its constraints or have failed add nothing.
         reference, ideal (`Mapping[str, float]`): a bad and a good value of every objective, in its own unit.
 
     Returns:
@@ -80,4 +80,4 @@ def hypervolume_of(result: SearchResult, reference: Mapping[str, float], ideal: 
     if any(good > bad for bad, good in zip(*points, strict=True)):
         raise ValueError(f"`ideal` {dict(ideal)!r} is worse than `reference` {dict(reference)!r} in an objective.")
     tracker = HypervolumeTracker(*points)
-    return [tracker.add(result.minimised(e)) if result.keeps_constraints(e) else tracker.value for e in result.history]
+    return [tracker.add(result.minimised(e)) if result.is_eligible(e) else tracker.value for e in result.history]

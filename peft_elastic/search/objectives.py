@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -27,6 +26,7 @@ import torch
 from .constraints import NEEDS_LATENCY
 from .cost import COST_NAMES
 from .evaluators import Evaluator
+from .values import plain
 
 
 # What a search computes itself; always minimised.
@@ -141,8 +141,11 @@ def read_values(value: Any, name: str, source: str, where: str) -> dict[str, flo
         source (`str`): the function, for messages.
         where (`str`): the subnet, for messages.
 
+    Returns:
+        `dict[str, float]`: NaN and infinite ones among them as they came.
+
     Raises:
-        ValueError: if a value is not a finite number; the message names the subnet and the value.
+        ValueError: if a value is not a number; the message names the subnet and the value.
     """
     values = dict(value) if isinstance(value, Mapping) else {name: value}
     for key, item in values.items():
@@ -150,14 +153,14 @@ def read_values(value: Any, name: str, source: str, where: str) -> dict[str, flo
             raise ValueError(f"{source} returned a dict with the key {key!r} for {where}; keys must be strings.")
         values[key] = _number(item)
         if values[key] is None:
-            raise ValueError(f"{source} returned {item!r} as {key!r} for {where}; it must be a finite number.")
+            raise ValueError(f"{source} returned {item!r} as {key!r} for {where}; it must be a number.")
     return values
 
 
 def _number(value: Any) -> float | None:
-    """`value` as a plain Python number, or None if it is not a finite number."""
+    """`value` as a plain Python number, or None if it is not a number."""
     if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         return None
-    return int(value) if isinstance(value, (int, np.integer)) else float(value)
+    return int(value) if isinstance(value, (int, np.integer)) else plain(float(value))

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +65,13 @@ def draw(result: SearchResult, path: str | os.PathLike[str] | None) -> Figure:
 
 def _progress(axes: Axes, result: SearchResult) -> None:
     x = [e.index + 1 for e in result.history]
-    y = np.array([e.metrics[result.metric] for e in result.history], dtype=float)
-    # what violates a constraint is not the best; NaN until something keeps them all
-    kept = np.array([v if result.keeps_constraints(e) else np.nan for v, e in zip(y, result.history)])
+    y = np.array([_drawn(e.metrics[result.metric]) for e in result.history])
+    # what violates a constraint or has failed is not the best; NaN until something is
+    kept = np.array([v if result.is_eligible(e) else np.nan for v, e in zip(y, result.history)])
     best = np.fmax.accumulate(kept) if result.objectives[result.metric] == "max" else np.fmin.accumulate(kept)
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
     axes.step(x, best, where="post", color=_LINE, linewidth=1.8, label="best so far")
-    _mark(axes, result, lambda e: (e.index + 1, e.metrics[result.metric]))
+    _mark(axes, result, lambda e: (e.index + 1, _drawn(e.metrics[result.metric])))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Progress of the search", fontsize=11)
     axes.set_xlabel("evaluations")
@@ -86,7 +87,7 @@ def _progress(axes: Axes, result: SearchResult) -> None:
 
 def _front(axes: Axes, result: SearchResult) -> None:
     def point(e: Evaluation) -> tuple[float, float]:
-        return e.metrics[result.cost], e.metrics[result.metric]
+        return _drawn(e.metrics[result.cost]), _drawn(e.metrics[result.metric])
 
     x, y = zip(*(point(e) for e in result.history))
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
@@ -102,6 +103,11 @@ def _front(axes: Axes, result: SearchResult) -> None:
     axes.set_xlabel(_LABELS.get(result.cost, result.cost))
     axes.set_ylabel(result.metric)
     _finish(axes)
+
+
+def _drawn(value: float) -> float:
+    """The value, or NaN, which leaves no mark, for one that would stretch the axis without end."""
+    return float(value) if math.isfinite(value) else math.nan
 
 
 def _mark(axes: Axes, result: SearchResult, point: Callable[[Evaluation], tuple[float, float]]) -> None:

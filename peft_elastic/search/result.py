@@ -32,6 +32,7 @@ from ..utils import atomic_write_text
 from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
 from .cost import COST_NAMES
 from .hypervolume import hypervolume_of
+from .values import from_json, to_json
 
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Evaluation:
         index (`int`): position in the history, from 0.
         source (`str`): `"max"`, `"min"`, `"heuristic"`, or `"search"` for a subnet that the algorithm proposed.
         subnet (`Subnet`): the subnet.
-        metrics (`dict[str, float]`): the objectives, whatever else `evaluate` returned, `macs` and `parameters`, and
+        metrics (`dict[str, float]`): the objectives (which may be NaN or infinite), whatever else `evaluate` returned, `macs` and `parameters`, and
             `bytes` and `latency` (seconds) where they were an objective or bounded.
         held_out (`dict[str, float]`, *optional*): measured after the search on other data; it steers nothing.
     """
@@ -118,14 +119,27 @@ class SearchResult:
         """Whether an evaluation keeps `constraints`; of those of a search, only max, min and heuristic may not."""
         return all(excess(evaluation.metrics[name], bound) <= TOLERANCE for name, bound in self.constraints.items())
 
+    def has_failed(self, evaluation: Evaluation) -> bool:
+        """Whether an objective of it is NaN or infinite. Such an evaluation is in the history, and is never chosen."""
+        return not all(math.isfinite(evaluation.metrics[name]) for name in self.objectives)
+
+    def is_eligible(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation keeps `constraints` and has not failed."""
+        return self.keeps_constraints(evaluation) and not self.has_failed(evaluation)
+
+    @property
+    def failed(self) -> list[Evaluation]:
+        """The evaluations with an objective that is NaN or infinite."""
+        return [e for e in self.history if self.has_failed(e)]
+
     @property
     def pareto(self) -> list[Evaluation]:
         """The evaluations that no other beats in one objective without being worse in another, cheapest first, among those
-        that keep `constraints`.
+        that keep `constraints` and have not failed.
 
         Subnets with equal objectives are all listed. With a single objective these are the best ones.
         """
-        allowed = [e for e in self.history if self.keeps_constraints(e)]
+        allowed = [e for e in self.history if self.is_eligible(e)]
         if not allowed:
             return []
         values = np.array([self.minimised(e) for e in allowed], dtype=float)
@@ -139,8 +153,12 @@ class SearchResult:
     @property
     def hypervolume_box(self) -> tuple[dict[str, float], dict[str, float]]:
         """Reference and ideal point of `hypervolume`: in each objective the worst and the best value of the max, min and
-        heuristic subnet. Searches of the same model with the same `evaluate` share them."""
-        references = [e for e in self.history if e.source != "search"] or self.history[:1]
+        heuristic subnet. Searches of the same model with the same `evaluate` share them. Where all of these have failed, both
+        are the first subnet that has not; NaN without any."""
+        usable = [e for e in self.history if not self.has_failed(e)]
+        references = [e for e in usable if e.source != "search"] or usable[:1]
+        if not references:
+            return dict.fromkeys(self.objectives, math.nan), dict.fromkeys(self.objectives, math.nan)
         low, high = ({n: f(e.metrics[n] for e in references) for n in self.objectives} for f in (min, max))
         worst = {name: high[name] if direction == "min" else low[name] for name, direction in self.objectives.items()}
         best = {name: low[name] if direction == "min" else high[name] for name, direction in self.objectives.items()}
@@ -148,7 +166,8 @@ class SearchResult:
 
     @property
     def hypervolume(self) -> list[float]:
-        """The hypervolume after each evaluation; it never falls, and evaluations that violate `constraints` add nothing.
+        """The hypervolume after each evaluation; it never falls, and evaluations that violate `constraints` or have failed add
+        nothing.
 
         It is the volume that the Pareto front dominates, in units of the box between the two points of `hypervolume_box`: 0
         while nothing is better than the reference point in every objective, 1 for a subnet that has the best value of each
@@ -176,7 +195,7 @@ class SearchResult:
     ) -> Subnet:
         """The subnet to use, chosen by the metrics of the search alone (never by `held_out`).
 
-        Without `max_drop`, the subnet with the best metric (the cheapest of equals). With `max_drop`, the cheapest
+        Without `max_drop`, the subnet with the best metric (the cheapest of equals) of those that have not failed. With `max_drop`, the cheapest
         subnet whose metric is at most that much worse than that of the max subnet (the best of equals).
 
         Args:
@@ -203,14 +222,24 @@ class SearchResult:
             """The largest violation of a limit, as a share of it; not positive if all are kept."""
             return max((excess(evaluation.metrics[name], limit) for name, limit in limits.items()), default=0.0)
 
-        affordable = [e for e in self.history if violation(e) <= TOLERANCE]
+        usable = [e for e in self.history if not self.has_failed(e)]
+        if not usable:
+            raise ValueError(
+                f"none of the {len(self.history)} evaluations has finite objectives ({', '.join(self.objectives)}): there is nothing to "
+                "choose. Look at what `evaluate` computes, and in which dtype."
+            )
+        affordable = [e for e in usable if violation(e) <= TOLERANCE]
         if not affordable:
             bounds = f"`budget` {budget!r}" if budget is not None else "the constraints"
-            closest = self._describe(min(self.history, key=violation))
+            closest = self._describe(min(usable, key=violation))
             raise ValueError(f"no evaluated subnet keeps {bounds}. The closest is {closest}.")
         best = min(affordable, key=lambda e: (-self._quality(e), e.metrics[self.cost], e.index))
         if max_drop is None:
             return best.subnet
+        if self.has_failed(self.reference):
+            raise ValueError(
+                f"`max_drop` {max_drop!r} is counted from the max subnet, whose evaluation has failed: {self._describe(self.reference)}."
+            )
         floor = self._quality(self.reference) - max_drop
         floor -= TOLERANCE * max(1.0, abs(floor))
         good = [e for e in affordable if self._quality(e) >= floor]
@@ -291,7 +320,7 @@ class SearchResult:
             "space": json.loads(self.space.to_json()),
             "objectives": self.objectives,
             "settings": self.settings,
-            "history": [{**asdict(e), "subnet": e.subnet.to_dict()} for e in self.history],
+            "history": [_to_json(e) for e in self.history],
         }
         atomic_write_text(Path(directory) / _FILE_NAME, json.dumps(_DOCUMENT.wrap(data), indent=1))
 
@@ -307,7 +336,7 @@ class SearchResult:
         data = _DOCUMENT.read(path)
         try:
             space = SearchSpace.from_json(json.dumps(data["space"]))
-            history = [Evaluation(**{**row, "subnet": space.subnet(row["subnet"])}) for row in data["history"]]
+            history = [_from_json(row, space) for row in data["history"]]
             result = cls(space, data["objectives"], history, data["settings"])
             result._check()
         except ValueError as error:
@@ -327,6 +356,18 @@ class SearchResult:
             missing = sorted(needed - set(evaluation.metrics))
             if missing:
                 raise ValueError(f"history[{number}].metrics lacks {missing[0]!r}")
+
+
+def _to_json(evaluation: Evaluation) -> dict[str, Any]:
+    held_out = None if evaluation.held_out is None else to_json(evaluation.held_out)
+    values = {"subnet": evaluation.subnet.to_dict(), "metrics": to_json(evaluation.metrics), "held_out": held_out}
+    return {**asdict(evaluation), **values}
+
+
+def _from_json(row: dict[str, Any], space: SearchSpace) -> Evaluation:
+    held_out = None if row.get("held_out") is None else from_json(row["held_out"])
+    values = {"subnet": space.subnet(row["subnet"]), "metrics": from_json(row["metrics"]), "held_out": held_out}
+    return Evaluation(**{**row, **values})
 
 
 def minimised(metrics: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:

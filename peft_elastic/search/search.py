@@ -132,8 +132,9 @@ def search_subnet(
 
     Raises:
         ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search; if
-            `evaluate`, `held_out` or an objective does not return finite numbers under the expected names, or changes the
-            active subnet. What was evaluated before stays in `save_dir`.
+            `evaluate`, `held_out` or an objective does not return numbers under the expected names, or changes the active
+            subnet. What was evaluated before stays in `save_dir`. NaN and infinity are numbers: such an evaluation is recorded,
+            counts towards `n_evals`, and is never chosen (`SearchResult.failed`).
     """
     host = get_elastic_host(model)
     space = host.search_space
@@ -199,15 +200,21 @@ def search_subnet(
                 evaluation = Evaluation(len(history), named.get(subnet, "search"), subnet, metrics={})
                 metrics = _recall_or_measure(file, evaluation, meter.metrics)
                 history.append(dataclasses.replace(evaluation, metrics=metrics))
+                if result.has_failed(history[-1]):
+                    shown = {name: metrics[name] for name in directions}
+                    _say(
+                        bar,
+                        f"evaluation {evaluation.index} ({evaluation.source}) has failed with {shown}; it will not be chosen",
+                    )
                 if len(history) == min(len(named), limit):
                     name = result.metric
                     _say(bar, f"{name}: " + ", ".join(f"{e.source} {e.metrics[name]:.4g}" for e in history))
                     tracker = _begin_tracking(result)
-                elif tracker is not None and result.keeps_constraints(history[-1]):
+                elif tracker is not None and result.is_eligible(history[-1]):
                     tracker.add(result.minimised(history[-1]))
                 _show(bar, result, tracker)
             if len(history) < limit:
-                search.tell([result.minimised(e) for e in history[-len(batch) :]])
+                search.tell(_told(result, history[-len(batch) :]))
 
         if held_out is not None:
             reported = {e.index for e in result.pareto}
@@ -374,6 +381,16 @@ def _recall_or_measure(
     return values
 
 
+def _told(result: SearchResult, evaluations: Sequence[Evaluation]) -> list[list[float]]:
+    """The objectives, turned so that smaller is better; those of a failed evaluation worse than any that was seen."""
+    finite = np.array([result.minimised(e) for e in result.history if not result.has_failed(e)], dtype=float)
+    if not len(finite):
+        finite = np.zeros((1, len(result.objectives)))
+    span = finite.max(axis=0) - finite.min(axis=0)
+    worse = finite.max(axis=0) + 1e-3 * np.where(span > 0, span, 1.0)
+    return [worse.tolist() if result.has_failed(e) else result.minimised(e) for e in evaluations]
+
+
 def _where(evaluation: Evaluation) -> str:
     return f"evaluation {evaluation.index}, {evaluation.source}, {evaluation.subnet!r}"
 
@@ -420,7 +437,7 @@ def _begin_tracking(result: SearchResult) -> HypervolumeTracker:
     """The hypervolume of the reference subnets, which also give its scale."""
     tracker = HypervolumeTracker(*(minimised(point, result.objectives) for point in result.hypervolume_box))
     for evaluation in result.history:
-        if result.keeps_constraints(evaluation):
+        if result.is_eligible(evaluation):
             tracker.add(result.minimised(evaluation))
     return tracker
 
@@ -429,11 +446,13 @@ def _show(bar: tqdm, result: SearchResult, tracker: HypervolumeTracker | None) -
     if bar.disable:
         return
     direction = result.objectives[result.metric]
-    values = [e.metrics[result.metric] for e in result.history if result.keeps_constraints(e)]
+    values = [e.metrics[result.metric] for e in result.history if result.is_eligible(e)]
     shown: dict[str, Any] = {}
     if values:
         shown[f"best {result.metric}"] = f"{(max if direction == 'max' else min)(values):.4g}"
     shown["pareto"] = len(result.pareto)
+    if result.failed:
+        shown["failed"] = len(result.failed)
     if tracker is not None:
         shown["hypervolume"] = f"{tracker.value:.3f}"
     bar.set_postfix(shown, refresh=False)

@@ -32,11 +32,49 @@ def dequantize(weight: Any, state: Any) -> torch.Tensor:
     quant_state: Any = getattr(weight, "quant_state", None)
     if not getattr(quant_state, "packing_format_for_cpu", False):
         return dequantize_bnb_weight(weight, state=state)
-    # From its first forward pass in evaluation mode on, bitsandbytes keeps 4 bits in another order on some processors.
     from bitsandbytes import functional
 
-    unpacked: Any = copy.copy(quant_state)
-    unpacked.original_nested = False
-    values, unpacked = functional._convert_weight_packed_for_cpu_inverse(weight.data, unpacked)
-    unpacked.absmax = quant_state.absmax.T.reshape(-1).float().contiguous()  # which that function leaves in its order
-    return functional.dequantize_4bit(values, unpacked)
+    return functional.dequantize_4bit(*_unpacked(weight.data, quant_state))
+
+
+def unpack(layer: nn.Module) -> None:
+    """Put the weight of a layer with 4 bits back into the order that everybody expects.
+
+    From its first forward pass in evaluation mode on, bitsandbytes keeps it in another order on processors with AVX512. Its
+    own backward pass and whatever of peft reads such a weight (merging, unmerging, the norms of DoRA) take it for the usual
+    one, without a word."""
+    weight: Any = layer._parameters.get("weight")
+    quant_state = getattr(weight, "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = _unpacked(weight.data, quant_state)
+        layer.quant_state = weight.quant_state
+
+
+def keep_unpacked(layer: nn.Module) -> None:
+    """`unpack` a layer of bitsandbytes and do not let it reorder its weight again."""
+    unpack(layer)
+    if getattr(layer, _PACKS, False):
+        setattr(layer, _PACKS, False)
+        layer.__dict__[_KEPT] = True
+
+
+def allow_packing(layer: nn.Module) -> None:
+    """The inverse of `keep_unpacked`."""
+    if layer.__dict__.pop(_KEPT, False):
+        setattr(layer, _PACKS, True)
+
+
+# Of a layer of bitsandbytes, whether it reorders its weight; and the note that `keep_unpacked` has switched that off.
+_PACKS = "support_avx512bf16_for_cpu"
+_KEPT = "_peft_elastic_kept_unpacked"
+
+
+def _unpacked(data: torch.Tensor, quant_state: Any) -> tuple[torch.Tensor, Any]:
+    """Values and a new state in the usual order. The scales stay rounded to bfloat16, as bitsandbytes computed with them."""
+    from bitsandbytes import functional
+
+    plain: Any = copy.copy(quant_state)
+    plain.original_nested = False
+    values, plain = functional._convert_weight_packed_for_cpu_inverse(data, plain)
+    plain.absmax = quant_state.absmax.T.reshape(-1).float().contiguous()  # which that function leaves in its order
+    return values, plain

@@ -42,6 +42,22 @@ def take(tensor: torch.Tensor, dim: int, ranges: Optional[Ranges]) -> torch.Tens
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
 
+def stored_tensor(layer: nn.Module, name: str) -> Any:
+    """The whole parameter `name` of a layer whose attribute of that name is a part of it, or None."""
+    if (replicated := layer.__dict__.get("_replicated")) is not None and name in replicated:
+        return replicated[name]
+    return layer._parameters.get(name)
+
+
+def store_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> bool:
+    """Keep what `nn.DataParallel` assigns to a copy of a layer, which has no parameters, only tensors computed from them.
+    Returns False, and does nothing, for a layer that is no such copy."""
+    if not layer.__dict__.get("_is_replica"):
+        return False
+    layer.__dict__.setdefault("_replicated", {})[name] = value
+    return True
+
+
 class _Narrow(nn.Module):
     """Mixin in front of the class of a layer."""
 
@@ -53,13 +69,21 @@ class _Narrow(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        full: Any = self._parameters["weight"]
+        full = stored_tensor(self, "weight")
         return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        _set_replica_only(self, "weight", value)
 
     @property
     def bias(self) -> Optional[torch.Tensor]:
-        full = self._parameters.get("bias")
+        full = stored_tensor(self, "bias")
         return None if full is None else take(full, 0, self.active_out)
+
+    @bias.setter
+    def bias(self, value: torch.Tensor) -> None:
+        _set_replica_only(self, "bias", value)
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
@@ -73,6 +97,11 @@ class _Narrow(nn.Module):
 def _new_narrow(plain_class: type[nn.Module]) -> nn.Module:
     cls = _narrow_class(plain_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
+
+
+def _set_replica_only(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+    if not store_in_replica(layer, name, value):
+        raise ValueError(f"`{name}` of a narrowed layer is a part of its parameter and cannot be assigned.")
 
 
 class _NarrowConv1D(_Narrow):

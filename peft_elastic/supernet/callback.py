@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from .generations import Generations
 from .host import ElasticHost, get_elastic_host
 from .samplers import StepSampler, SubnetSampler, sampler_of
 from .space import Subnet
@@ -34,7 +35,9 @@ class SubnetSamplingCallback(TrainerCallback):
 
     The subnet is a function of (seed, global step) alone. So it is the same in every micro-batch of a gradient
     accumulation, when gradient checkpointing computes a block a second time, on every process of a distributed run, and
-    after a restart from a checkpoint. Between steps the chosen subnet (`model.set_subnet`, or `eval_subnet` here) is
+    after a restart from a checkpoint. Where TRL's GRPO, RLOO and their relatives train on one generation in several steps
+    (`num_iterations`, `steps_per_generation`), it is that of the first of them, as they compare probabilities of tokens
+    then and now. Between steps the chosen subnet (`model.set_subnet`, or `eval_subnet` here) is
     active: it is the one that gets evaluated and saved. The log says which one an evaluation ran, and so do
     `eval_subnet` and `eval_subnet_parameters` (active adapter parameters) in `trainer.state.log_history`.
 
@@ -52,7 +55,7 @@ class SubnetSamplingCallback(TrainerCallback):
     Raises:
         ValueError: for an unknown strategy, one that trains several subnets in a step (see `ElasticTrainer`), a bad seed
             or bad stages; when training starts, for a model without an elastic adapter, an `eval_subnet` that does not
-            belong to its search space, or stages that do not fit the space or the training arguments.
+            belong to its search space, stages that do not fit the space or the training arguments, or PPO.
     """
 
     # whether the Trainer can train several subnets in a step
@@ -72,6 +75,7 @@ class SubnetSamplingCallback(TrainerCallback):
         self.eval_subnet = eval_subnet
         self.stages = check_stages(stages)
         self._plan: StagePlan | None = None
+        self._generations = Generations()
         self._host: ElasticHost | None = None
         self._args_seed = 0
         self._reported: str | None = None
@@ -86,6 +90,7 @@ class SubnetSamplingCallback(TrainerCallback):
             raise ValueError(
                 "The subnets of a step are known once training has started: the search space is the model's."
             )
+        step = self._generations.first_step(step)
         rng = np.random.default_rng([self._args_seed if self.seed is None else self.seed, step])
         space = self._plan.space_of_step(step)
         if not isinstance(self.sampler, StepSampler):
@@ -102,10 +107,23 @@ class SubnetSamplingCallback(TrainerCallback):
         """
         return self.subnets_of_step(step)[0]
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._generations = Generations()  # of another trainer
+
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:
         host = get_elastic_host(model)
+        if hasattr(args, "num_ppo_epochs"):
+            raise ValueError(
+                "PPO (`num_ppo_epochs` in the training arguments) takes many optimizer steps in a loop of its own, without telling "
+                "its callbacks, so no subnets can be sampled. Train with GRPO or RLOO of TRL, or without the callback."
+            )
+        if hasattr(args, "max_staleness") and hasattr(args, "epsilon"):
+            raise ValueError(
+                "Asynchronous GRPO compares probabilities of tokens with those of a server that has all ranks, and of steps long past, "
+                "so subnets cannot be sampled. Train with GRPO or RLOO of TRL, or without the callback."
+            )
         plan = StagePlan(self.stages, host.search_space, args, state.max_steps, lr_scheduler)
         if self.eval_subnet is None:
             host.restore_subnet()  # an earlier run may have been interrupted in the middle of a step
@@ -113,18 +131,25 @@ class SubnetSamplingCallback(TrainerCallback):
             host.set_subnet(self.eval_subnet)
         plan.scale_learning_rate(lr_scheduler)
         self._host, self._plan, self._args_seed = host, plan, args.seed
+        self._generations.begin(args, state.global_step)
         logger.info(f"Training {host.search_space} with {type(self.sampler).__name__}.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._host is not None
+        self._generations.begin_step(state.global_step)
         self._host.sample_subnet(self.subnet_of_step(state.global_step))
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._generations.end_micro_batch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._host is not None
+        self._generations.end_micro_batch()
         self._host.restore_subnet()
 
-    # a step that is cut short in the middle of its gradient accumulation has no end
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._host is not None
+        self._host.restore_subnet()  # a step that is cut short in the middle of its gradient accumulation has no end
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
@@ -22,6 +23,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 BlockOf = Callable[[str], "str | None"]
+
+
+# Under which torch.compile, FSDP and checkpoint wrappers keep the module they wrap.
+_WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+def plain_path(path: str) -> str:
+    """The path of a module, or the name of a parameter, as it is where nothing is compiled or wrapped."""
+    return _WRAPPED.sub("", path).lstrip(".")
 
 
 def find_blocks(model: nn.Module) -> BlockOf:
@@ -41,7 +51,7 @@ def find_blocks(model: nn.Module) -> BlockOf:
     for list_path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             for key, entry in module.named_children():
-                path = f"{list_path}.{key}" if list_path else key
+                path = plain_path(f"{list_path}.{key}")
                 entries.add(path)
                 if isinstance(entry, GradientCheckpointingLayer):
                     checkpointed.add(path)

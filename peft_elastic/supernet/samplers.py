@@ -56,7 +56,7 @@ class BalancedSampler:
 
     The range of parameter counts is cut into 16 bins.
 
-    In a space of ranks, where a count is a sum over the choices, one of the bins that hold a subnet is drawn, then one of the
+    Where ranks alone differ, so that a count is a sum over the choices, one of the bins that hold a subnet is drawn, then one of the
     parameter counts in it, then one of the subnets with that count, each time uniformly. Counts are exact where the
     range is at most 4096 of their largest common steps (any space of SmolLM2-135M, say), else rounded, option by option,
     to that many steps.
@@ -75,11 +75,12 @@ class BalancedSampler:
 
     def __call__(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
         if space != self._space:
-            if space.layers:
-                self._prepare_tilts(space)
-            else:
+            self._exact = _only_ranks(space)
+            if self._exact:
                 self._prepare(space)
-        return self._draw_tilted(space, rng) if space.layers else self._draw_exact(space, rng)
+            else:
+                self._prepare_tilts(space)
+        return self._draw_exact(space, rng) if self._exact else self._draw_tilted(space, rng)
 
     def _draw_exact(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
         cells = self._bins[rng.integers(len(self._bins))]
@@ -213,6 +214,13 @@ def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
     raise ValueError(
         f"`{argument}` must be one of {sorted(named)} or a callable (space, rng) -> Subnet, got {value!r}."
     )
+
+
+def _only_ranks(space: SearchSpace) -> bool:
+    """Whether the base is whole in every subnet, as in a stage of ranks alone."""
+    whole = {layer.width: layer.full_width for layer in space.layers if layer.width is not None}
+    whole |= {key: 1 for layer in space.layers for key in layer.depth}
+    return all(space[key].options == (value,) for key, value in whole.items())
 
 
 def _count(space: SearchSpace, subnet: Mapping[str, int]) -> int:

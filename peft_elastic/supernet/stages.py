@@ -157,9 +157,8 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
 
 
 def _with_elastic(space: SearchSpace, kinds: Sequence[str]) -> SearchSpace:
-    return SearchSpace(
-        choice if choice.kind in kinds else replace(choice, options=choice.options[:1]) for choice in space
-    )
+    choices = (choice if choice.kind in kinds else replace(choice, options=choice.options[:1]) for choice in space)
+    return SearchSpace(choices, space.layers)
 
 
 def _is_positive(value: Any) -> bool:

@@ -49,6 +49,8 @@ class _MicroBatch:
     """What the passes over one micro-batch share."""
 
     passes: int
+    # of the losses of the passes, how many went through `compute_loss`
+    losses: int = 0
     # logits of the teacher, one row per label: (labels, classes)
     teacher_logits: torch.Tensor | None = None
 
@@ -127,6 +129,11 @@ class ElasticTrainerMixin(_Trainer):
                 f"`callbacks` holds a SubnetSamplingCallback, but {type(self).__name__} samples by itself: pass its "
                 "`strategy`, `seed`, `eval_subnet` and `stages` to the trainer."
             )
+        if isinstance(self._sampling.sampler, StepSampler) and hasattr(self, "_buffered_inputs"):
+            raise ValueError(
+                f"`strategy` {strategy!r} trains several subnets in each step, and {type(self).__name__} counts every pass as "
+                "progress through what the model has generated: choose 'uniform', 'balanced' or another of one subnet a step."
+            )
         self.add_callback(self._sampling)
         # TRL's SFTTrainer computes its loss without ever building the logits. Its "nll" loss is the one that Trainer
         # takes from the model, with them.
@@ -185,6 +192,11 @@ class ElasticTrainerMixin(_Trainer):
                 gradients._set_sync_gradients(last_micro_batch and not hold_back)
                 with self.accelerator.no_sync(model) if hold_back else contextlib.nullcontext():
                     losses.append(super().training_step(model, inputs, num_items_in_batch))
+                if len(subnets) > 1 and not self._micro_batch.losses:
+                    raise ValueError(
+                        f"{type(self).__name__} does not compute its loss in `compute_loss`, so the mean over several subnets cannot "
+                        "be taken. Choose a `strategy` of one subnet a step, such as 'uniform'."
+                    )
         finally:
             self._micro_batch = None
             gradients._set_sync_gradients(last_micro_batch)
@@ -220,6 +232,7 @@ class ElasticTrainerMixin(_Trainer):
                 divergence = self._divergence(logits, micro_batch.teacher_logits, num_items_in_batch)
                 weight, temperature = self.distillation_weight, self.distillation_temperature
                 loss = (1 - weight) * loss + weight * temperature**2 * divergence
+        micro_batch.losses += 1
         loss = loss / micro_batch.passes
         return (loss, outputs) if return_outputs else loss
 

@@ -31,6 +31,7 @@ from ..quantization.gptqmodel import leave_gptqmodel
 from ..quantization.saving import guard_saving
 from .sparse_qa_lora import base_layer as base
 from .sparse_qa_lora.layer import SparseLoraLinear
+from .tied_weights import check_tied_weights, merged_once
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def merge_and_requantize(
 
     Raises:
         ValueError: if the model has no such adapter, or adapters on quantised layers whose update is no product B A (DoRA
-            and other variants, `lora_bias`). Nothing is changed then.
+            and other variants, `lora_bias`), or on a weight that is tied with another. Nothing is changed then.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LoraModel):
@@ -111,6 +112,7 @@ def merge_and_requantize(
         if names and _is_rounded_again(layer, names):
             _check(name, layer, names)
             todo[name] = names
+    twice = check_tied_weights(tuner.model, adapter_names)
 
     rows = []
     for name, names in tqdm(todo.items(), desc="Rounding again", disable=not progressbar):
@@ -119,8 +121,10 @@ def merge_and_requantize(
         parent, _, child = name.rpartition(".")
         setattr(tuner.model.get_submodule(parent), child, merged)
     leave_gptqmodel(tuner.model)  # peft would refuse
-    options = {"sparse_kernel": False} if hasattr(tuner, "sample_subnet") else {}
-    merged_model = model.merge_and_unload(progressbar=progressbar, adapter_names=adapter_names, **options)
+    elastic = hasattr(tuner, "sample_subnet")
+    options = {"sparse_kernel": False} if elastic else {}
+    with merged_once({} if elastic else twice, adapter_names):  # an elastic tuner sees to it itself
+        merged_model = model.merge_and_unload(progressbar=progressbar, adapter_names=adapter_names, **options)
     if any(isinstance(module, QuantizedLinear) for module in merged_model.modules()):
         guard_saving(merged_model)
     return merged_model, RequantizationReport(rows)

@@ -31,8 +31,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...structure.importance import move_adapter, noted_orders
+from ...supernet.groups import plain_path
 from .config import ElasticLoraConfig
-from .layer import active_weights, full_weights, get_rank
+from .layer import active_weights, full_weights, get_rank, padded_weights, rank_step
 
 
 # Of what is in the file of an adapter, and of what there says the order of the units of a sorted base.
@@ -41,6 +42,8 @@ ORDER_SUFFIX = ".elastic_order"
 # Initialisations that also change the base weights, by an amount that depends on the full rank.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 
 def export_lora(
     model: nn.Module,
@@ -48,6 +51,7 @@ def export_lora(
     adapter_name: str,
     save_directory: str | os.PathLike[str],
     layers: Mapping[str, LoraLayer],
+    pad: bool,
 ) -> None:
     """Write the active sub-adapter as a plain LoRA adapter. See `ElasticLoraModel.export_lora`."""
     init = str(config.initialized_with).lower()
@@ -57,11 +61,28 @@ def export_lora(
             "changed. First convert it: `model.save_pretrained(dir, path_initial_model_for_weight_conversion=...)`, "
             "load `dir` on the original base model, then export."
         )
+    if not isinstance(pad, bool):
+        raise ValueError(f"`pad` must be True or False, got {pad!r}.")
     directory = Path(save_directory)
     if directory.is_file():
         raise ValueError(f"`save_directory` must be a folder, {os.fspath(save_directory)!r} is a file.")
-    lora_config = _plain_config(model, config, adapter_name, layers)
-    state_dict = _active_state_dict(model, adapter_name, layers)
+    ranks = {name: get_rank(layer, adapter_name) for name, layer in layers.items()}
+    scalings = {name: _initial_scaling(layer, adapter_name) for name, layer in layers.items()}
+    rank = max(ranks.values())
+    scaling = Counter(scalings.values()).most_common(1)[0][0]
+    if pad:
+        step = math.lcm(*map(rank_step, layers.values()))
+        rank = -(-rank // step) * step
+        active = _padded_weights(layers, adapter_name, rank, {name: s / scaling for name, s in scalings.items()})
+        ranks, scalings = dict.fromkeys(layers, rank), dict.fromkeys(layers, scaling)
+    else:
+        active = {
+            id(full): weight
+            for layer in layers.values()
+            for full, weight in zip(full_weights(layer, adapter_name), active_weights(layer, adapter_name))
+        }
+    lora_config = _plain_config(model, config, rank, scaling, ranks, scalings)
+    state_dict = _plain_state_dict(model, adapter_name, active)
 
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as temporary:
@@ -72,19 +93,19 @@ def export_lora(
 
 
 def _plain_config(
-    model: nn.Module, config: ElasticLoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
+    model: nn.Module,
+    config: ElasticLoraConfig,
+    r: int,
+    scaling: float,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
 ) -> LoraConfig:
     """The configuration of the sub-adapter.
 
     The scaling of every module is kept: a module with active rank k gets `rank_pattern[m] = k` and
-    `alpha_pattern[m] = scaling * k`. `r` and `lora_alpha` of the configuration have the same ratio, so that programs
-    which read those two and the shapes of the tensors alone come to the same scaling.
+    `alpha_pattern[m] = scaling * k` where these are not `r` and `lora_alpha`. `r` is the largest rank, by which other
+    programs size their buffers, and `lora_alpha / r` the scaling.
     """
-    ranks = {name: get_rank(layer, adapter_name) for name, layer in layers.items()}
-    scalings = {name: _initial_scaling(layer, adapter_name) for name, layer in layers.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    scaling = Counter(scalings.values()).most_common(1)[0][0]
-
     plain = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init}
     plain.update(
         r=r,
@@ -104,29 +125,52 @@ def _plain_config(
     return LoraConfig(**plain)
 
 
-def _active_state_dict(
-    model: nn.Module, adapter_name: str, layers: Mapping[str, LoraLayer]
+def _padded_weights(
+    layers: Mapping[str, LoraLayer], adapter_name: str, rank: int, factors: Mapping[str, float]
+) -> dict[int, torch.Tensor]:
+    """By the identity of each full parameter of A and B, what stands for it at `rank`, with `factors` put into B."""
+    padded: dict[int, torch.Tensor] = {}
+    for name, layer in layers.items():
+        parameters = list(full_weights(layer, adapter_name))
+        weights = list(padded_weights(layer, adapter_name, rank))
+        bias = layer.lora_B[adapter_name].bias if layer.lora_bias.get(adapter_name) else None
+        if bias is not None:
+            parameters.append(layer.lora_B[adapter_name]._parameters["bias"])
+            weights.append(bias)
+        if factors[name] != 1:
+            weights[1:] = [(weight.double() * factors[name]).to(weight.dtype) for weight in weights[1:]]
+        padded.update(zip(map(id, parameters), weights))
+    return padded
+
+
+def _plain_state_dict(
+    model: nn.Module, adapter_name: str, active: Mapping[int, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The adapter's state dict in peft's format, with A and B cut to the active ranks."""
-    active = {}
-    for layer in layers.values():
-        active.update(zip(map(id, full_weights(layer, adapter_name)), active_weights(layer, adapter_name)))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    state_dict = {
-        name: active.get(id(parameters.get(name)), tensor).detach() for name, tensor in model.state_dict().items()
-    }
+    """The adapter's state dict in peft's format, with `active` by the identity of the parameters."""
+    state_dict = model.state_dict()
+    # by the paths of the modules, which are what peft goes by; some wrappers leave their own names out of the state dict
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                state_dict[f"{path}.{name}" if path else name] = active.get(id(parameter), parameter).detach()
     plain = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter_name)
     # peft's files carry the prefix of a PeftModel; tied adapters share memory, which safetensors refuses
     named = {f"{FILE_PREFIX}{name}": tensor for name, tensor in plain.items() if not name.endswith(ORDER_SUFFIX)}
     # which the base has in its original order for whoever loads the file
     named = move_adapter(model, noted_orders(model), {}, named, FILE_PREFIX)
-    return {name: tensor.contiguous().clone() for name, tensor in named.items()}
+    # the base may be compiled or wrapped here, and is not there
+    prefix = f"{FILE_PREFIX}module." if isinstance(model, _PARALLEL) else FILE_PREFIX
+    return {
+        FILE_PREFIX + plain_path(name.removeprefix(prefix)): tensor.contiguous().clone()
+        for name, tensor in named.items()
+    }
 
 
 def _auto_mapping(model: nn.Module, config: ElasticLoraConfig) -> dict[str, Any] | None:
     """What `AutoPeftModel` needs in order to find the class of the base model, if the task type does not say it."""
     if config.task_type is not None:
         return None
+    model = getattr(model, "_orig_mod", model.module if isinstance(model, _PARALLEL) else model)
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 

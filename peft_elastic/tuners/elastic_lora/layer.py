@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
 from ...structure.blocks import Ranges
-from ...structure.narrow import take
+from ...structure.narrow import store_in_replica, stored_tensor, take
 
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:
@@ -54,7 +54,7 @@ class _ElasticWeight(nn.Module):
     @property
     def full_weight(self) -> torch.Tensor:
         """All ranks, whatever is active."""
-        return self._parameters["weight"]
+        return stored_tensor(self, "weight")
 
     @property
     def weight(self) -> torch.Tensor:
@@ -73,6 +73,8 @@ class _ElasticWeight(nn.Module):
     # Assigning a Parameter goes to nn.Module and never comes here.
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
+        if store_in_replica(self, "weight", value):
+            return
         raise ValueError(
             "The weight of an elastic adapter must stay a parameter. FSDP1 replaces it by a view into flat memory: use "
             "FSDP2 (`fully_shard`; `fsdp_version: 2` in accelerate) or DDP."
@@ -105,8 +107,12 @@ class ElasticLinearB(_ElasticB, nn.Linear):
 
     @property
     def bias(self) -> Optional[torch.Tensor]:  # type: ignore[override]
-        full = self._parameters.get("bias")
+        full = stored_tensor(self, "bias")
         return None if full is None else take(full, 0, self.active_width)
+
+    @bias.setter
+    def bias(self, value: torch.Tensor) -> None:
+        store_in_replica(self, "bias", value)
 
 
 class ElasticConv1dA(_ElasticA, nn.Conv1d):
@@ -218,6 +224,14 @@ def make_elastic(layer: LoraLayer, adapter_name: str, name: str) -> None:
     lora_A.blocks = _num_experts(layer) * _conv_groups(layer)
 
 
+def read_unpacked(layer: LoraLayer) -> None:
+    """Let a LoRA layer of stock peft around 4 bits of bitsandbytes read that weight right, whenever it merges or unmerges."""
+    from . import bitsandbytes  # imports the package of that name
+
+    if type(layer) is bitsandbytes.bnb.Linear4bit:
+        layer.__class__ = bitsandbytes.Linear4bit
+
+
 def set_width(layer: LoraLayer, outputs: Optional[Ranges], inputs: Optional[Ranges]) -> None:
     """Let all adapters of a linear layer compute with these of its features, those that the base layer computes with."""
     for factors, ranges in ((layer.lora_B, outputs), (layer.lora_A, inputs)):
@@ -281,6 +295,27 @@ def active_weights(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, t
     if adapter_name in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
     return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def padded_weights(layer: LoraLayer, adapter_name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of A and B as they are active now, with zeros for the ranks from there to `rank`: the same update."""
+    blocks = 1 if adapter_name in layer.lora_embedding_A else layer.lora_A[adapter_name].blocks
+    groups, experts = _conv_groups(layer), _num_experts(layer)
+    a, b = active_weights(layer, adapter_name)
+    return _padded(a, 0, rank // groups, blocks), _padded(b, 1, rank // groups * experts, 1)
+
+
+def _padded(weight: torch.Tensor, dim: int, size: int, blocks: int) -> torch.Tensor:
+    """Each of the `blocks` equal parts of dimension `dim` filled up with zeros to `size`: the inverse of `_leading`."""
+    parts = weight.unflatten(dim, (blocks, -1))
+    shape = list(parts.shape)
+    shape[dim + 1] = size - shape[dim + 1]
+    return torch.cat([parts, parts.new_zeros(shape)], dim + 1).flatten(dim, dim + 1)
+
+
+def rank_step(layer: LoraLayer) -> int:
+    """What every rank of the layer is a multiple of."""
+    return _conv_groups(layer)
 
 
 def zero_inactive(layer: LoraLayer, adapter_name: str) -> None:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -43,6 +44,7 @@ from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
+from ...structure.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
 from ...structure.blocks import KINDS, Structure, Width
 from ...structure.description import describe
 from ...structure.extract import extract
@@ -59,9 +61,10 @@ from ...structure.importance import (
 from ...structure.modules import module_at
 from ...structure.narrow import active_ranges, is_narrowed
 from ...structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
-from ...supernet.groups import find_blocks, group_modules
+from ...supernet.groups import find_blocks, group_modules, plain_path
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import Choice, SearchSpace, Subnet
+from ..tied_weights import check_tied_weights, merged_once
 from .config import ElasticLoraConfig
 from .export import FILE_PREFIX, ORDER_SUFFIX, export_lora
 from .layer import (
@@ -70,10 +73,12 @@ from .layer import (
     get_rank,
     is_elastic,
     make_elastic,
+    read_unpacked,
     set_rank,
     set_width,
     zero_inactive,
 )
+from .optimizers import watch_optimizers
 
 
 logger = logging.getLogger(__name__)
@@ -188,6 +193,8 @@ class ElasticLoraModel(LoraModel):
     _tagged: bool = False
     # Whether a subnet other than the chosen one is active; only ever between `sample_subnet` and `restore_subnet`.
     _sampled: bool = False
+    # By adapter, what was active when evaluation mode interrupted a training step, and is again in training mode.
+    _suspended: Mapping[str, Subnet] = MappingProxyType({})
     # The state of the adapter weights when the model was last put into training mode, to notice one-subnet training.
     _trained_version: Optional[list[float]] = None
     _warned_about_sampling: bool = False
@@ -216,6 +223,8 @@ class ElasticLoraModel(LoraModel):
             with self._whole_base():  # whose weights and sizes a new adapter may start from
                 self._check_injection(model, adapter_name, state_dict)
                 _convert_moe_targets(config, model)
+                for module in model.modules():
+                    unpack(module)
                 super().inject_adapter(
                     model,
                     adapter_name,
@@ -225,6 +234,11 @@ class ElasticLoraModel(LoraModel):
                 )
             for name, layer in self._find_layers(adapter_name):
                 make_elastic(layer, adapter_name, name)
+                layer.kwargs.pop("tied_adapter", None)  # views that would keep the model from being copied
+                if is_bitsandbytes(base_layer := layer.get_base_layer()):
+                    read_unpacked(layer)
+                    if adapter_name in layer.lora_variant:  # which reads the weight in every forward pass
+                        keep_unpacked(base_layer)
             self._elastic_adapters = self._find_elastic_adapters(adapter_name)
             self._settle_order(adapter_name)
             self._activate_chosen(adapter_name, when_loaded=not self._in_peft_model)
@@ -268,7 +282,8 @@ class ElasticLoraModel(LoraModel):
 
         for path, (module, rank) in plan.items():
             self._check_target(module, path, rank, config)
-        choices = self._build_choices(trial, {path: rank for path, (_, rank) in plan.items()}, model)
+        ranks = {plain_path(path): rank for path, (_, rank) in plan.items()}
+        choices = self._build_choices(trial, ranks, model)
         choices += self._check_structure(trial, model, {path: module for path, (module, _) in plan.items()})
         # with `layer_replication`, the layers that are to come are not known yet
         if config.active_subnet is not None and not config.layer_replication:
@@ -396,7 +411,7 @@ class ElasticLoraModel(LoraModel):
                 continue
             if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
                 continue
-            name = re.sub(r"(^|\.)(base_layer|_orig_mod)(?=\.|$)", "", path).lstrip(".")
+            name = re.sub(r"(^|\.)base_layer(?=\.|$)", "", plain_path(path)).lstrip(".")
             if isinstance(module, ParamWrapper):
                 name = f"{name}.{module.parameter_name}"
             yield name, module
@@ -553,12 +568,12 @@ class ElasticLoraModel(LoraModel):
         checked = self.get_search_space(adapter_name).subnet(subnet)
         self._activate(checked, adapter_name)
         self.peft_config[adapter_name].active_subnet = checked.to_dict()
-        self._sampled = False
+        self._sampled, self._suspended = False, {}
         self._trained_version = None
 
     def sample_subnet(self, subnet: Subnet | Mapping[str, int] | str, adapter_name: Optional[str] = None) -> None:
-        """Activate a subnet for a training step, without choosing it: saving, `restore_subnet()` and `model.eval()`
-        go by the chosen one.
+        """Activate a subnet for a training step, without choosing it: saving and `restore_subnet()` go by the chosen one, and
+        so does evaluation mode, after which `model.train()` goes on with the step.
 
         Args:
             subnet: as in `set_subnet`.
@@ -569,14 +584,15 @@ class ElasticLoraModel(LoraModel):
         if (structure := self._elastic(adapter_name).structure) is not None:
             check_depth(structure, checked)
         self._activate(checked, adapter_name)
-        self._sampled = True
+        self._sampled, self._suspended = True, {}
+        watch_optimizers(self)
         self._trained_version = None
 
     def restore_subnet(self) -> None:
         """Activate the chosen subnet of every adapter again (see `set_subnet`; the maximal one if none was chosen)."""
         for adapter_name in self._elastic_configs():
             self._activate_chosen(adapter_name)
-        self._sampled = False
+        self._sampled, self._suspended = False, {}
 
     def _activate_chosen(self, adapter_name: str, when_loaded: bool = False) -> None:
         if adapter_name not in self._elastic_adapters:
@@ -805,9 +821,21 @@ class ElasticLoraModel(LoraModel):
     def train(self, mode: bool = True) -> ElasticLoraModel:
         super().train(mode)
         if mode:
+            for module in self.model.modules():
+                unpack(module)
+            suspended, self._suspended = self._suspended, {}
+            for (
+                name,
+                subnet,
+            ) in suspended.items():  # generation in the middle of a step may have been in evaluation mode
+                layers = self._elastic_adapters[name].layers.values() if name in self._elastic_adapters else ()
+                if layers and not any(layer.merged for layer in layers):
+                    self.sample_subnet(subnet, name)
             self._warn_if_one_subnet_is_trained()
         elif self._sampled:
+            sampled = {name: self.get_active_subnet(name) for name in self._elastic_adapters}
             self.restore_subnet()
+            self._suspended = sampled
         return self
 
     def _warn_if_one_subnet_is_trained(self) -> None:
@@ -840,13 +868,20 @@ class ElasticLoraModel(LoraModel):
 
     # -- out -------------------------------------------------------------------------------------------------------
 
-    def export_lora(self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None) -> None:
+    def export_lora(
+        self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None, *, pad: bool = True
+    ) -> None:
         """Write the active sub-adapter as a plain LoRA adapter, which peft loads without this package.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder; it is created, and gets `adapter_config.json` and
                 `adapter_model.safetensors`. Those of an earlier adapter are replaced once the new ones are complete.
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+            pad (`bool`, defaults to `True`):
+                Fill the matrices of smaller ranks up with zeros to the largest rank that is active, and put what modules differ
+                in scaling into B: one rank and one scaling for all, which every program reads alike. llama.cpp scales each
+                tensor by `lora_alpha` over its own rank, vLLM by `lora_alpha / r`. False writes the active ranks alone, with a
+                `rank_pattern` and an `alpha_pattern`, which peft reads.
 
         Raises:
             ValueError: if the adapter changed the base weights when it was initialised (PiSSA and relatives), or the active
@@ -863,7 +898,7 @@ class ElasticLoraModel(LoraModel):
                 "alone are smaller."
             )
         with self._whole_base():
-            export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers)
+            export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers, pad)
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """As in peft; what can be refused is refused before any layer is merged."""
@@ -872,15 +907,21 @@ class ElasticLoraModel(LoraModel):
                 "The active subnet narrows or skips parts of the base, into which an adapter cannot be merged in place. Use "
                 "`merge_and_unload()` or `extract_subnet()`, or `set_subnet('max')` first."
             )
-        self._check_merge(adapter_names, safe_merge)
+        if twice := self._check_merge(adapter_names, safe_merge):
+            raise ValueError(
+                f"{next(p for p, m in self.model.named_modules() if m in twice)!r} is tied with the embedding, and so is its adapter (`ensure_weight_tying`), which "
+                "cannot be merged in place: use `merge_and_unload()` or `extract_subnet()`."
+            )
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        """Raise a ValueError if merging these adapters, or the active ones, would change what the model computes."""
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> dict[LoraLayer, LoraLayer]:
+        """Raise a ValueError if merging these adapters, or the active ones, would change what the model computes. See
+        `check_tied_weights` for what is returned."""
         for name in self._active_elastic_adapters() if adapter_names is None else adapter_names:
             if name in self._elastic_adapters:
                 for path, layer in self._elastic(name).layers.items():
                     self._check_merge_into(layer, name, path)
+        return check_tied_weights(self.model, adapter_names)
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         """Raise a ValueError if merging into this layer would change what the model computes."""
@@ -900,9 +941,10 @@ class ElasticLoraModel(LoraModel):
         adapter_names: Optional[list[str]] = None,
     ) -> nn.Module:
         kept: dict[str, list[int]] = {}
+        twice: dict[LoraLayer, LoraLayer] = {}
         narrowed = is_narrowed(self.model)
         if merge:
-            self._check_merge(adapter_names, safe_merge)
+            twice = self._check_merge(adapter_names, safe_merge)
             if adapter_names is not None and self._check_together(adapter_names) != self._check_together(
                 self._enabled_adapters()
             ):
@@ -915,8 +957,11 @@ class ElasticLoraModel(LoraModel):
         elif narrowed:
             self._structural_values = {}
             self._apply_structure()
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with merged_once(twice, adapter_names):
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model.__dict__.pop(HOST_ATTRIBUTE, None)
+        for module in model.modules():
+            allow_packing(module)
         for hook in (self._follower, self._order_guard):
             if hook is not None:
                 hook.remove()
@@ -1258,10 +1303,11 @@ def _check_active_subnet(config: ElasticLoraConfig, adapter_name: str, choices: 
 
 def _tie_groups(groups: dict[str, list[str]], config: ElasticLoraConfig, model: Any) -> None:
     """Give the adapter of a tied output layer the rank of the embedding's adapter, whose weights it shares."""
-    tied = set(getattr(config, "target_modules_to_tie", None) or ())
+    tied = {plain_path(name) for name in getattr(config, "target_modules_to_tie", None) or ()}
     if not tied:
         return
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding = plain_path(embedding)
     source = next(name for name, members in groups.items() if embedding in members)
     for group_name in [name for name in groups if name != source]:
         moved = [name for name in groups[group_name] if name in tied]
@@ -1290,6 +1336,8 @@ def _search_subnet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _welcome_peft_model(module: nn.Module, name: str, submodule: Optional[nn.Module]) -> None:
     """Give a PeftModel that gets an elastic tuner what it must do itself. peft does not tell the tuner which PeftModel
     it belongs to, and looks for methods in the PeftModel first."""
+    if module.__dict__.get("_is_replica"):
+        return  # a copy that `nn.DataParallel` makes for one forward pass
     if isinstance(submodule, ElasticLoraModel) and isinstance(module, PeftModel) and name == "base_model":
         module.__dict__["print_trainable_parameters"] = functools.partial(_print_trainable_parameters, module)
         module.__dict__["search_subnet"] = functools.partial(_search_subnet, module)

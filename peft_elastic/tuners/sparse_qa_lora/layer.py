@@ -101,7 +101,7 @@ class SparseLoraLinear(lora.Linear):
             return False
         if base.is_bitsandbytes(self.base_layer) or not base.computes_plainly(self.base_layer):
             return False
-        weight = self.base_layer._parameters.get("weight")
+        weight = getattr(self.base_layer, "weight", None)
         if weight is not None and weight.requires_grad:
             return False  # its gradient comes from the base layer
         masked, grid = self.kind(names)

@@ -68,7 +68,9 @@ class SparseQALoraModel(ElasticLoraModel):
         super()._check_target(module, path, rank, config)
         check_target(module, path, config)
 
-    def export_lora(self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None) -> None:
+    def export_lora(
+        self, save_directory: str | os.PathLike[str], adapter_name: Optional[str] = None, *, pad: bool = True
+    ) -> None:
         """As in `ElasticLoraModel`, for adapters that are neither masked nor quantisation-aware.
 
         Raises:
@@ -81,7 +83,7 @@ class SparseQALoraModel(ElasticLoraModel):
                 f"Adapter {adapter_name!r} is masked by the zeros of its base, or rounded together with it, which a plain LoRA "
                 "adapter is not. Merge it: `merge_and_unload()`."
             )
-        super().export_lora(save_directory, adapter_name)
+        super().export_lora(save_directory, adapter_name, pad=pad)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -114,14 +116,15 @@ class SparseQALoraModel(ElasticLoraModel):
             if grids and adapter_name in layer.lora_grid:
                 layer.lora_grid[adapter_name] = Grid.copy_of(grids[0], persistent=True)
 
-    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        super()._check_merge(adapter_names, safe_merge)
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> dict[LoraLayer, LoraLayer]:
+        twice = super()._check_merge(adapter_names, safe_merge)
         for module in self.model.modules():
             if isinstance(module, SparseLoraLinear):
                 names = module.active_adapters if adapter_names is None else adapter_names
                 new = [name for name in names if name in module.lora_A and name not in module.merged_adapters]
                 if new:
                     module.check_merge([*module.merged_adapters, *new], safe_merge)
+        return twice
 
     def _check_merge_allowed(self) -> None:
         # peft refuses to merge into any model that GPTQModel quantised; `_check_merge_into` knows which layers lose by it
