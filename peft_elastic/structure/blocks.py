@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,12 +191,13 @@ class Removed(nn.Module):
     """
 
     def __init__(self, module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not of the class that `empty_block` adds
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
-        self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
-        names = (name for name, _ in module.named_parameters() if "lora_" not in name)
-        # of one of the parameters that are not there; checkpoints name it
+        self.skip, self.cache_layers, self.stands_for = skip, cache_layers, _own_class(module).__name__
+        parameters = [(name, p) for name, p in module.named_parameters() if "lora_" not in name]
+        # of one of the parameters that are not there; checkpoints name it. transformers renames and splits those of experts
+        names = (name for name, parameter in parameters if parameter.dim() < 3)
         self.absent = next(names, "").replace("base_layer.", "")
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +206,48 @@ class Removed(nn.Module):
 
     def extra_repr(self) -> str:
         return self.stands_for
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Where this package is not imported, transformers would make up the weights of what was removed. An empty tensor in
+        # the place of one lets it fail. A model on the meta device, though, is being loaded, and expects nothing here.
+        if self.absent and not any(isinstance(t, torch.Tensor) and t.is_meta for t in destination.values()):
+            destination[f"{prefix}{self.absent}"] = torch.empty(0)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is loaded, and the empty tensor is expected."""
+
+
+def empty_block(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> Removed:
+    """What stands for a whole block: of its class, so that code that goes by the class of blocks counts it."""
+    cls = _empty_class(_own_class(module))
+    empty = cls.__new__(cls)
+    Removed.__init__(empty, module, skip, cache_layers)
+    return empty
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before any part of it was made inactive."""
+    cls = type(module)
+    while hasattr(cls, "plain_class"):
+        cls = cls.plain_class
+    return cls
+
+
+class _Empty(Removed):
+    plain_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_empty, (self.plain_class,), self.__dict__
+
+
+def _new_empty(plain_class: type[nn.Module]) -> Removed:
+    cls = _empty_class(plain_class)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _empty_class(cls: type[nn.Module]) -> type[Removed]:
+    return type(cls.__name__, (_Empty, cls), {"plain_class": cls, "__module__": cls.__module__})
 
 
 def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
@@ -247,6 +291,8 @@ class Structure:
 
     def _read_stack(self, model: nn.Module, stack: dict[str, nn.Module]) -> Iterator[Block]:
         for index, (path, module) in enumerate(stack.items()):
+            if isinstance(module, Removed):
+                continue
             layout = next((layout for layout in layouts() if _fits(module, layout)), None)
             if layout is None:
                 self.unknown.append(path)

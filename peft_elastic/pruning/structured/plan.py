@@ -27,12 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 
-from ...deploy.checkpoint import mark_checkpoint
 from ...structure.blocks import Structure, Width, layer_at
-from ...structure.description import describe
-from ...structure.extract import extract
+from ...structure.description import extract_described
 from ...structure.importance import check_sortable, noted_orders, reorder
 from ...structure.narrow import check_narrowable, is_narrowed
 from ...structure.space import activate
@@ -131,11 +128,8 @@ class PruningPlan:
             ValueError: if the plan does not fit the model, before anything is changed.
         """
         self.narrow(model)
-        if not is_narrowed(model):
-            return model
-        kept = extract(model, Structure(model))
-        if isinstance(model, PreTrainedModel) and not describe(model, kept):
-            mark_checkpoint(model)
+        if is_narrowed(model):
+            extract_described(model)
         return model
 
     def check(self, model: nn.Module) -> Structure:

@@ -36,16 +36,13 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
 
-from ...deploy.checkpoint import mark_checkpoint
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
 from ...structure.blocks import KINDS, Structure, Width
-from ...structure.description import describe
-from ...structure.extract import extract
+from ...structure.description import extract_described
 from ...structure.importance import (
     check_sortable,
     is_stored_in,
@@ -899,7 +896,6 @@ class ElasticLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: Optional[list[str]] = None,
     ) -> nn.Module:
-        kept: dict[str, list[int]] = {}
         narrowed = is_narrowed(self.model)
         if merge:
             self._check_merge(adapter_names, safe_merge)
@@ -911,7 +907,7 @@ class ElasticLoraModel(LoraModel):
                     "`set_adapter` first."
                 )
             if narrowed:
-                kept = extract(self.model, Structure(self.model))
+                extract_described(self.model)
         elif narrowed:
             self._structural_values = {}
             self._apply_structure()
@@ -922,8 +918,6 @@ class ElasticLoraModel(LoraModel):
                 hook.remove()
         if not merge:
             reorder(model, self._own_orders or {})
-        elif narrowed and isinstance(model, PreTrainedModel) and not describe(model, kept):
-            mark_checkpoint(model)
         if self._tagged:
             model.model_tags.remove("lora")
             self._tagged = False
