@@ -219,7 +219,7 @@ class Removed(nn.Module):
 
 def empty_block(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> Removed:
     """What stands for a whole block: of its class, so that code that goes by the class of blocks counts it."""
-    cls = _empty_class(_own_class(module))
+    cls = _empty_class(_own_class(module))  # type: ignore[arg-type]
     empty = cls.__new__(cls)
     Removed.__init__(empty, module, skip, cache_layers)
     return empty
@@ -241,7 +241,7 @@ class _Empty(Removed):
 
 
 def _new_empty(plain_class: type[nn.Module]) -> Removed:
-    cls = _empty_class(plain_class)
+    cls = _empty_class(plain_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import re
 from collections import OrderedDict
@@ -40,9 +41,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from .blocks import Block, Removed, Structure, Width, layer_at, layer_sizes
 from .extract import config_of, extract
+from .layouts import layouts
 from .modules import linear_layers, module_at
 from .narrow import active_ranges, is_skipped, set_skipped, set_width
-from .space import activate
+from .space import PARTS, activate
 
 
 # By the path of the block: its sizes.
@@ -101,17 +103,87 @@ def plan_extraction(model: nn.Module, values: Mapping[str, int] | None = None) -
         ValueError: if no configuration describes it, so that it could be saved but not loaded.
     """
     values = active_values(model, Structure(model)) if values is None else values
-    plans = []
-    for path, part in _outermost(model):
+    return [Extraction(path, *_plan(*_read_model(part), own)) for path, part, own in _shares(model, values)]
+
+
+def undescribable(model: nn.Module, values: Mapping[str, int]) -> dict[str, str]:
+    """Which of these removals no configuration describes, so that they could be saved but not loaded.
+
+    Args:
+        model (`nn.Module`): as in `plan_extraction`.
+        values (`Mapping[str, int]`): of structural choices, each as small as it may become. A model is described block by block,
+            so that what holds for all of them together holds for any.
+
+    Returns:
+        `dict[str, str]`: the key of the choice -> why.
+    """
+    structure = Structure(model)
+    blocks = {f"depth:{block.path}" for block in structure.blocks}
+    reasons: dict[str, str] = {}
+    # what is skipped has no width, and a block that is skipped no parts
+    kinds = [[key for key in values if not key.startswith("depth:")], [key for key in values if key in blocks]]
+    kinds.append([key for key in values if key.startswith("depth:") and key not in blocks])
+    for keys in kinds:
+        together = _with_something_left(model, structure, {key: values[key] for key in keys})
+        if not (of_all := _why_not(model, together)):
+            continue
+        alone = {key: _why_not(model, {key: value}) for key, value in together.items()}
+        reasons |= {key: why for key, why in alone.items() if why} or dict.fromkeys(together, of_all)
+    return reasons
+
+
+def _why_not(model: nn.Module, values: Mapping[str, int]) -> str:
+    known = tuple(map(id, layouts()))
+    try:
+        reasons = [_try(*_read_model(part), tuple(own.items()), known) for _, part, own in _shares(model, values)]
+    except ValueError as error:
+        return str(error)
+    return next(filter(None, reasons), "")
+
+
+@functools.lru_cache(maxsize=64)
+def _try(cls: type[PreTrainedModel], config_cls: Any, text: str, values: tuple, layouts: tuple[int, ...]) -> str:
+    try:
+        _plan(cls, config_cls, text, dict(values), any_way=True)
+        return ""
+    except ValueError as error:
+        return str(error)
+
+
+def _shares(model: nn.Module, values: Mapping[str, int]) -> Iterator[tuple[str, PreTrainedModel, dict[str, int]]]:
+    """The transformers models in a model, by their paths, and what is asked for of each, in words of its own."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or (inside and path.startswith(inside)):
+            continue
         prefix = f"{path}." if path else ""
+        inside += (prefix,)
+        names = {key: key.partition(":") for key in values}
         own = {
-            f"{kind}:{name.removeprefix(prefix)}": value
-            for (kind, _, name), value in ((key.partition(":"), value) for key, value in values.items())
+            f"{kind}:{name.removeprefix(prefix)}": values[key]
+            for key, (kind, _, name) in names.items()
             if name.startswith(prefix)
         }
         if own:
-            plans.append(_plan(path, part, own))
-    return plans
+            yield path, module, own
+
+
+def _with_something_left(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> dict[str, int]:
+    """These values, but for what empties a stack."""
+    left = dict(values)
+    for stack in dict.fromkeys(block.stack for block in structure.blocks):
+        blocks = [block for block in structure.blocks if block.stack == stack]
+        known = len(blocks) == len(module_at(model, stack)._modules)
+        if known and not any(is_left(block, values) for block in blocks):
+            left = {k: v for k, v in left.items() if not f"{k}.".startswith(f"depth:{blocks[-1].path}.")}
+    return left
+
+
+def is_left(block: Block, values: Mapping[str, int]) -> bool:
+    """Whether these values of structural choices leave an attention or an MLP of a block."""
+    if values.get(f"depth:{block.path}", 1) == 0:
+        return False
+    return any(part not in block.removed and values.get(f"depth:{block.path}.{part}", 1) for part in PARTS)
 
 
 def extract_described(model: nn.Module, plans: Sequence[Extraction] | None = None) -> None:
@@ -126,7 +198,12 @@ def extract_described(model: nn.Module, plans: Sequence[Extraction] | None = Non
     """
     plans = plan_extraction(model) if plans is None else plans
     empty = [f"{plan.path}.{stack}".lstrip(".") for plan in plans for stack in plan.empty]
-    extract(model, Structure(model), empty, lambda: [_settle(model.get_submodule(plan.path), plan) for plan in plans])
+
+    def settle() -> None:
+        for plan in plans:
+            _settle(model.get_submodule(plan.path), plan)
+
+    extract(model, Structure(model), empty, settle)
 
 
 def active_values(model: nn.Module, structure: Structure) -> dict[str, int]:
@@ -145,51 +222,64 @@ def active_values(model: nn.Module, structure: Structure) -> dict[str, int]:
     return values
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not (inside and path.startswith(inside)):
-            inside += (f"{path}." if path else "",)
-            yield path, module
+def _read_model(model: PreTrainedModel) -> tuple[type[PreTrainedModel], type[PreTrainedConfig], str]:
+    """The class of a model, of its configuration, and the text of that.
 
-
-def _plan(path: str, model: PreTrainedModel, values: Mapping[str, int]) -> Extraction:
+    Raises:
+        ValueError: if they do not make such a model.
+    """
     name = type(model).__name__
     try:
-        base = _build(type(model), _read_again(model.config))
+        found = type(model), type(model.config), model.config.to_json_string()
+        base = _whole(*found)
     except _ERRORS as error:
         raise ValueError(
             f"A part of a {name} can only be removed if the model can be built from its configuration. That fails here: "
             f"{type(error).__name__}: {error}"
         ) from error
-    structure = Structure(base)
-    if difference := _mismatch(model, base, structure):
+    if difference := _mismatch(model, base, Structure(base)):
         raise ValueError(
             f"The configuration of this {name} does not describe it, so that it could not be loaded: {difference}."
         )
+    return found
+
+
+def _plan(
+    cls: type[PreTrainedModel], config_cls: Any, text: str, values: Mapping[str, int], any_way: bool = False
+) -> tuple[PreTrainedModel, PreTrainedModel, tuple[str, ...]]:
+    """What the configuration of a model builds, cut to these values of its structural choices; what a new configuration builds
+    that describes this; and the stacks that have empty blocks in them.
+
+    Args:
+        any_way (`bool`): whether any configuration will do. By default it is the most ordinary one.
+    """
+    base = _whole(cls, config_cls, text)
+    structure = Structure(base)
     known = {f"{width.kind}:{width.name}" for width in structure.widths}
     known |= {f"depth:{b.path}" + ("" if p == "block" else f".{p}") for b in structure.blocks for p in b.skips}
     if unknown := sorted(values.keys() - known):
-        raise ValueError(f"The configuration of this {name} builds a model without {unknown[0]!r}.")
+        raise ValueError(f"The configuration of this {cls.__name__} builds a model without {unknown[0]!r}.")
     stacks = {block.stack for block in structure.blocks if values.get(f"depth:{block.path}", 1) == 0}
+    ways = [(empty, False) for empty in ((), tuple(sorted(stacks)))[: 2 if stacks else 1]]
     reason = ""
-    for empty in ((), tuple(sorted(stacks))) if stacks else ((),):
+    # the last way is the one that goes most often
+    for empty, special in [(ways[-1][0], True), *ways] if any_way else ways:
         reference = copy.deepcopy(base)
         cut = Structure(reference)
         activate(reference, cut, values)
         kept = extract(reference, cut, empty)
-        for config in _candidates(base, reference, kept, bool(empty)):
+        for config in _candidates(base, reference, kept, special):
             try:
-                built = _build(type(model), _read_again(config))
+                built = _build(cls, _read_again(config))
             except _ERRORS as error:
                 reason = f"building it fails ({type(error).__name__}: {error})"
                 continue
             difference = _difference(reference, built, structure)
             if difference is None:
-                return Extraction(path, reference, built, empty)
+                return reference, built, empty
             reason = difference
     raise ValueError(
-        f"No configuration describes what would be left of this {name}, so that it could not be loaded: {reason}."
+        f"No configuration describes what would be left of this {cls.__name__}, so that it could not be loaded: {reason}."
     )
 
 
@@ -398,10 +488,19 @@ def _at_home(model: nn.Module, structure: Structure, description: Any) -> Descri
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)  # an adapter, its search and its extraction ask for the same one
+def _whole(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> PreTrainedModel:
+    """What the JSON text of a configuration builds, without weights. It must not be changed."""
+    return _build(cls, _read(config_cls, text))
+
+
 def _read_again(config: PreTrainedConfig) -> PreTrainedConfig:
     """A configuration as it is when it has been saved and loaded."""
-    cls = type(config)
-    values = getattr(cls, "_decode_special_floats", lambda v: v)(json.loads(config.to_json_string()))
+    return _read(type(config), config.to_json_string())
+
+
+def _read(cls: Any, text: str) -> PreTrainedConfig:
+    values = getattr(cls, "_decode_special_floats", lambda v: v)(json.loads(text))
     values.pop("quantization_config", None)
     own = cls.from_dict(values)
     if callable(validate := getattr(own, "validate", None)):
@@ -424,17 +523,17 @@ def _creation() -> Any:
 
 
 def _candidates(
-    base: PreTrainedModel, reference: PreTrainedModel, kept: Mapping[str, list[int]], empty: bool
+    base: PreTrainedModel, reference: PreTrainedModel, kept: Mapping[str, list[int]], special: bool
 ) -> Iterator[PreTrainedConfig]:
-    """Configurations that may describe `reference`, which was made from `base`; those that transformers alone builds come
-    first."""
+    """Configurations that may describe `reference`, which was made from `base`; those that transformers alone builds come first,
+    or are left out if `special`."""
     plain = copy.deepcopy(reference.config)
     plain.__dict__.pop(BLOCKS_ATTRIBUTE, None)
     places = _Places(base)
     stacks = {block.stack for block in Structure(base).blocks}
     for config in places.without_blocks(plain, kept) if kept else [plain]:
         removed = any(isinstance(module, Removed) for module in reference.modules())
-        if not removed and (uniform := places.with_uniform_sizes(config, reference)) is not None:
+        if not removed and not special and (uniform := places.with_uniform_sizes(config, reference)) is not None:
             yield uniform
         setattr(config, BLOCKS_ATTRIBUTE, _describe_blocks(reference, stacks))
         yield config

@@ -42,7 +42,7 @@ from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
 from ...structure.blocks import KINDS, Structure, Width
-from ...structure.description import extract_described
+from ...structure.description import extract_described, undescribable
 from ...structure.importance import (
     check_sortable,
     is_stored_in,
@@ -306,6 +306,11 @@ class ElasticLoraModel(LoraModel):
                         "and channels as they are; use 'none'."
                     )
             check_sortable(model, _widths(structure, config))
+        smallest = {choice.key: min(choice.options) for choice in choices if len(choice.options) > 1}
+        for key, why in undescribable(model, smallest).items():
+            kind, _, name = key.partition(":")
+            field = "elastic_depth" if kind == "depth" else f"elastic_width[{kind!r}]"
+            raise ValueError(f"`{field}`: a subnet with less of {name!r} could not be saved and loaded. {why}")
         return choices
 
     def _check_target(self, module: nn.Module, path: str, rank: int, config: ElasticLoraConfig) -> None:
