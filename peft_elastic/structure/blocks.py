@@ -182,7 +182,7 @@ class Block:
 
 
 class Removed(nn.Module):
-    """Stands where a part of a block has been removed for good.
+    """Stands where a part of a block, or a block, has been removed for good.
 
     Args:
         module (`nn.Module`): what it stands for; plain attributes are taken over, as other modules may read them.
@@ -190,15 +190,16 @@ class Removed(nn.Module):
         cache_layers (`tuple[int, ...]`): numbers of the layers of the key-value cache that belong to it.
     """
 
+    skip: Skip
+    cache_layers: tuple[int, ...]
+    stands_for: str
+    absent: str
+
     def __init__(self, module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> None:
-        nn.Module.__init__(self)  # not of the class that `empty_block` adds
+        super().__init__()
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
-        self.skip, self.cache_layers, self.stands_for = skip, cache_layers, _own_class(module).__name__
-        parameters = [(name, p) for name, p in module.named_parameters() if "lora_" not in name]
-        # of one of the parameters that are not there; checkpoints name it. transformers renames and splits those of experts
-        names = (name for name, parameter in parameters if parameter.dim() < 3)
-        self.absent = next(names, "").replace("base_layer.", "")
+        self.__dict__.update(_traces_of(module, skip, cache_layers))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
@@ -217,12 +218,22 @@ class Removed(nn.Module):
         """Nothing is loaded, and the empty tensor is expected."""
 
 
-def empty_block(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> Removed:
-    """What stands for a whole block: of its class, so that code that goes by the class of blocks counts it."""
-    cls = _empty_class(_own_class(module))  # type: ignore[arg-type]
-    empty = cls.__new__(cls)
-    Removed.__init__(empty, module, skip, cache_layers)
-    return empty
+def _traces_of(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> dict[str, Any]:
+    """What `Removed` keeps of a module."""
+    parameters = [(name, p) for name, p in module.named_parameters() if "lora_" not in name]
+    # one of the parameters that are not there, by which checkpoints name it. transformers renames and splits those of experts
+    absent = next((name for name, parameter in parameters if parameter.dim() < 3), "").replace("base_layer.", "")
+    traces = {"skip": skip, "cache_layers": cache_layers, "stands_for": _own_class(module).__name__, "absent": absent}
+    return traces | {"_is_hf_initialized": True}  # there is nothing to, whatever the class of a block has
+
+
+def empty_block(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> None:
+    """Leave nothing of a block, which stays where it is. It is of its class and keeps its hooks: transformers collects hidden
+    states by these."""
+    module.__dict__.update(_traces_of(module, skip, cache_layers))
+    module.__class__ = _empty_class(_own_class(module))  # type: ignore[arg-type]
+    for name in ("_modules", "_parameters", "_buffers"):
+        module.__dict__[name].clear()
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
@@ -240,13 +251,13 @@ class _Empty(Removed):
         return _new_empty, (self.plain_class,), self.__dict__
 
 
-def _new_empty(plain_class: type[nn.Module]) -> Removed:
+def _new_empty(plain_class: type[nn.Module]) -> nn.Module:
     cls = _empty_class(plain_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
 @functools.cache
-def _empty_class(cls: type[nn.Module]) -> type[Removed]:
+def _empty_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_Empty, cls), {"plain_class": cls, "__module__": cls.__module__})
 
 

@@ -41,7 +41,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from .blocks import Block, Removed, Structure, Width, layer_at, layer_sizes
 from .extract import config_of, extract
-from .layouts import layouts
+from .layouts import BlockLayout, layouts
 from .modules import linear_layers, module_at
 from .narrow import active_ranges, is_skipped, set_skipped, set_width
 from .space import PARTS, activate
@@ -260,10 +260,19 @@ def _plan(
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"The configuration of this {cls.__name__} builds a model without {unknown[0]!r}.")
     stacks = {block.stack for block in structure.blocks if values.get(f"depth:{block.path}", 1) == 0}
+    for path in [
+        p for b in structure.blocks for n in PARTS if values.get(f"depth:{b.path}.{n}") == 0 for p in b.skips[n]
+    ]:
+        if told := _setters(base.get_submodule(path)):
+            raise ValueError(
+                f"{path!r} must stay: the model calls `{told[0]}` of it, which nothing else could answer."
+            )
     ways = [(empty, False) for empty in ((), tuple(sorted(stacks)))[: 2 if stacks else 1]]
-    reason = ""
+    reason = "the model calls methods of its blocks that empty ones do not have"
     # the last way is the one that goes most often
     for empty, special in [(ways[-1][0], True), *ways] if any_way else ways:
+        if empty and any(_setters(base.get_submodule(b.path)) for b in structure.blocks if b.stack in empty):
+            continue
         reference = copy.deepcopy(base)
         cut = Structure(reference)
         activate(reference, cut, values)
@@ -281,6 +290,11 @@ def _plan(
     raise ValueError(
         f"No configuration describes what would be left of this {cls.__name__}, so that it could not be loaded: {reason}."
     )
+
+
+def _setters(module: nn.Module) -> list[str]:
+    """Methods by which a model tells a part of it how to compute, as BigBird its attentions for short inputs."""
+    return [name for name in dir(type(module)) if name.startswith("set_") and not hasattr(nn.Module, name)]
 
 
 def _settle(model: nn.Module, plan: Extraction) -> None:
@@ -380,7 +394,8 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
 
 def _before_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """transformers asks a model for its tensors before it loads them. One that has weights is left as it is."""
-    if isinstance(model, PreTrainedModel) and all(parameter.is_meta for parameter in model.parameters()):
+    # some make a few parameters in ways that ignore the device
+    if isinstance(model, PreTrainedModel) and any(parameter.is_meta for parameter in model.parameters()):
         rebuild(model)
 
 
@@ -567,8 +582,9 @@ class _Places:
     def with_uniform_sizes(self, config: PreTrainedConfig, reference: PreTrainedModel) -> PreTrainedConfig | None:
         """With the sizes of the blocks of each stack that are not what they were; None if the blocks of a stack differ."""
         config = copy.deepcopy(config)
-        before = _widths_by_stack(self._structure)
-        for (kind, stack), widths in _widths_by_stack(Structure(reference)).items():
+        before, structure = _widths_by_stack(self._structure), Structure(reference)
+        layouts_of = {block.path: block.layout for block in structure.blocks}
+        for (kind, stack), widths in _widths_by_stack(structure).items():
             sizes = {(width.full, width.units) for width in widths}
             if sizes == {(width.full, width.units) for width in before[kind, stack]}:
                 continue
@@ -578,16 +594,16 @@ class _Places:
             if found is None:
                 return None
             try:
-                self._set_size(_part_at(config, found[0]), widths[0])
+                self._set_size(_part_at(config, found[0]), widths[0], layouts_of)
             except _ERRORS:  # the configuration checks what is written to it
                 return None
         return config
 
-    def _set_size(self, part: PreTrainedConfig, width: Width) -> None:
+    def _set_size(self, part: Any, width: Width, layouts_of: Mapping[str, BlockLayout]) -> None:
         if width.kind == "mlp":
-            layout = next(block.layout for block in self._structure.blocks if width.name.startswith(block.stack))
-            assert layout.mlp is not None
-            setattr(part, layout.mlp.size, width.full)
+            layout = layouts_of[width.name].mlp
+            assert layout is not None
+            setattr(part, layout.size, width.full)
             return
         if _get(part, "num_attention_heads") != width.full:
             if _get(part, "head_dim") is None:

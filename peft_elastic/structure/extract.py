@@ -32,7 +32,7 @@ from .blocks import Block, Ranges, Removed, Structure, empty_block
 from .importance import note_orders
 from .inputs import is_encoder_decoder
 from .modules import linear_layers, replace_layers
-from .narrow import active_ranges, is_skipped, set_active, set_skipped, take
+from .narrow import active_ranges, is_skipped, set_active, take
 
 
 # What the module that holds a stack may call the number of its blocks.
@@ -76,7 +76,7 @@ def extract(
         if all(layer.startswith(tuple(within)) for layer in layers):
             raise ValueError(f"Every block of {stack!r} is skipped; at least one attention or MLP must stay.")
     with unchanged_on_error(model) as undo:
-        _keep_room_for_cache(model, {stack: blocks for stack, blocks in stacks.items() if stack not in empty})
+        room = _keep_room_for_cache(model, stacks)
         for block in structure.blocks:
             for part in ("attention", "mlp"):
                 for path, skip in block.skips.get(part, {}).items():
@@ -84,9 +84,8 @@ def extract(
                     if is_skipped(module):
                         model.set_submodule(path, Removed(module, skip, module.__dict__["cache_layers"]))
             module = model.get_submodule(block.path)
-            if block.stack in empty and is_skipped(module):
-                skip = block.skips["block"][block.path]
-                model.set_submodule(block.path, empty_block(module, skip, module.__dict__["cache_layers"]))
+            if is_skipped(module) and (block.stack in empty or block.path in room):
+                empty_block(module, block.skips["block"][block.path], module.__dict__["cache_layers"])
         for module in list(model.modules()):
             if isinstance(module, LoraLayer):
                 _cut_adapters(module, undo)
@@ -141,22 +140,19 @@ def config_of(module: nn.Module) -> PreTrainedConfig | None:
     return own if isinstance(own, PreTrainedConfig) else None
 
 
-def _keep_room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> None:
-    """Let skipped blocks of an encoder stay, as empty ones, while it would have fewer than the decoder: transformers makes the
+def _keep_room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> list[str]:
+    """Which skipped blocks of an encoder stay, as empty ones, while it would have fewer than the decoder: transformers makes the
     key-value cache of T5 with as many layers as the encoder has blocks."""
     if not is_encoder_decoder(model):
-        return
+        return []
     skipped = {
         stack: [block for block in blocks if is_skipped(model.get_submodule(block.path))]
         for stack, blocks in stacks.items()
     }
     left = {stack: len(blocks) - len(skipped[stack]) for stack, blocks in stacks.items()}
     most = max(left.values(), default=0)
-    for stack, blocks in skipped.items():
-        for block in blocks[: most - left[stack]] if "encoder" in stack.split(".") else ():
-            set_skipped(model, block, "block", False)
-            for part in ("attention", "mlp"):
-                set_skipped(model, block, part, True)
+    encoders = [stack for stack in stacks if "encoder" in stack.split(".")]
+    return [block.path for stack in encoders for block in skipped[stack][: max(0, most - left[stack])]]
 
 
 def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[int]:
