@@ -133,12 +133,15 @@ def undescribable(model: nn.Module, values: Mapping[str, int]) -> dict[str, str]
 
 
 def _why_not(model: nn.Module, values: Mapping[str, int]) -> str:
-    known = tuple(map(id, layouts()))
+    known = tuple(map(id, layouts()))  # what they allow may have changed
     try:
-        reasons = [_try(*_read_model(part), tuple(own.items()), known) for _, part, own in _shares(model, values)]
+        for _, part, own in _shares(model, values):
+            cls, config_cls, text = _read_model(part)
+            if reason := _try(cls, config_cls, text, tuple(own.items()), known):  # type: ignore[arg-type]
+                return reason
     except ValueError as error:
         return str(error)
-    return next(filter(None, reasons), "")
+    return ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -231,7 +234,7 @@ def _read_model(model: PreTrainedModel) -> tuple[type[PreTrainedModel], type[Pre
     name = type(model).__name__
     try:
         found = type(model), type(model.config), model.config.to_json_string()
-        base = _whole(*found)
+        base = _whole(*found)  # type: ignore[arg-type]
     except _ERRORS as error:
         raise ValueError(
             f"A part of a {name} can only be removed if the model can be built from its configuration. That fails here: "
@@ -253,7 +256,7 @@ def _plan(
     Args:
         any_way (`bool`): whether any configuration will do. By default it is the most ordinary one.
     """
-    base = _whole(cls, config_cls, text)
+    base = _whole(cls, config_cls, text)  # type: ignore[arg-type]
     structure = Structure(base)
     known = {f"{width.kind}:{width.name}" for width in structure.widths}
     known |= {f"depth:{b.path}" + ("" if p == "block" else f".{p}") for b in structure.blocks for p in b.skips}
