@@ -149,7 +149,7 @@ def test_extraction_of_a_sampled_and_of_a_named_subnet():
 # -- what config.json says ---------------------------------------------------------------------------------------------
 
 
-def test_the_words_of_per_layer_config(tmp_path):
+def test_the_words_of_the_configuration(tmp_path):
     model, inputs = flexible("llama")
     subnet = {
         **model.search_space.max,
@@ -160,25 +160,21 @@ def test_the_words_of_per_layer_config(tmp_path):
     extracted = model.extract_subnet(subnet, sparse_kernel=False)
     extracted.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert (
-        saved["quantization_config"]["quant_method"] == "peft_elastic" and saved["quantization_config"]["layers"] == {}
-    )
-    assert saved["num_hidden_layers"] == 2
-    per_layer = saved["per_layer_config"]
-    assert per_layer == {
-        "0": {"intermediate_size": 24, "skip": ["attention"]},
-        "1": {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1},
-    } or (per_layer["0"]["skip"] == ["attention"] and per_layer["0"]["intermediate_size"] == 24)
+    assert not {"quantization_config", "per_layer_config"} & saved.keys() and saved["num_hidden_layers"] == 2
+    assert saved["peft_elastic_blocks"] == {
+        "model.layers.0": {"intermediate_size": 24, "skip": ["attention"]},
+        "model.layers.1": {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1},
+    }
     model, _ = elastic("llama")
     uniform = model.extract_subnet("min", sparse_kernel=False)
     uniform.save_pretrained(tmp_path / "uniform")
     saved = json.loads((tmp_path / "uniform" / "config.json").read_text())
-    assert "per_layer_config" not in saved and "quantization_config" not in saved
+    assert not {"peft_elastic_blocks", "per_layer_config", "quantization_config"} & saved.keys()
     assert (saved["num_attention_heads"], saved["num_key_value_heads"], saved["intermediate_size"]) == (2, 1, 8)
     assert saved["head_dim"] == 8 and saved["hidden_size"] == 32
 
 
-def test_encoder_decoders_have_words_of_their_own(tmp_path):
+def test_encoder_decoders(tmp_path):
     model, inputs = flexible("t5")
     subnet = {**model.search_space.max, "mlp:encoder.block.1": 24, "depth:decoder.block.1.attention": 0}
     extracted = model.extract_subnet(subnet, sparse_kernel=False)
@@ -188,15 +184,52 @@ def test_encoder_decoders_have_words_of_their_own(tmp_path):
     close(outputs(type(extracted).from_pretrained(tmp_path), inputs), outputs(extracted, inputs), 1e-6)
 
 
+def written_before(folder):
+    """Let a checkpoint say what it says as earlier versions did."""
+    saved = json.loads((folder / "config.json").read_text())
+    blocks = saved.pop("peft_elastic_blocks")
+    saved["per_layer_config"] = {path.rpartition(".")[2]: sizes for path, sizes in blocks.items()}
+    saved["allow_global_per_layer_attribute_access"] = True
+    saved.setdefault("quantization_config", {"quant_method": "peft_elastic", "version": 1, "layers": {}})
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+def test_checkpoints_of_earlier_versions(tmp_path, name):
+    model, inputs = flexible(name)
+    first, second = (path for path in list(blocks_of(name))[:2])
+    subnet = {**model.search_space.max, f"mlp:{first}": 24, f"heads:{second}": 2, f"depth:{first}.attention": 0}
+    extracted = model.extract_subnet(subnet, sparse_kernel=False)
+    for number in range(2):
+        folder = tmp_path / str(number)
+        extracted.save_pretrained(folder)
+        if number == 0:
+            written_before(folder)
+        loaded = type(extracted).from_pretrained(folder)
+        close(outputs(loaded, inputs), outputs(extracted, inputs), 1e-6)
+        assert not getattr(loaded, "is_quantized", False) and not hasattr(loaded.config, "quantization_config")
+        assert loaded.config.peft_elastic_blocks and "per_layer_config" not in loaded.config.to_dict()
+        extracted = loaded  # and what is saved next is of this version
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"0": {"intermediate_size": 64}}, "gives 'model.layers.0' 64 mlp; allowed are multiples of 1 up to 48"),
-        ({"0": {"intermediate_size": 0}}, "gives 'model.layers.0' 0 mlp"),
-        ({"0": {"intermediate_size": "24"}}, "gives 'model.layers.0' '24' mlp"),
-        ({"1": {"num_attention_heads": 3}}, "gives 'model.layers.1' 3 heads; allowed are multiples of 2 up to 4"),
-        ({"1": {"skip": ["norm"]}}, "says to skip 'norm' of 'model.layers.1', which cannot be skipped"),
-        ({"5": {"intermediate_size": 24}}, "layer indices in the range"),
+        (
+            {"model.layers.0": {"intermediate_size": 64}},
+            "gives 'model.layers.0' 64 mlp; allowed are multiples of 1 up to 48",
+        ),
+        ({"model.layers.0": {"intermediate_size": 0}}, "gives 'model.layers.0' 0 mlp"),
+        ({"model.layers.0": {"intermediate_size": "24"}}, "gives 'model.layers.0' '24' mlp"),
+        ({"model.layers.0": {"intermediate_size": True}}, "gives 'model.layers.0' True mlp"),
+        (
+            {"model.layers.1": {"num_attention_heads": 3}},
+            "gives 'model.layers.1' 3 heads; allowed are multiples of 2 up to 4",
+        ),
+        ({"model.layers.1": {"skip": ["norm"]}}, "says to skip 'norm' of 'model.layers.1', which cannot be skipped"),
+        ({"model.layers.1": {"skip": "attention"}}, "describes 'model.layers.1' wrongly"),
+        ({"model.layers.1": 3}, "describes 'model.layers.1' wrongly: 3"),
+        ({"model.layers.5": {"intermediate_size": 24}}, "'model.layers.5', which is no block of the model"),
     ],
     ids=str,
 )
@@ -205,8 +238,9 @@ def test_damaged_configurations(tmp_path, change, message):
     subnet = {**model.search_space.max, "mlp:model.layers.0": 24}
     model.extract_subnet(subnet, sparse_kernel=False).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    for number, sizes in change.items():
-        saved["per_layer_config"].setdefault(number, {}).update(sizes)
+    for path, sizes in change.items():
+        there = saved["peft_elastic_blocks"].setdefault(path, {})
+        saved["peft_elastic_blocks"][path] = {**there, **sizes} if isinstance(sizes, dict) else sizes
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -311,7 +345,7 @@ assert "peft_elastic" not in sys.modules
 """
 
 
-def test_without_the_import_loading_fails_and_names_the_package(tmp_path):
+def test_without_the_import_loading_fails(tmp_path):
     """Where parts were removed, too: transformers would make up their weights with no more than a warning."""
     model, _ = flexible("llama")
     changes = {"mlp:model.layers.0": 24}, {"depth:model.layers.1.mlp": 0}, {"heads:model.layers.0": 2}
@@ -321,7 +355,6 @@ def test_without_the_import_loading_fails_and_names_the_package(tmp_path):
     run = run_fresh(NO_IMPORT, *(tmp_path / str(number) for number in range(len(changes))))
     assert run.returncode == 0, run.stderr
     assert "LOADED" not in run.stderr and run.stderr.count("FAILED You set `ignore_mismatched_sizes`") == len(changes)
-    assert run.stderr.count("Unknown quantization type, got peft_elastic") == len(changes)
 
 
 # -- extracted models are models ---------------------------------------------------------------------------------------
@@ -456,9 +489,8 @@ def test_sparse_kernels(tmp_path):
     assert ((found - expected).norm() / expected.norm()) < 0.02  # bfloat16
     extracted.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert len(saved["quantization_config"]["layers"]) == 10 and saved["per_layer_config"]["0"]["skip"] == [
-        "attention"
-    ]
+    assert len(saved["quantization_config"]["layers"]) == 10
+    assert saved["peft_elastic_blocks"]["model.layers.0"]["skip"] == ["attention"]
     ((logits, names),) = reload_fresh(tmp_path)
     assert torch.equal(logits, found) and names.count("SparseLinear") == 10 and names.count("Removed") == 1
 

@@ -578,6 +578,10 @@ def test_any_plan_narrows_restores_and_extracts(name, seed):
     model, inputs = deeper(name), inputs_of(name)
     values = random_state(model, seed, 6)
     structure = Structure(model)
+    for block in structure.blocks:  # what is skipped has no width
+        for kind, part in (("heads", "attention"), ("mlp", "mlp")):
+            if 0 in (values.get(f"depth:{block.path}"), values.get(f"depth:{block.path}.{part}")):
+                values.pop(f"{kind}:{block.path}", None)
     generator = torch.Generator().manual_seed(seed)
     units = {}
     for width in structure.widths:
@@ -586,6 +590,21 @@ def test_any_plan_narrows_restores_and_extracts(name, seed):
             units[order.name] = torch.randperm(width.units, generator=generator)[: value // width.unit].tolist()
     plan = PruningPlan("mine", {}, describe_model(model, structure), values, units, {}, {})
     before, whole = snapshot(model), outputs(model, inputs)
+    gone = {
+        b.path
+        for b in structure.blocks
+        if values.get(f"depth:{b.path}") == 0
+        or all(values.get(f"depth:{b.path}.{p}") == 0 for p in ("attention", "mlp"))
+    }
+    if not all(
+        any(b.stack == stack and b.path not in gone for b in structure.blocks)
+        for stack in {b.stack for b in structure.blocks}
+    ):
+        for call in (plan.narrow, plan.extract):
+            with pytest.raises(ValueError, match="at least one attention or MLP must stay"):
+                call(model)
+        same(before, snapshot(model))
+        return
     plan.narrow(model)
     narrowed = outputs(model, inputs)
     plan.restore(model)
@@ -594,16 +613,8 @@ def test_any_plan_narrows_restores_and_extracts(name, seed):
     reference = sorted_as(plan, deeper(name), name)
     with without(reference, name, values):
         close(narrowed, outputs(reference, inputs))
-    stacks = {block.stack for block in structure.blocks}
-    gone = {
-        b.path
-        for b in structure.blocks
-        if values.get(f"depth:{b.path}") == 0
-        or all(values.get(f"depth:{b.path}.{p}") == 0 for p in ("attention", "mlp"))
-    }
-    if all(any(b.stack == stack and b.path not in gone for b in structure.blocks) for stack in stacks):
-        plan.extract(model)
-        close(outputs(model, inputs), narrowed)
+    plan.extract(model)
+    close(outputs(model, inputs), narrowed)
 
 
 @pytest.mark.parametrize(

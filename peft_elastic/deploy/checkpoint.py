@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A model with sparse layers, or with blocks of different sizes, as an ordinary transformers checkpoint.
+"""A model with sparse layers as an ordinary transformers checkpoint.
 
 `save_pretrained` writes the tensors of `format.py` and a `quantization_config`; transformers hands a checkpoint with that
 config to the quantizer below, which is registered when the package is imported. A checkpoint is untrusted: everything
@@ -52,8 +52,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..documents import COUNT, MapOf, parse_json
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
-from ..structure.blocks import Removed
-from ..structure.description import apply_description, is_described, put_layer_sizes_back, take_layer_sizes
+from ..structure.description import adopt_layer_sizes, rebuild, take_layer_sizes
 from . import ops
 from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
 from .sparse_linear import SparseLinear
@@ -197,7 +196,7 @@ class SparseQuantizer(HfQuantizer):
             self._stays_dense = f"the sparse kernels run on the CPU alone, and device_map asks for {sorted(devices)}"
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        # The last call before the model is built, which has to happen at full size.
+        # The last call before the model is built, at full size.
         self._layer_sizes = take_layer_sizes(config)
         return config
 
@@ -209,9 +208,9 @@ class SparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
         self.quantization_config.check()
-        put_layer_sizes_back(model.config, self._layer_sizes)
-        if is_described(model.config):
-            apply_description(model, model.config)
+        if self._layer_sizes:
+            adopt_layer_sizes(model, self._layer_sizes)
+        rebuild(model)
         check_files(checkpoint_files or (), self.quantization_config)
         modules, seen = dict(model.named_modules()), dict[str, str]()
         for name, entry in self.quantization_config.layers.items():
@@ -231,9 +230,6 @@ class SparseQuantizer(HfQuantizer):
                     f"it is {found[0]} x {found[1]}."
                 )
             model.set_submodule(path, _StoredLinear(entry, linear.bias))
-        absent = {re.escape(name) for name in _absent_parameters(model)}
-        if absent:
-            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *absent}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         stored = [(name, module) for name, module in model.named_modules() if isinstance(module, _StoredLinear)]
@@ -274,27 +270,21 @@ class SparseQuantizer(HfQuantizer):
                 model.set_submodule(name, layer.eval())
         if self._stays_dense:
             warnings.warn(f"The sparse layers of this checkpoint are loaded as dense ones: {self._stays_dense}.")
+        if self._stays_dense or not stored:  # earlier versions marked models in this way whose blocks differ in size
             self.remove_quantization_config(model)
-            model.config._is_quantized = False
         return model
 
     # -- saving ----------------------------------------------------------------------------------------------------
-
-    def describes_alone(self, model: nn.Module) -> bool:
-        """Whether no layer of the model is packed: what is said on disk is the sizes of its blocks."""
-        return not any(isinstance(module, (SparseLinear, _StoredLinear)) for module in model.modules())
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         # transformers calls this before it writes config.json, so that it describes the layers as they are now.
         self.quantization_config.layers = {
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
-        state, absent = state_to_save(model), _absent_parameters(model)
+        state = state_to_save(model)
         self.quantization_config.dense_sums = _dense_checksums(model, model.state_dict() if state is None else state)
-        if absent:
-            # Where this package is not imported, transformers would make up the weights of what was removed. Empty tensors in
-            # their place let it fail.
-            state = (model.state_dict() if state is None else state) | {name: torch.empty(0) for name in absent}
+        if not self.quantization_config.layers:  # they have all been replaced
+            self.remove_quantization_config(model)
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -325,13 +315,17 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
-        if not is_described(model.config):  # else the configuration alone does not tell how the model is built
-            super().remove_quantization_config(model)
+        conversions = model.__dict__.get("_weight_conversions")
+        super().remove_quantization_config(model)
+        if conversions is not None:  # of the names of the weights, which stay
+            model._weight_conversions = conversions
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
 
 
 def mark_checkpoint(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` write the sparse layers that `model` has when it is called, and that `from_pretrained` has to
-    follow the sizes of its blocks."""
+    """Make `model.save_pretrained` write the sparse layers that `model` has when it is called."""
     if isinstance(getattr(model, "hf_quantizer", None), (type(None), GridQuantizer)):  # this one guards saving as well
         config = SparseCheckpointConfig()
         model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
@@ -471,13 +465,6 @@ def check_safetensors(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int
             raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
     header.pop("__metadata__", None)
     return header, length + 8
-
-
-def _absent_parameters(model: nn.Module) -> list[str]:
-    """A parameter of each part that was removed."""
-    return [
-        f"{path}.{part.absent}" for path, part in model.named_modules() if isinstance(part, Removed) and part.absent
-    ]
 
 
 def _stored_dtypes(entry: dict[str, Any]) -> dict[str, torch.dtype]:

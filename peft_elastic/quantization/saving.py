@@ -102,9 +102,7 @@ def check_unquantized(model: nn.Module) -> None:
     """ValueError if the model belongs to another quantisation method of transformers, or has layers packed by this package."""
     for module in model.modules():
         quantizer = getattr(module, "hf_quantizer", None) if isinstance(module, PreTrainedModel) else None
-        # a model with blocks of different sizes has one that says so on disk, and may be in floating point all the same
-        describes_alone = getattr(quantizer, "describes_alone", lambda _: False)(module)
-        if quantizer is not None and not isinstance(quantizer, GridQuantizer) and not describes_alone:
+        if quantizer is not None and not isinstance(quantizer, GridQuantizer):
             method = quantizer.quantization_config.quant_method
             raise ValueError(
                 f"model: it is quantised with {getattr(method, 'value', method)} already; quantise the floating-point model."

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,7 +182,7 @@ class Block:
 
 
 class Removed(nn.Module):
-    """Stands where a part of a block has been removed for good.
+    """Stands where a part of a block, or a block, has been removed for good.
 
     Args:
         module (`nn.Module`): what it stands for; plain attributes are taken over, as other modules may read them.
@@ -189,14 +190,16 @@ class Removed(nn.Module):
         cache_layers (`tuple[int, ...]`): numbers of the layers of the key-value cache that belong to it.
     """
 
+    skip: Skip
+    cache_layers: tuple[int, ...]
+    stands_for: str
+    absent: str
+
     def __init__(self, module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> None:
         super().__init__()
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
-        self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
-        names = (name for name, _ in module.named_parameters() if "lora_" not in name)
-        # of one of the parameters that are not there; checkpoints name it
-        self.absent = next(names, "").replace("base_layer.", "")
+        self.__dict__.update(_traces_of(module, skip, cache_layers))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
@@ -204,6 +207,58 @@ class Removed(nn.Module):
 
     def extra_repr(self) -> str:
         return self.stands_for
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Where this package is not imported, transformers would make up the weights of what was removed. An empty tensor in
+        # the place of one lets it fail. A model on the meta device, though, is being loaded, and expects nothing here.
+        if self.absent and not any(isinstance(t, torch.Tensor) and t.is_meta for t in destination.values()):
+            destination[f"{prefix}{self.absent}"] = torch.empty(0)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is loaded, and the empty tensor is expected."""
+
+
+def _traces_of(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> dict[str, Any]:
+    """What `Removed` keeps of a module."""
+    parameters = [(name, p) for name, p in module.named_parameters() if "lora_" not in name]
+    # one of the parameters that are not there, by which checkpoints name it. transformers renames and splits those of experts
+    absent = next((name for name, parameter in parameters if parameter.dim() < 3), "").replace("base_layer.", "")
+    traces = {"skip": skip, "cache_layers": cache_layers, "stands_for": _own_class(module).__name__, "absent": absent}
+    return traces | {"_is_hf_initialized": True}  # there is nothing to, whatever the class of a block has
+
+
+def empty_block(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) -> None:
+    """Leave nothing of a block, which stays where it is. It is of its class and keeps its hooks: transformers collects hidden
+    states by these."""
+    module.__dict__.update(_traces_of(module, skip, cache_layers))
+    module.__class__ = _empty_class(_own_class(module))  # type: ignore[arg-type]
+    for name in ("_modules", "_parameters", "_buffers"):
+        module.__dict__[name].clear()
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before any part of it was made inactive."""
+    cls = type(module)
+    while hasattr(cls, "plain_class"):
+        cls = cls.plain_class
+    return cls
+
+
+class _Empty(Removed):
+    plain_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_empty, (self.plain_class,), self.__dict__
+
+
+def _new_empty(plain_class: type[nn.Module]) -> nn.Module:
+    cls = _empty_class(plain_class)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _empty_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_Empty, cls), {"plain_class": cls, "__module__": cls.__module__})
 
 
 def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
@@ -247,6 +302,8 @@ class Structure:
 
     def _read_stack(self, model: nn.Module, stack: dict[str, nn.Module]) -> Iterator[Block]:
         for index, (path, module) in enumerate(stack.items()):
+            if isinstance(module, Removed):
+                continue
             layout = next((layout for layout in layouts() if _fits(module, layout)), None)
             if layout is None:
                 self.unknown.append(path)

@@ -15,28 +15,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..quantization.grid import Grid
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
-from .blocks import Block, Ranges, Removed, Structure
+from .blocks import Block, Ranges, Removed, Structure, empty_block
 from .importance import note_orders
 from .inputs import is_encoder_decoder
 from .modules import linear_layers, replace_layers
-from .narrow import active_ranges, is_skipped, set_active, set_skipped, take
+from .narrow import active_ranges, is_skipped, set_active, take
 
 
 # What the module that holds a stack may call the number of its blocks.
 _COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
 
+# Where a module keeps what is registered in it.
+_REGISTERS = ("_modules", "_parameters", "_buffers")
 
-def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
+
+def extract(
+    model: nn.Module,
+    structure: Structure,
+    empty: Collection[str] = (),
+    finish: Callable[[], object] = lambda: None,
+) -> dict[str, list[int]]:
     """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
 
     Skipped blocks leave their list (some of an encoder may stay without any parameters), and the layers of the key-value cache
@@ -46,12 +57,15 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     Args:
         model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
         structure (`Structure`): of `model`; it does not fit it any more afterwards.
+        empty (`Collection[str]`): paths of the stacks in which skipped blocks stay, without any parameters, so that the others
+            keep their numbers.
+        finish (`Callable`): called at the end. What it raises leaves the model as it was, too.
 
     Returns:
         `dict[str, list[int]]`: path of each stack that lost blocks -> the old numbers of those that are left.
 
     Raises:
-        ValueError: if nothing would be left of a stack; nothing is changed then.
+        ValueError: if nothing would be left of a stack. This, or anything else that goes wrong, leaves the model as it was.
     """
     stacks: dict[str, list[Block]] = {}
     for block in structure.blocks:
@@ -61,47 +75,84 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
         layers = [f"{stack}.{name}." for name in linear_layers(model.get_submodule(stack))]
         if all(layer.startswith(tuple(within)) for layer in layers):
             raise ValueError(f"Every block of {stack!r} is skipped; at least one attention or MLP must stay.")
-    _keep_room_for_cache(model, stacks)
-    for block in structure.blocks:
-        for part in ("attention", "mlp"):
-            for path, skip in block.skips.get(part, {}).items():
-                module = model.get_submodule(path)
-                if is_skipped(module):
-                    model.set_submodule(path, Removed(module, skip, module.__dict__["cache_layers"]))
-    for module in list(model.modules()):
-        if isinstance(module, LoraLayer):
-            _cut_adapters(module)
-    replacements = []
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    for layer in list(model.modules()):
-        if is_bitsandbytes(layer):
-            replacements.append((layer, _ordinary(layer, dtype)))
-        elif active_ranges(layer) != (None, None):
-            _cut(layer)
-    if replacements:
-        replace_layers(model, replacements)
-        _leave_bitsandbytes(model, [new for _, new in replacements])
-    kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
-    note_orders(model, {})  # what is left of the units has no order of the whole
+    with unchanged_on_error(model) as undo:
+        room = _keep_room_for_cache(model, stacks)
+        for block in structure.blocks:
+            for part in ("attention", "mlp"):
+                for path, skip in block.skips.get(part, {}).items():
+                    module = model.get_submodule(path)
+                    if is_skipped(module):
+                        model.set_submodule(path, Removed(module, skip, module.__dict__["cache_layers"]))
+            module = model.get_submodule(block.path)
+            if is_skipped(module) and (block.stack in empty or block.path in room):
+                empty_block(module, block.skips["block"][block.path], module.__dict__["cache_layers"])
+        for module in list(model.modules()):
+            if isinstance(module, LoraLayer):
+                _cut_adapters(module, undo)
+        replacements = []
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        for layer in list(model.modules()):
+            if is_bitsandbytes(layer):
+                replacements.append((layer, _ordinary(layer, dtype)))
+            elif active_ranges(layer) != (None, None):
+                _cut(layer, undo)
+        if replacements:
+            replace_layers(model, replacements)
+            _leave_bitsandbytes(model, [new for _, new in replacements])
+        kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
+        note_orders(model, {})  # what is left of the units has no order of the whole
+        finish()
     return {stack: numbers for stack, numbers in kept.items() if numbers}
 
 
-def _keep_room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> None:
-    """Let skipped blocks of an encoder stay, as empty ones, while it would have fewer than the decoder: transformers makes the
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
+    """Put back the modules, plain attributes and configurations of a model if something goes wrong inside. What puts back the
+    values of tensors that change, in their place, is to be added to the list that this gives."""
+    modules = [
+        (module, module.__class__, dict(module.__dict__), [dict(module.__dict__[name]) for name in _REGISTERS])
+        for module in model.modules()
+    ]
+    configs = {id(own): own for module in model.modules() if (own := config_of(module)) is not None}
+    settings = [(config, dict(config.__dict__)) for config in configs.values()]
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except BaseException:
+        for module, cls, attributes, registers in modules:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, entries in zip(_REGISTERS, registers):
+                module.__dict__[name].clear()
+                module.__dict__[name].update(entries)
+        for config, values in settings:
+            config.__dict__.clear()
+            config.__dict__.update(values)
+        for put_back in reversed(undo):
+            put_back()
+        raise
+
+
+def config_of(module: nn.Module) -> PreTrainedConfig | None:
+    """The configuration that a module holds, if any."""
+    own = module.__dict__.get("config")
+    return own if isinstance(own, PreTrainedConfig) else None
+
+
+def _keep_room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> list[str]:
+    """Which skipped blocks of an encoder stay, as empty ones, while it would have fewer than the decoder: transformers makes the
     key-value cache of T5 with as many layers as the encoder has blocks."""
     if not is_encoder_decoder(model):
-        return
+        return []
     skipped = {
         stack: [block for block in blocks if is_skipped(model.get_submodule(block.path))]
         for stack, blocks in stacks.items()
     }
     left = {stack: len(blocks) - len(skipped[stack]) for stack, blocks in stacks.items()}
     most = max(left.values(), default=0)
-    for stack, blocks in skipped.items():
-        for block in blocks[: most - left[stack]] if "encoder" in stack.split(".") else ():
-            set_skipped(model, block, "block", False)
-            for part in ("attention", "mlp"):
-                set_skipped(model, block, part, True)
+    encoders = [stack for stack in stacks if "encoder" in stack.split(".")]
+    return [block.path for stack in encoders for block in skipped[stack][: max(0, most - left[stack])]]
 
 
 def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[int]:
@@ -127,15 +178,15 @@ def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[in
     return kept
 
 
-def _cut_adapters(module: LoraLayer) -> None:
+def _cut_adapters(module: LoraLayer, undo: list[Callable[[], None]]) -> None:
     outputs, inputs = active_ranges(module.get_base_layer())
     for factors, dim, ranges in ((module.lora_B, 0, outputs), (module.lora_A, 1, inputs)):
         if ranges is None:
             continue
         for factor in factors.values():
-            size = _cut_parameter(factor._parameters["weight"], dim, ranges)
+            size = _cut_parameter(factor._parameters["weight"], dim, ranges, undo)
             if dim == 0:
-                _cut_parameter(factor._parameters.get("bias"), 0, ranges)
+                _cut_parameter(factor._parameters.get("bias"), 0, ranges, undo)
             factor.__dict__.pop("active_width", None)
             factor.__dict__["out_features" if dim == 0 else "in_features"] = size
             module.__dict__["out_features" if dim == 0 else "in_features"] = size
@@ -144,7 +195,7 @@ def _cut_adapters(module: LoraLayer) -> None:
         grids[name] = Grid.copy_of(grid.take(outputs, inputs), persistent=True)
 
 
-def _cut(layer: nn.Module) -> None:
+def _cut(layer: nn.Module, undo: list[Callable[[], None]]) -> None:
     """Leave the active part of a layer alone."""
     outputs, inputs = active_ranges(layer)
     grid = layer.grid if isinstance(layer, QuantizedLinear) else None
@@ -152,8 +203,8 @@ def _cut(layer: nn.Module) -> None:
     set_active(layer, "in", None)
     out_dim = int(isinstance(layer, (Conv1D, nn.Embedding)))
     for dim, ranges in ((out_dim, outputs), (1 - out_dim, inputs)):
-        _cut_parameter(layer._parameters["weight"], dim, ranges)
-    _cut_parameter(layer._parameters.get("bias"), 0, outputs)
+        _cut_parameter(layer._parameters["weight"], dim, ranges, undo)
+    _cut_parameter(layer._parameters.get("bias"), 0, outputs, undo)
     if grid is not None:
         layer.grid = Grid.copy_of(grid)
     set_sizes(layer)
@@ -203,10 +254,36 @@ def _leave_bitsandbytes(model: Any, ordinary: list[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def _cut_parameter(parameter: torch.Tensor | None, dim: int, ranges: Ranges | None) -> int:
+def _cut_parameter(
+    parameter: torch.Tensor | None, dim: int, ranges: Ranges | None, undo: list[Callable[[], None]]
+) -> int:
     """Keep a part of one dimension, in memory of its own; returns its size."""
     if parameter is None:
         return 0
     if ranges is not None:
+        shape = parameter.shape
+        others = _others(ranges, shape[dim])
+        # what goes is kept until the whole model has been cut, and what stays is not held twice
+        lost = take(parameter.data, dim, others).clone() if others else None
+
+        @torch.no_grad()
+        def put_back() -> None:
+            if parameter.shape == shape:  # it had not been cut yet
+                return
+            whole = parameter.data.new_empty(shape)
+            for part, runs in ((parameter.data, ranges), (lost, others)):
+                sizes = [stop - start for start, stop in runs]
+                for (start, _), piece in zip(runs, () if part is None else part.split(sizes, dim)):
+                    whole.narrow(dim, start, piece.shape[dim]).copy_(piece)
+            parameter.data = whole
+
+        undo.append(put_back)
         parameter.data = take(parameter.data, dim, ranges).clone(memory_format=torch.contiguous_format)
     return parameter.shape[dim]
+
+
+def _others(ranges: Ranges, size: int) -> Ranges:
+    """The runs between, before and behind these."""
+    ends = [0, *(stop for _, stop in ranges)]
+    starts = [*(start for start, _ in ranges), size]
+    return tuple((end, start) for end, start in zip(ends, starts) if end < start)

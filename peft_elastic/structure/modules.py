@@ -90,6 +90,9 @@ def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
     linears = linear_layers(model)
     # Number of linear layers below each module name.
     below = Counter(prefix for name in linears for prefix in enclosing_names(name))
+    for name, module in model.named_modules():
+        if hasattr(module, "stands_for"):  # a part that was removed, which had some
+            below.update(2 * enclosing_names(name))
     stacks: list[dict[str, nn.Module]] = []
     found: tuple[str, ...] = ()
     for name, module in model.named_modules():

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,17 +29,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 
-from ...deploy.checkpoint import mark_checkpoint
 from ...documents import ANYTHING, COUNT, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...structure.blocks import Structure, Width, layer_at
-from ...structure.description import describe
-from ...structure.extract import extract
-from ...structure.importance import check_sortable, noted_orders, reorder
+from ...structure.description import active_values, extract_described, is_left, plan_extraction
+from ...structure.importance import ORDER_SETTING, check_sortable, noted_orders, reorder
 from ...structure.narrow import check_narrowable, is_narrowed
 from ...structure.space import activate
 from ...utils import atomic_path, atomic_write_text
+from .units import depth_key
 
 
 _ROW = Record(
@@ -127,7 +127,7 @@ class PruningPlan:
             model: the model the plan was made for, or a fine-tuned version of it; it must be whole, and without adapters.
 
         Raises:
-            ValueError: if the plan does not fit the model, before anything is changed.
+            ValueError: if the plan does not fit the model. This, or an interrupt, leaves it as it was.
         """
         structure = self.check(model)
         if not self.values:
@@ -138,15 +138,16 @@ class PruningPlan:
                 if order.name in self.units:
                     kept = self.units[order.name]
                     orders[order.name] = torch.tensor(kept + sorted(set(range(width.units)) - set(kept)))
-        reorder(model, orders)
-        activate(model, structure, self.values)
+        with whole_on_error(model):
+            reorder(model, orders)
+            activate(model, structure, self.values)
 
     def restore(self, model: nn.Module) -> None:
         """Undo `narrow`: the model is whole again, its heads and channels in their original order."""
         if not self.values:
             return
         structure = Structure(model)
-        structure.active = dict(self.values)
+        structure.active = active_values(model, structure)
         activate(model, structure, {})
         reorder(model, {})
 
@@ -163,14 +164,15 @@ class PruningPlan:
             the same model.
 
         Raises:
-            ValueError: if the plan does not fit the model, before anything is changed.
+            ValueError: if the plan does not fit the model, or what is left could be saved and not loaded. This, or an interrupt,
+                leaves the model as it was.
         """
-        self.narrow(model)
-        if not is_narrowed(model):
-            return model
-        kept = extract(model, Structure(model))
-        if isinstance(model, PreTrainedModel) and not describe(model, kept):
-            mark_checkpoint(model)
+        self.check(model)
+        extractions = plan_extraction(model, self.values)
+        with whole_on_error(model):
+            self.narrow(model)
+            if is_narrowed(model):
+                extract_described(model, extractions)
         return model
 
     def check(self, model: nn.Module) -> Structure:
@@ -190,6 +192,8 @@ class PruningPlan:
                 f"{type(model).__name__} it is {described.get(path)}."
             )
         keys = {f"{width.kind}:{width.name}": width for width in structure.widths}
+        _check_values(self.values, structure)
+        _check_units(self.units, {key: width for key, width in keys.items() if key in self.values}, self.values)
         narrowed = [width for key, width in keys.items() if key in self.values]
         moved = [width for width in narrowed if any(order.name in self.units for order in width.orders)]
         check_sortable(model, [width for width in moved if _is_out_of_order(model, width, self.units)])
@@ -282,6 +286,89 @@ class PruningPlan:
             ValueError: if it is not a plan; the message names the file.
         """
         return cls(**_DOCUMENT.read(path))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(check, value))
+
+
+def _check_values(values: Mapping[str, int], structure: Structure) -> None:
+    """ValueError unless these are values of structural choices of a model, which do not contradict each other."""
+    widths = {f"{width.kind}:{width.name}": width for width in structure.widths}
+    parts = {depth_key(block, part): (block, part) for block in structure.blocks for part in block.skips}
+    for key, value in values.items():
+        if key in widths:
+            width = widths[key]
+            if type(value) is not int or not 0 < value <= width.full or value % width.unit:
+                unit = f"multiples of {width.unit} from {width.unit}" if width.unit > 1 else "whole numbers from 1"
+                raise ValueError(f"values: {key!r} is {value!r}; allowed are {unit} to {width.full}.")
+        elif key not in parts:
+            known = [*widths, *parts]
+            near = [name for name in known if name.partition(":")[2] == str(key).partition(":")[2]] or known
+            raise ValueError(f"values: {key!r} is no part of the model that can be removed; {near[0]!r}, say, is one.")
+        elif type(value) is not int or value not in (0, 1):
+            raise ValueError(f"values: {key!r} is {value!r}; allowed are 0 (removed) and 1.")
+    for block in structure.blocks:
+        for kind, part in (("heads", "attention"), ("mlp", "mlp")):
+            key = f"{kind}:{block.path}"
+            gone = [k for k in (depth_key(block, "block"), depth_key(block, part)) if values.get(k) == 0]
+            if gone and key in values and values[key] != widths[key].full:
+                raise ValueError(f"values: {key!r} is {values[key]!r}, and {gone[0]!r} is 0, which removes all of it.")
+    for stack in dict.fromkeys(block.stack for block in structure.blocks):
+        others = any(path.rpartition(".")[0] == stack for path in structure.unknown)
+        if not others and not any(is_left(block, values) for block in structure.blocks if block.stack == stack):
+            raise ValueError(f"values: every block of {stack!r} is removed; at least one attention or MLP must stay.")
+
+
+def _check_units(units: Mapping[str, list[int]], narrowed: Mapping[str, Width], values: Mapping[str, int]) -> None:
+    """ValueError unless these are the numbers of the units that the values leave."""
+    orders = {order.name: (key, width) for key, width in narrowed.items() for order in width.orders}
+    for name, kept in units.items():
+        if name not in orders:
+            raise ValueError(f"units: {name!r} belongs to nothing that `values` narrows.")
+        key, width = orders[name]
+        count = values[key] // width.unit
+        if not _is_list(kept, _is_whole) or len(set(kept)) != len(kept) or len(kept) > count:
+            raise ValueError(
+                f"units: {name!r} must have {count} different numbers, as {key!r} is {values[key]}; got {kept!r:.200}."
+            )
+        if len(kept) < count:
+            warnings.warn(
+                f"units: {name!r} has {len(kept)} numbers, and {key!r} is {values[key]}: the first of the others are kept as well."
+            )
+        if not all(0 <= number < width.units for number in kept):
+            raise ValueError(f"units: {name!r} must have numbers from 0 to {width.units - 1}, got {kept!r:.200}.")
+
+
+def keep_whole(model: nn.Module) -> Callable[[], None]:
+    """What makes all of a whole model active again, with its units in the order that they have now."""
+    orders = noted_orders(model)
+    settings = getattr(getattr(model, "config", None), "__dict__", {})
+    stored = settings.get(ORDER_SETTING)  # of a checkpoint that was saved in some order
+
+    def put_back() -> None:
+        structure = Structure(model)
+        structure.active = active_values(model, structure)
+        activate(model, structure, {})
+        reorder(model, orders)
+        if stored is not None:
+            settings[ORDER_SETTING] = stored
+
+    return put_back
+
+
+@contextmanager
+def whole_on_error(model: nn.Module) -> Iterator[None]:
+    put_back = keep_whole(model)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
 
 
 def check_whole(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,13 @@ from ...deploy.timing import clock
 from ...documents import FINITE, ListOf, Record, read_json
 from ...structure.blocks import Structure, Width, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
+from ...structure.description import undescribable
 from ...structure.importance import (
-    ORDER_SETTING,
     apply_orders,
     check_sortable,
     measure_importance,
-    noted_orders,
-    reorder,
 )
 from ...structure.narrow import check_narrowable
-from ...structure.space import activate
 from ...supernet.host import HOST_ATTRIBUTE
 from ...utils import atomic_write_text
 from .config import StructuredPruningConfig
@@ -48,7 +46,7 @@ from .cost import Costs
 from .greedy import GreedyPruning, Stage, smallest_state
 from .importance import l1_scores
 from .metric import CalibrationLoss, Metric, UserMetric, is_language_model
-from .plan import PruningPlan, check_whole, describe_model, kept_units
+from .plan import PruningPlan, check_whole, describe_model, keep_whole, kept_units
 from .recall import Recalled, open_journal
 from .units import GRANULARITIES, State, Units
 
@@ -70,7 +68,8 @@ def prune_structured(
     """
     Removes whole blocks, attentions, MLPs, MLP channels and attention heads of a model, without training.
 
-    The same arguments give the same plan. The model is put back if the call fails or is interrupted.
+    The same arguments give the same plan. The model is put back if the call fails or is interrupted; the error then has the
+    attribute `plan` with what had been decided, which `plan.save(path)` keeps.
 
     Args:
         model: a transformers model whose blocks have a known layout (see `peft_elastic.structure.register_layout`), without
@@ -92,7 +91,7 @@ def prune_structured(
 
     Raises:
         ValueError: before anything is changed: an argument that is not allowed, a model whose blocks are not known, with
-            adapters or packed weights, a ratio that cannot be reached, or calibration data that is missing, empty or without
+            adapters or packed weights, or which no configuration describes without what a stage removes, a ratio that cannot be reached, or calibration data that is missing, empty or without
             anything to predict; or `save_dir` holds the evaluations of another model or other data.
 
     Example:
@@ -103,8 +102,19 @@ def prune_structured(
     run = _Run(model, config, calibration, metric, mode, save_dir, progress)
     plan = run.make_plan()
     if extract:
-        plan.extract(model)
+        try:
+            plan.extract(model)
+        except BaseException as error:
+            hand_out(error, plan)
+            raise
     return plan
+
+
+def hand_out(error: BaseException, plan: PruningPlan) -> None:
+    """Let an error carry a plan that would be lost."""
+    error.plan = plan  # type: ignore[attr-defined]
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(f"What had been decided is the attribute `plan` of this error ({len(plan.history)} removals).")
 
 
 class _Run:
@@ -143,6 +153,7 @@ class _Run:
             )
         self.units = Units(model, self.structure, config)
         self._check_units()
+        self._leave_undescribable()
         self.batches: list[dict[str, Any]] | None = None
         if calibration is not None:
             samples = (config.block_samples, config.width_samples)
@@ -185,6 +196,22 @@ class _Run:
             if missing := [name for name in names if name not in self.config.order]:
                 raise ValueError(f"order: it has no scores for {missing[0]!r}, which the choice 'score' needs.")
 
+    def _leave_undescribable(self) -> None:
+        """Take out of the units what could be removed and saved, but not loaded. ValueError if a stage has nothing else."""
+        reasons = undescribable(self.model, smallest_state(self.units, tuple(self.shares)))
+        for name in self.shares if reasons else ():
+            reasons |= undescribable(self.model, smallest_state(self.units, (name,)))
+        if not reasons:
+            return
+        key, why = next(iter(reasons.items()))
+        before, self.units = self.units, Units(self.model, self.structure, self.config, frozenset(reasons))
+        for name in self.shares:
+            if next(before.moves(name, {}), None) and not next(self.units.moves(name, {}), None):
+                raise ValueError(f"stages: {name!r} of this model could be removed and saved, but not loaded. {why}")
+        warnings.warn(
+            f"{len(reasons)} units such as {key!r} stay as they are: without them, the model could not be loaded. {why}"
+        )
+
     # -- the plan -----------------------------------------------------------------------------------------------------
 
     def make_plan(self) -> PruningPlan:
@@ -192,17 +219,12 @@ class _Run:
         costs = Costs(self.model, self.units, self.config)
         target = costs({}) * (1 - self.config.ratio)
         self._check_reachable(costs, target)
-        orders_before = noted_orders(self.model)
-        settings = getattr(getattr(self.model, "config", None), "__dict__", {})
-        stored = settings.get(ORDER_SETTING)  # of a checkpoint that was saved in some order
+        put_back = keep_whole(self.model)
         with calibration_mode(self.model):
             try:
                 return self._make_plan(costs, target)
             finally:
-                activate(self.model, self.structure, {})
-                reorder(self.model, orders_before)
-                if stored is not None:
-                    settings[ORDER_SETTING] = stored
+                put_back()
 
     def _check_reachable(self, costs: Costs, target: float) -> None:
         least = costs(smallest_state(self.units, tuple(self.shares)))
@@ -227,10 +249,18 @@ class _Run:
         with _Progress(costs, target, self._metric_name, self._shown, self.progress) as bar:
             greedy = GreedyPruning(self.units, costs, self.config.slack, scores, self.config.seed, bar.show)
             whole = greedy.measure(recalled[self._sequences("sub-blocks")], {}).value if recalled else math.nan
-            for stage in self._stages(costs({}), target, recalled):
-                greedy.run(stage)
-            last = greedy.state
-            final = greedy.measure(recalled[self._sequences("sub-blocks")], last).value if recalled else math.nan
+            try:
+                for stage in self._stages(costs({}), target, recalled):
+                    greedy.run(stage)
+                last = greedy.state
+                final = greedy.measure(recalled[self._sequences("sub-blocks")], last).value if recalled else math.nan
+            except BaseException as error:
+                hand_out(error, self._plan_of(greedy, costs, whole, math.nan, sorting))
+                raise
+        return self._plan_of(greedy, costs, whole, final, sorting)
+
+    def _plan_of(self, greedy: GreedyPruning, costs: Costs, whole: float, final: float, sorting: float) -> PruningPlan:
+        """What has been removed so far; the metric of the whole model and of what is left, and the seconds that sorting took."""
         return PruningPlan(
             method=self.config.method,
             config=_as_json(self.config),

@@ -20,7 +20,7 @@ one more entry. To add a granularity is to add its moves to `GRANULARITIES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,13 +45,16 @@ class Units:
         model (`nn.Module`): the whole model.
         structure (`Structure`): of `model`.
         config (`StructuredPruningConfig`): its groups.
+        without (`Collection[str]`): keys of choices that are left alone.
 
     Attributes:
         space (`SearchSpace`): the choices that its states give values to.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, config: StructuredPruningConfig) -> None:
-        self.structure = structure
+    def __init__(
+        self, model: nn.Module, structure: Structure, config: StructuredPruningConfig, without: Collection[str] = ()
+    ) -> None:
+        self.structure, self.without = structure, without
         kinds = {stage: kind for stage, kind in (("channels", "mlp"), ("heads", "heads")) if stage in config.stages}
         self.widths = {f"{w.kind}:{w.name}": w for w in structure.widths if w.kind in kinds.values()}
         self.groups = {key: _group(width, structure, config) for key, width in self.widths.items()}
@@ -64,7 +67,7 @@ class Units:
 
     def moves(self, granularity: str, state: State) -> Iterator[Move]:
         """All that this granularity allows in a state, in the order of the model."""
-        return GRANULARITIES[granularity].moves(self, state)
+        return (move for move in GRANULARITIES[granularity].moves(self, state) if move[0] not in self.without)
 
     def after(self, state: State, move: Move) -> dict[str, int]:
         """The state after a move. A block without attention and MLP is one that is skipped as a whole, and what is skipped has no
@@ -73,8 +76,14 @@ class Units:
         for block in self.structure.blocks:
             keys = [depth_key(block, part) for part in PARTS if part not in block.removed]
             known = all(part in block.skips or part in block.removed for part in PARTS)
-            if known and "block" in block.skips and all(values.get(key) == 0 for key in keys):
-                values[depth_key(block, "block")] = 0
+            whole = depth_key(block, "block")
+            if (
+                known
+                and "block" in block.skips
+                and whole not in self.without
+                and all(values.get(key) == 0 for key in keys)
+            ):
+                values[whole] = 0
             for part, kind in (("attention", "heads"), ("mlp", "mlp")):
                 if not self.is_there(values, block, part):
                     values.pop(f"{kind}:{block.path}", None)

@@ -37,17 +37,14 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
 
-from ...deploy.checkpoint import mark_checkpoint
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
 from ...structure.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
 from ...structure.blocks import KINDS, Structure, Width
-from ...structure.description import describe
-from ...structure.extract import extract
+from ...structure.description import extract_described, undescribable
 from ...structure.importance import (
     check_sortable,
     is_stored_in,
@@ -324,6 +321,11 @@ class ElasticLoraModel(LoraModel):
                         "and channels as they are; use 'none'."
                     )
             check_sortable(model, _widths(structure, config))
+        smallest = {choice.key: min(choice.options) for choice in choices if len(choice.options) > 1}
+        for key, why in undescribable(model, smallest).items():
+            kind, _, name = key.partition(":")
+            field = "elastic_depth" if kind == "depth" else f"elastic_width[{kind!r}]"
+            raise ValueError(f"`{field}`: a subnet with less of {name!r} could not be saved and loaded. {why}")
         return choices
 
     def _check_target(self, module: nn.Module, path: str, rank: int, config: ElasticLoraConfig) -> None:
@@ -940,7 +942,6 @@ class ElasticLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: Optional[list[str]] = None,
     ) -> nn.Module:
-        kept: dict[str, list[int]] = {}
         twice: dict[LoraLayer, LoraLayer] = {}
         narrowed = is_narrowed(self.model)
         if merge:
@@ -953,7 +954,7 @@ class ElasticLoraModel(LoraModel):
                     "`set_adapter` first."
                 )
             if narrowed:
-                kept = extract(self.model, Structure(self.model))
+                extract_described(self.model)
         elif narrowed:
             self._structural_values = {}
             self._apply_structure()
@@ -967,8 +968,6 @@ class ElasticLoraModel(LoraModel):
                 hook.remove()
         if not merge:
             reorder(model, self._own_orders or {})
-        elif narrowed and isinstance(model, PreTrainedModel) and not describe(model, kept):
-            mark_checkpoint(model)
         if self._tagged:
             model.model_tags.remove("lora")
             self._tagged = False
