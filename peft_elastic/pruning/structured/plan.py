@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...deploy.checkpoint import mark_checkpoint
-from ...documents import ANYTHING, COUNT, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
+from ...documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...structure.blocks import Structure, Width, layer_at
 from ...structure.description import describe
 from ...structure.extract import extract
@@ -70,8 +70,8 @@ _DOCUMENT = Document(
         method=TEXT,
         config=MapOf(ANYTHING),
         model=Record(**{"class": TEXT, "blocks": MapOf(MapOf(ANYTHING))}),
-        values=MapOf(ANYTHING),  # `check` says more of these two
-        units=MapOf(ListOf(COUNT)),
+        values=MapOf(INTEGER),  # `check` says more of these two
+        units=MapOf(ListOf(INTEGER)),
         before=MapOf(NUMBER),
         after=MapOf(NUMBER),
     ),
