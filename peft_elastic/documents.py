@@ -150,6 +150,7 @@ def _is_number(value: Any) -> bool:
 ANYTHING = Kind("anything", lambda value: True)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+INTEGER = Kind("a whole number", lambda value: type(value) is int and abs(value) < _MAX_COUNT)
 COUNT = Kind("a whole number from 0 up", _is_count)
 POSITIVE = Kind("a whole number from 1 up", lambda value: _is_count(value) and value > 0)
 NUMBER = Kind("a number", _is_number)
@@ -223,13 +224,13 @@ class Record(MapOf):
         Kind.check(self, value, where)
         missing = [name for name in self.needed if name not in value]
         if missing:
-            raise ValueError(f"{where} lacks the field {missing[0]!r}")
+            raise ValueError(f"{where or 'it'} lacks the field {missing[0]!r}")
         kinds = self.optional | self.needed
         for name, item in value.items():
             kind = kinds.get(name, self._others)
             if kind is None:
-                raise ValueError(f"{where} has the unknown field {name!r:.80}")
-            kind.check(item, f"{where}.{name:.80}")
+                raise ValueError(f"{where or 'it'} has the unknown field {name!r:.80}")
+            kind.check(item, f"{where}.{name:.80}" if where else f"{name!r:.80}")
         return value
 
 
@@ -270,7 +271,7 @@ class Document:
             )
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
         try:
-            return self._fields.check(fields, "it")
+            return self._fields.check(fields, "")
         except ValueError as error:
             raise ValueError(f"not a {self.what}: {error}") from None
 
@@ -297,6 +298,7 @@ __all__ = [
     "COUNT",
     "FINITE",
     "FLAG",
+    "INTEGER",
     "MEASURED",
     "NUMBER",
     "POSITIVE",

@@ -30,7 +30,7 @@ from matplotlib.ticker import EngFormatter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...documents import ANYTHING, COUNT, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
+from ...documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...structure.blocks import Structure, Width, layer_at
 from ...structure.description import active_values, extract_described, is_left, plan_extraction
 from ...structure.importance import ORDER_SETTING, check_sortable, noted_orders, reorder
@@ -70,8 +70,8 @@ _DOCUMENT = Document(
         method=TEXT,
         config=MapOf(ANYTHING),
         model=Record(**{"class": TEXT, "blocks": MapOf(MapOf(ANYTHING))}),
-        values=MapOf(ANYTHING),  # `check` says more of these two
-        units=MapOf(ListOf(COUNT)),
+        values=MapOf(INTEGER),  # `check` says more of these two
+        units=MapOf(ListOf(INTEGER)),
         before=MapOf(NUMBER),
         after=MapOf(NUMBER),
     ),
