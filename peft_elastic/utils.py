@@ -51,6 +51,10 @@ class WriteError(OSError):
         return f"{what}: {self.strerror}; {_REMEDIES[self.errno or 0]}"
 
 
+class NotPermittedError(WriteError, PermissionError):
+    """A `WriteError` for want of permission."""
+
+
 def write_error(error: BaseException, path: str | os.PathLike[str] | None = None) -> WriteError | None:
     """What a disk that is full, or cannot be written to, has to do with an error; None if it has nothing. safetensors and torch
     have errors of their own for it.
@@ -76,7 +80,8 @@ def write_error(error: BaseException, path: str | os.PathLike[str] | None = None
         return None
     assert number is not None
     name = getattr(error, "filename", None) if path is None else os.fspath(path)
-    return WriteError(number, os.strerror(number), name)
+    kind = NotPermittedError if number in (errno.EACCES, errno.EPERM) else WriteError
+    return kind(number, os.strerror(number), name)
 
 
 @contextmanager

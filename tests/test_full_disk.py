@@ -91,7 +91,7 @@ def test_errors_that_are_none_of_writing(tmp_path):
     with pytest.raises(PermissionError) as raised, writing(tmp_path / "out"):
         raise elsewhere
     assert raised.value is elsewhere
-    with pytest.raises(WriteError, match="out': Permission denied; choose a folder that you may write to"):
+    with pytest.raises(PermissionError, match="out': Permission denied; choose a folder that you may write to"):
         with writing(tmp_path / "out"):
             raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out" / "file"))
 

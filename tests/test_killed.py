@@ -252,6 +252,17 @@ def test_save_pretrained_of_an_adapter(tmp_path):
     )
 
 
+def test_export_lora(tmp_path):
+    over_another(
+        tmp_path,
+        lambda model, folder: model.export_lora(folder),
+        lambda folder: logits(PeftModel.from_pretrained(dense(0), folder)),
+        adapted(1, "max"),
+        adapted(2, "min"),
+        7,
+    )
+
+
 def test_save_gptq(tmp_path):
     models = dense(1), dense(2)
     for model, symmetric in zip(models, (True, False)):

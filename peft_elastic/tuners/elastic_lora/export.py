@@ -13,10 +13,10 @@
 # limitations under the License.
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -30,8 +30,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from ...files import replaced_files
 from ...structure.importance import move_adapter, noted_orders
 from ...supernet.groups import plain_path
+from ...utils import writing
 from .config import ElasticLoraConfig
 from .layer import active_weights, full_weights, get_rank, padded_weights, rank_step
 
@@ -84,12 +86,12 @@ def export_lora(
     lora_config = _plain_config(model, config, rank, scaling, ranks, scalings)
     state_dict = _plain_state_dict(model, adapter_name, active)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as temporary:
-        save_file(state_dict, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        lora_config.save_pretrained(temporary, auto_mapping_dict=_auto_mapping(model, config))
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(os.path.join(temporary, name), directory / name)
+    for path in (directory / SAFETENSORS_WEIGHTS_NAME, directory / CONFIG_NAME):
+        if path.is_dir():  # it would be replaced like a file
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    with writing(directory), replaced_files(directory, last=CONFIG_NAME) as folder:
+        save_file(state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        lora_config.save_pretrained(str(folder), auto_mapping_dict=_auto_mapping(model, config))
 
 
 def _plain_config(
