@@ -130,7 +130,7 @@ def test_what_cannot_be_replaced(tmp_path):
 # --- a process that dies -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [None, FOREIGN, OLD | FOREIGN])
+@pytest.mark.parametrize("before", [None, pytest.param(FOREIGN, marks=pytest.mark.slow), OLD | FOREIGN])
 def test_killed_at_every_file_operation(before, tmp_path):
     """What can be read is the old, the new, or without its most important file; and the next one cleans up."""
     target = tmp_path / "work" / "out"
