@@ -177,10 +177,10 @@ def _claim(parent: Path, name: str) -> tuple[Path, BaseFileLock | None]:
         try:
             lock = FileLock(folder / _LOCK)
             lock.acquire(timeout=0)
-        except NotImplementedError:  # a disk without locks, on which nobody will ever take it for abandoned
-            return folder, None
         except (Timeout, FileNotFoundError):  # taken for abandoned before it was locked
             continue
+        except (NotImplementedError, OSError):  # a disk without locks, on which nobody will ever take it for abandoned
+            return folder, None
         if (folder / _LOCK).exists():
             return folder, lock
         lock.release()
