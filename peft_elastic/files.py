@@ -62,7 +62,11 @@ def scratch_folder(parent: str | os.PathLike[str], name: str) -> Iterator[Path]:
 def remove_abandoned(parent: Path, name: str) -> None:
     """Remove what processes that are no more have left of `scratch_folder(parent, name)`."""
     pattern = re.compile(re.escape(_prefix(name)) + r"[0-9a-f]{16}\.partial")
-    for entry in os.scandir(parent):
+    try:
+        entries = list(os.scandir(parent))
+    except PermissionError:  # one may write to what is in a folder that one may not list
+        return
+    for entry in entries:
         if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             lock = _lock(Path(entry.path))
             if lock is not None:
@@ -173,10 +177,10 @@ def _claim(parent: Path, name: str) -> tuple[Path, BaseFileLock | None]:
         try:
             lock = FileLock(folder / _LOCK)
             lock.acquire(timeout=0)
-        except NotImplementedError:  # a disk without locks, on which nobody will ever take it for abandoned
-            return folder, None
         except (Timeout, FileNotFoundError):  # taken for abandoned before it was locked
             continue
+        except (NotImplementedError, OSError):  # a disk without locks, on which nobody will ever take it for abandoned
+            return folder, None
         if (folder / _LOCK).exists():
             return folder, lock
         lock.release()

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import errno
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from killing import deaths
 
 from peft_elastic.files import replaced_files, scratch_folder
@@ -130,7 +132,7 @@ def test_what_cannot_be_replaced(tmp_path):
 # --- a process that dies -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [None, FOREIGN, OLD | FOREIGN])
+@pytest.mark.parametrize("before", [None, pytest.param(FOREIGN, marks=pytest.mark.slow), OLD | FOREIGN])
 def test_killed_at_every_file_operation(before, tmp_path):
     """What can be read is the old, the new, or without its most important file; and the next one cleans up."""
     target = tmp_path / "work" / "out"
@@ -214,6 +216,20 @@ def test_two_processes_do_not_mix_their_files(tmp_path, monkeypatch):
         children.append(number)
     assert [os.waitpid(number, 0)[1] for number in children] == [0, 0]
     assert content(tmp_path) in ({f"out/{name}": child for name in NEW} for child in ("a", "b"))
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    def fails(self, **kwargs):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileLock, "acquire", fails)
+        fill(tmp_path / ".out.0123456789abcdef.partial", {"a": "1"})
+        replace(tmp_path / "out")
+        replace(tmp_path / "out", OLD)
+        assert sorted(os.listdir(tmp_path)) == [".out.0123456789abcdef.partial", "out"]  # nobody knows whose that is
+    replace(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"] and content(tmp_path / "out") == NEW
 
 
 def test_long_and_odd_names(tmp_path):
