@@ -74,9 +74,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "way"),
+    [
+        *(("llama", way) for way in WAYS),
+        *((base, "merge_and_unload") for base in BASES if base != "llama"),
+        ("gpt2", "extract_subnet"),
+    ],
+)
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("way", WAYS)
 def test_one_side_is_refused_before_anything_changes(base, side, way):
     make, inner, *sides = BASES[base]
     model = adapted(make(), [inner, sides[side].rpartition(".")[2]])
