@@ -145,6 +145,13 @@ def test_both_sides_with_one_adapter_merge_exactly(base, subnet, tmp_path):
     close(outputs(type(merged).from_pretrained(tmp_path).eval(), tokens()), before)
 
 
+def test_both_sides_of_a_masking_tuner_without_masks():
+    settings = {"sparse_adapter": False, "ensure_weight_tying": True}
+    model = adapted(tiny_gemma(), ["embed_tokens", "lm_head"], SparseQALoraConfig, **settings)
+    before = outputs(model, tokens())
+    close(outputs(model.merge_and_unload(sparse_kernel=False), tokens()), before)
+
+
 @pytest.mark.parametrize("cls", [LoraConfig, ElasticLoraConfig])
 def test_both_sides_are_merged_once_by_merge_and_requantize(cls):
     model = adapted(tiny_gemma(), ["embed_tokens", "lm_head"], cls, ensure_weight_tying=True)
