@@ -279,7 +279,7 @@ def test_trainers_that_compute_their_loss_elsewhere_are_refused(tmp_path):
         ({"max_staleness": 4, "epsilon": 0.2}, "Asynchronous GRPO compares"),
     ],
 )
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_cannot_be_done_is_refused_before_the_first_step(tmp_path, fields, message, several):
     model, args = elastic_llama(), arguments(tmp_path)
     for name, value in fields.items():

@@ -56,9 +56,11 @@ def check(result):
     assert volumes == sorted(volumes) and all(map(math.isfinite, volumes)) and volumes[-1] > 0
 
 
-@pytest.mark.parametrize("algorithm", ["nsga2", "random"])
-@pytest.mark.parametrize("value", BAD, ids=str)
-@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize(
+    ("value", "algorithm", "mode"),
+    [*((value, "nsga2", "max") for value in BAD), (math.nan, "random", "max"), (-math.inf, "nsga2", "min")],
+    ids=str,
+)
 def test_a_search_goes_on(tmp_path, algorithm, value, mode):
     evaluate = sometimes(value)
     # of a loss, smaller is better, and -inf would be best

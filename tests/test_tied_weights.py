@@ -74,9 +74,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "way"),
+    [
+        *(("llama", way) for way in WAYS),
+        *((base, "merge_and_unload") for base in BASES if base != "llama"),
+        ("gpt2", "extract_subnet"),
+    ],
+)
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("way", WAYS)
 def test_one_side_is_refused_before_anything_changes(base, side, way):
     make, inner, *sides = BASES[base]
     model = adapted(make(), [inner, sides[side].rpartition(".")[2]])
@@ -137,6 +143,13 @@ def test_both_sides_with_one_adapter_merge_exactly(base, subnet, tmp_path):
     close(outputs(merged, tokens()), before)
     merged.save_pretrained(tmp_path)
     close(outputs(type(merged).from_pretrained(tmp_path).eval(), tokens()), before)
+
+
+def test_both_sides_of_a_masking_tuner_without_masks():
+    settings = {"sparse_adapter": False, "ensure_weight_tying": True}
+    model = adapted(tiny_gemma(), ["embed_tokens", "lm_head"], SparseQALoraConfig, **settings)
+    before = outputs(model, tokens())
+    close(outputs(model.merge_and_unload(sparse_kernel=False), tokens()), before)
 
 
 @pytest.mark.parametrize("cls", [LoraConfig, ElasticLoraConfig])

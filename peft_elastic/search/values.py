@@ -41,7 +41,9 @@ def from_json(values: Mapping[str, Any]) -> dict[str, float]:
     Raises:
         ValueError: if a value is neither a number nor one of the names.
     """
-    found = {key: _NAMES.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
+    found: dict[str, Any] = {
+        key: _NAMES.get(value, value) if isinstance(value, str) else value for key, value in values.items()
+    }
     wrong = [key for key, value in found.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is {found[wrong[0]]!r}, which is no number")

@@ -43,7 +43,9 @@ def unpack(layer: nn.Module) -> None:
     From its first forward pass in evaluation mode on, bitsandbytes keeps it in another order on processors with AVX512. Its
     own backward pass and whatever of peft reads such a weight (merging, unmerging, the norms of DoRA) take it for the usual
     one, without a word."""
-    weight: Any = layer._parameters.get("weight")
+    if not hasattr(layer, _PACKS):
+        return
+    weight: Any = layer._parameters["weight"]
     quant_state = getattr(weight, "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
         weight.data, weight.quant_state = _unpacked(weight.data, quant_state)

@@ -74,7 +74,7 @@ class _Narrow(nn.Module):
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
-        _set_replica_only(self, "weight", value)
+        set_in_replica(self, "weight", value)
 
     @property
     def bias(self) -> Optional[torch.Tensor]:
@@ -83,7 +83,7 @@ class _Narrow(nn.Module):
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:
-        _set_replica_only(self, "bias", value)
+        set_in_replica(self, "bias", value)
 
     def extra_repr(self) -> str:
         shape = tuple(self.weight.shape)
@@ -99,9 +99,10 @@ def _new_narrow(plain_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _set_replica_only(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+def set_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+    """`store_in_replica`, or a ValueError."""
     if not store_in_replica(layer, name, value):
-        raise ValueError(f"`{name}` of a narrowed layer is a part of its parameter and cannot be assigned.")
+        raise ValueError(f"`{name}` of this layer is the active part of its parameter and cannot be assigned.")
 
 
 class _NarrowConv1D(_Narrow):
@@ -128,8 +129,8 @@ class _NarrowQuantized(_Narrow):
 class _NarrowBitsAndBytes(_Narrow):
     """Dequantised as a whole, as its blocks of numbers do not follow the features."""
 
-    @property
-    def weight(self) -> Any:
+    @property  # type: ignore[misc]
+    def weight(self) -> Any:  # not to be assigned: Trainer does not use `nn.DataParallel` with bitsandbytes
         return self._parameters["weight"]
 
     def active_weight(self) -> torch.Tensor:
@@ -283,7 +284,10 @@ __all__ = [
     "is_skipped",
     "plain_class",
     "set_active",
+    "set_in_replica",
     "set_skipped",
     "set_width",
+    "store_in_replica",
+    "stored_tensor",
     "take",
 ]

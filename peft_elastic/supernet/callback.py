@@ -76,6 +76,7 @@ class SubnetSamplingCallback(TrainerCallback):
         self.stages = check_stages(stages)
         self._plan: StagePlan | None = None
         self._generations = Generations()
+        self._is_of_new_trainer = False
         self._host: ElasticHost | None = None
         self._args_seed = 0
         self._reported: str | None = None
@@ -108,7 +109,7 @@ class SubnetSamplingCallback(TrainerCallback):
         return self.subnets_of_step(step)[0]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._generations = Generations()  # of another trainer
+        self._is_of_new_trainer = True
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
@@ -131,6 +132,8 @@ class SubnetSamplingCallback(TrainerCallback):
             host.set_subnet(self.eval_subnet)
         plan.scale_learning_rate(lr_scheduler)
         self._host, self._plan, self._args_seed = host, plan, args.seed
+        if self._is_of_new_trainer:
+            self._generations, self._is_of_new_trainer = Generations(), False
         self._generations.begin(args, state.global_step)
         logger.info(f"Training {host.search_space} with {type(self.sampler).__name__}.")
 

@@ -31,6 +31,7 @@ class Generations:
     def __init__(self) -> None:
         self._done = 0  # calls of `training_step`
         self._every = self._accumulation = 1
+        self._done_at = 0  # when the last step began
         # steps that began in this run, and for each of them the step whose subnet it trains
         self._steps: list[int] = []
         self._firsts: list[int] = []

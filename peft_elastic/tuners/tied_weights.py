@@ -112,9 +112,12 @@ def _written_weights(layer: LoraLayer) -> list[torch.Tensor]:
 def _same_update(embedding: LoraLayer, output: LoraLayer, adapter_names: Optional[Sequence[str]]) -> bool:
     """Whether the adapter of an output layer is that of the embedding turned round."""
     names = _names(embedding, adapter_names)
-    if names != _names(output, adapter_names) or getattr(output, "masked", None):
+    if names != _names(output, adapter_names):
         return False
+    masked, grids = getattr(output, "masked", {}), getattr(output, "lora_grid", {})
     for name in names:
+        if masked.get(name) or name in grids:
+            return False
         if name not in embedding.lora_embedding_A or name not in output.lora_A:
             return False
         if name in embedding.lora_variant or name in output.lora_variant or output.lora_bias.get(name):

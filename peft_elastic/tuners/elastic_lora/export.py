@@ -71,11 +71,13 @@ def export_lora(
     ranks = {name: get_rank(layer, adapter_name) for name, layer in layers.items()}
     scalings = {name: _initial_scaling(layer, adapter_name) for name, layer in layers.items()}
     rank = max(ranks.values())
-    scaling = Counter(scalings.values()).most_common(1)[0][0]
+    used = Counter(filter(None, scalings.values()))
+    scaling = used.most_common(1)[0][0] if used else 0.0
     if pad:
         step = math.lcm(*map(rank_step, layers.values()))
         rank = -(-rank // step) * step
-        active = _padded_weights(layers, adapter_name, rank, {name: s / scaling for name, s in scalings.items()})
+        factors = {name: 1.0 if s == scaling else s / scaling for name, s in scalings.items()}
+        active = _padded_weights(layers, adapter_name, rank, factors)
         ranks, scalings = dict.fromkeys(layers, rank), dict.fromkeys(layers, scaling)
     else:
         active = {

@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
 from ...structure.blocks import Ranges
-from ...structure.narrow import store_in_replica, stored_tensor, take
+from ...structure.narrow import set_in_replica, store_in_replica, stored_tensor, take
 
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:
@@ -105,14 +105,14 @@ class ElasticLinearA(_ElasticA, nn.Linear):
 class ElasticLinearB(_ElasticB, nn.Linear):
     """`lora_B` of a linear layer: weight (out_features, r), the first k columns active."""
 
-    @property
-    def bias(self) -> Optional[torch.Tensor]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def bias(self) -> Optional[torch.Tensor]:
         full = stored_tensor(self, "bias")
         return None if full is None else take(full, 0, self.active_width)
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:
-        store_in_replica(self, "bias", value)
+        set_in_replica(self, "bias", value)
 
 
 class ElasticConv1dA(_ElasticA, nn.Conv1d):

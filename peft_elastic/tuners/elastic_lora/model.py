@@ -825,20 +825,21 @@ class ElasticLoraModel(LoraModel):
         if mode:
             for module in self.model.modules():
                 unpack(module)
-            suspended, self._suspended = self._suspended, {}
-            for (
-                name,
-                subnet,
-            ) in suspended.items():  # generation in the middle of a step may have been in evaluation mode
-                layers = self._elastic_adapters[name].layers.values() if name in self._elastic_adapters else ()
-                if layers and not any(layer.merged for layer in layers):
-                    self.sample_subnet(subnet, name)
+            self._resume_step()
             self._warn_if_one_subnet_is_trained()
         elif self._sampled:
             sampled = {name: self.get_active_subnet(name) for name in self._elastic_adapters}
             self.restore_subnet()
             self._suspended = sampled
         return self
+
+    def _resume_step(self) -> None:
+        """Go on with what a training step had activated, after something in it, such as generation, was in evaluation mode."""
+        suspended, self._suspended = self._suspended, {}
+        for name, subnet in suspended.items():
+            adapter = self._elastic_adapters.get(name)
+            if adapter is not None and not any(layer.merged for layer in adapter.layers.values()):
+                self.sample_subnet(subnet, name)
 
     def _warn_if_one_subnet_is_trained(self) -> None:
         """Warn, once, when the weights have been updated in place since the last call while one subnet stayed active.
@@ -910,9 +911,10 @@ class ElasticLoraModel(LoraModel):
                 "`merge_and_unload()` or `extract_subnet()`, or `set_subnet('max')` first."
             )
         if twice := self._check_merge(adapter_names, safe_merge):
+            path = next(path for path, module in self.model.named_modules() if module in twice)
             raise ValueError(
-                f"{next(p for p, m in self.model.named_modules() if m in twice)!r} is tied with the embedding, and so is its adapter (`ensure_weight_tying`), which "
-                "cannot be merged in place: use `merge_and_unload()` or `extract_subnet()`."
+                f"{path!r} is tied with the embedding, and so is its adapter (`ensure_weight_tying`), which cannot be merged in place: "
+                "use `merge_and_unload()` or `extract_subnet()`."
             )
         super().merge_adapter(adapter_names, safe_merge)
 
