@@ -136,11 +136,14 @@ def undescribable(model: nn.Module, values: Mapping[str, int]) -> dict[str, str]
     kinds = [[key for key in values if not key.startswith("depth:")], [key for key in values if key in blocks]]
     kinds.append([key for key in values if key.startswith("depth:") and key not in blocks])
     for keys in kinds:
-        together = _with_something_left(model, structure, {key: values[key] for key in keys})
-        if not (of_all := _why_not(model, together)):
-            continue
-        alone = {key: _why_not(model, {key: value}) for key, value in together.items()}
-        reasons |= {key: why for key, why in alone.items() if why} or dict.fromkeys(together, of_all)
+        asked = {key: values[key] for key in keys}
+        together = _with_something_left(model, structure, asked)
+        for some in (together, {key: value for key, value in asked.items() if key not in together}):
+            some = _with_something_left(model, structure, some)
+            if not some or not (of_all := _why_not(model, some)):
+                continue
+            alone = {key: _why_not(model, {key: value}) for key, value in some.items()}
+            reasons |= {key: why for key, why in alone.items() if why} or dict.fromkeys(some, of_all)
     return reasons
 
 
@@ -385,7 +388,7 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
     for path, sizes in _at_home(model, structure, config.__dict__.get(BLOCKS_ATTRIBUTE)).items():
         block = by_path.get(path)
         parts = sizes.get("skip", []) if isinstance(sizes, dict) else None
-        if not isinstance(parts, list):
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"The configuration describes {path!r} wrongly: {sizes!r:.200}.")
         if block is None:
             if parts == ["block"] and any(isinstance(m, Removed) and p == path for p, m in model.named_modules()):
@@ -432,8 +435,10 @@ register_module_module_registration_hook(_watch)
 def take_layer_sizes(config: PreTrainedConfig) -> dict[str, Any] | None:
     """Take what versions before wrote into `per_layer_config` out of a configuration, as a model cannot be built from it. None if
     there is nothing of that: some architectures are described by a `per_layer_config` of their own."""
-    text = config.get_text_config()
-    layers = text.to_dict().get("per_layer_config") if _LAYERS in text.__dict__ and not is_described(config) else None
+    text = _text(config)
+    if text is None or _LAYERS not in text.__dict__ or is_described(config):
+        return None
+    layers = text.to_dict().get("per_layer_config")
     with contextlib.suppress(*_ERRORS):
         if layers and _LAYERS in type(text)().__dict__:
             return None
