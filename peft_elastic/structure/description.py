@@ -596,11 +596,14 @@ class _Places:
         texts = [path for path, part in _parts(config) if part is _text(config)]
         if any(place is None or place[0] not in texts for place in found.values()):
             return []
-        configs = []
+        configs: list[PreTrainedConfig] = []
         for renumber in (False, True):
             fewer, different = copy.deepcopy(config), not renumber
-            for stack, (path, name) in found.items():  # type: ignore[misc]
-                different |= _drop_blocks(_part_at(fewer, path), name, kept[stack], renumber)
+            try:
+                for stack, (path, name) in found.items():  # type: ignore[misc]
+                    different |= _drop_blocks(_part_at(fewer, path), name, kept[stack], renumber)
+            except _ERRORS:  # the configuration checks what is written to it
+                continue
             configs += [fewer] if different and fewer not in configs else []
         if len(configs) > 1:
             # numbers of blocks that building a model does not ask for are of its forward pass, or of something else
