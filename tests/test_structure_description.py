@@ -252,7 +252,12 @@ def check_removal(model, inputs, values, folder):
     return way(folder)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("every other block a mixture", "sizes of each layer of its own", "the text beside a tower", "a backbone")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in QUICK)]
+)
 def test_blocks_that_differ_by_their_place(name, tmp_path):
     build, inputs, removals = FAMILIES[name]
     whole = model_of(build)
@@ -616,7 +621,7 @@ def test_units_that_cannot_be_described_are_not_offered(monkeypatch):
     assert plan.values and key not in plan.values
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_extraction_that_fails_anywhere(error, monkeypatch):
     build = FAMILIES["windows of each layer"][0]
     values = {f"mlp:{LAYERS}.0": 16, f"heads:{LAYERS}.1": 2, f"depth:{LAYERS}.2.mlp": 0, f"depth:{LAYERS}.3": 0}
@@ -634,7 +639,7 @@ def test_an_extraction_that_fails_anywhere(error, monkeypatch):
     for where, name in ((extraction, "_cut_parameter"), (extraction, "_remove_blocks"), (description, "_settle")):
         at = 0
         while True:
-            at += 4 if name == "_cut_parameter" else 1
+            at += 9 if name == "_cut_parameter" else 1
             model = model_of(build)
             activate(model, Structure(model), values)
             plans = plan_extraction(model)
@@ -737,13 +742,13 @@ def four_blocks():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("call", ["narrow", "extract", "check"])
-def test_values_of_a_plan_are_checked(four_blocks, call, values, message):
+def test_values_of_a_plan_are_checked(four_blocks, values, message):
     model = four_blocks
     before = snapshot(model)
     plan = PruningPlan("mine", {}, describe_model(model, Structure(model)), values, {}, {}, {})
-    with pytest.raises(ValueError, match=message):
-        getattr(plan, call)(model)
+    for call in (plan.narrow, plan.extract, plan.check):
+        with pytest.raises(ValueError, match=message):
+            call(model)
     same(before, snapshot(model))
 
 
@@ -771,17 +776,18 @@ def test_units_of_a_plan_are_checked(four_blocks, units, message):
     same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("field", list(PruningPlan.__dataclass_fields__))
-@pytest.mark.parametrize("wrong", [None, True, 3, "text", [1], [[]], {"a": [True]}, {"a": "b"}, {"a": {}}], ids=str)
-def test_fields_of_a_plan_are_checked(four_blocks, field, wrong):
+def test_fields_of_a_plan_are_checked(four_blocks):
     model = describe_model(four_blocks, Structure(four_blocks))
     data = json.loads(PruningPlan("mine", {}, model, {}, {}, {}, {}).to_json())
     right = {"config": dict, "seconds": int, "block_passes": int, "evaluations": int, "method": str, "metric": str}
-    if type(wrong) is right.get(field):
-        assert PruningPlan.from_json(json.dumps({**data, field: wrong}))
-        return
-    with pytest.raises(ValueError, match=f"not a pruning plan: '{field}'"):
-        PruningPlan.from_json(json.dumps({**data, field: wrong}))
+    for field in PruningPlan.__dataclass_fields__:
+        for wrong in (None, True, 3, "text", [1], [[]], {"a": [True]}, {"a": "b"}, {"a": {}}):
+            text = json.dumps({**data, field: wrong})
+            if type(wrong) is right.get(field):
+                assert PruningPlan.from_json(text)
+                continue
+            with pytest.raises(ValueError, match=f"not a pruning plan: '{field}'"):
+                PruningPlan.from_json(text)
 
 
 def test_a_plan_that_nests_without_end():

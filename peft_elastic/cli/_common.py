@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from peft_elastic import Subnet
 from peft_elastic.files import scratch_folder
 from peft_elastic.pruning import measure_sparsity
+from peft_elastic.structure.description import BLOCKS_ATTRIBUTE
 from peft_elastic.utils import writing
 
 from ._data import first_line
@@ -212,7 +213,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def needs_this_package(folder: Path) -> bool:
     """Whether a saved model has sparse layers or blocks of different sizes, which transformers alone does not build."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("quantization_config", {}).get("quant_method") == "peft_elastic"
+    packed = config.get("quantization_config", {}).get("quant_method") == "peft_elastic"
+    return packed or bool(config.get(BLOCKS_ATTRIBUTE))
 
 
 def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:

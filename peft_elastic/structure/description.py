@@ -63,7 +63,19 @@ _ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, Ari
 _WAITING = "_peft_elastic_waiting"
 
 # Words in the names of lists that have nothing to do with blocks, however many entries they have.
-_OTHER_LISTS = ("token", "size", "stride", "mean", "std", "shape", "label", "language", "architectures", "out_")
+_OTHER_LISTS = (
+    "token",
+    "size",
+    "stride",
+    "kernel",
+    "dim",
+    "mean",
+    "std",
+    "shape",
+    "label",
+    "language",
+    "architectures",
+)
 
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -124,11 +136,14 @@ def undescribable(model: nn.Module, values: Mapping[str, int]) -> dict[str, str]
     kinds = [[key for key in values if not key.startswith("depth:")], [key for key in values if key in blocks]]
     kinds.append([key for key in values if key.startswith("depth:") and key not in blocks])
     for keys in kinds:
-        together = _with_something_left(model, structure, {key: values[key] for key in keys})
-        if not (of_all := _why_not(model, together)):
-            continue
-        alone = {key: _why_not(model, {key: value}) for key, value in together.items()}
-        reasons |= {key: why for key, why in alone.items() if why} or dict.fromkeys(together, of_all)
+        asked = {key: values[key] for key in keys}
+        together = _with_something_left(model, structure, asked)
+        for some in (together, {key: value for key, value in asked.items() if key not in together}):
+            some = _with_something_left(model, structure, some)
+            if not some or not (of_all := _why_not(model, some)):
+                continue
+            alone = {key: _why_not(model, {key: value}) for key, value in some.items()}
+            reasons |= {key: why for key, why in alone.items() if why} or dict.fromkeys(some, of_all)
     return reasons
 
 
@@ -373,7 +388,7 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
     for path, sizes in _at_home(model, structure, config.__dict__.get(BLOCKS_ATTRIBUTE)).items():
         block = by_path.get(path)
         parts = sizes.get("skip", []) if isinstance(sizes, dict) else None
-        if not isinstance(parts, list):
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"The configuration describes {path!r} wrongly: {sizes!r:.200}.")
         if block is None:
             if parts == ["block"] and any(isinstance(m, Removed) and p == path for p, m in model.named_modules()):
@@ -420,8 +435,10 @@ register_module_module_registration_hook(_watch)
 def take_layer_sizes(config: PreTrainedConfig) -> dict[str, Any] | None:
     """Take what versions before wrote into `per_layer_config` out of a configuration, as a model cannot be built from it. None if
     there is nothing of that: some architectures are described by a `per_layer_config` of their own."""
-    text = config.get_text_config()
-    layers = text.to_dict().get("per_layer_config") if _LAYERS in text.__dict__ and not is_described(config) else None
+    text = _text(config)
+    if text is None or _LAYERS not in text.__dict__ or is_described(config):
+        return None
+    layers = text.to_dict().get("per_layer_config")
     with contextlib.suppress(*_ERRORS):
         if layers and _LAYERS in type(text)().__dict__:
             return None
@@ -549,7 +566,7 @@ def _candidates(
     plain.__dict__.pop(BLOCKS_ATTRIBUTE, None)
     places = _Places(base)
     stacks = {block.stack for block in Structure(base).blocks}
-    for config in places.without_blocks(plain, kept) if kept else [plain]:
+    for config in places.without_blocks(plain, kept, reference) if kept else [plain]:
         removed = any(isinstance(module, Removed) for module in reference.modules())
         if not removed and not special and (uniform := places.with_uniform_sizes(config, reference)) is not None:
             yield uniform
@@ -570,17 +587,36 @@ class _Places:
         self._structure = Structure(base)
         self._found: dict[str, tuple[tuple[str, ...], str] | None] = {}
 
-    def without_blocks(self, config: PreTrainedConfig, kept: Mapping[str, list[int]]) -> Iterator[PreTrainedConfig]:
-        """With fewer blocks, and lists of one entry for each of them cut along; then also with what numbers blocks."""
+    def without_blocks(
+        self, config: PreTrainedConfig, kept: Mapping[str, list[int]], reference: PreTrainedModel
+    ) -> list[PreTrainedConfig]:
+        """With fewer blocks, and lists of one entry for each of them cut along; nothing if nobody knows how. Blocks of other parts
+        than the text model stay: their hidden states are chosen by numbers."""
+        found = {stack: self._find(stack) for stack in kept}
+        texts = [path for path, part in _parts(config) if part is _text(config)]
+        if any(place is None or place[0] not in texts for place in found.values()):
+            return []
+        configs: list[PreTrainedConfig] = []
         for renumber in (False, True):
             fewer, different = copy.deepcopy(config), not renumber
-            for stack, numbers in kept.items():
-                found = self._find(stack)
-                if found is None:
-                    return
-                different |= _drop_blocks(_part_at(fewer, found[0]), found[1], numbers, renumber)
-            if different:
-                yield fewer
+            try:
+                for stack, (path, name) in found.items():  # type: ignore[misc]
+                    different |= _drop_blocks(_part_at(fewer, path), name, kept[stack], renumber)
+            except _ERRORS:  # the configuration checks what is written to it
+                continue
+            configs += [fewer] if different and fewer not in configs else []
+        if len(configs) > 1:
+            # numbers of blocks that building a model does not ask for are of its forward pass, or of something else
+            configs = [fewer for fewer in configs if self._fits(fewer, reference)]
+        return configs if len(configs) == 1 else []
+
+    def _fits(self, config: PreTrainedConfig, reference: PreTrainedModel) -> bool:
+        described = copy.deepcopy(config)
+        setattr(described, BLOCKS_ATTRIBUTE, _describe_blocks(reference, self._lengths(self._base)))
+        try:
+            return _difference(reference, _build(type(self._base), _read_again(described)), self._structure) is None
+        except _ERRORS:
+            return False
 
     def with_uniform_sizes(self, config: PreTrainedConfig, reference: PreTrainedModel) -> PreTrainedConfig | None:
         """With the sizes of the blocks of each stack that are not what they were; None if the blocks of a stack differ."""
@@ -661,6 +697,14 @@ def _parts(config: PreTrainedConfig) -> Iterator[tuple[tuple[str, ...], PreTrain
                 yield (name, *path), part
 
 
+def _text(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The part of a configuration that is about text, the whole one where it has no parts; None if there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return None
+
+
 def _part_at(config: PreTrainedConfig, path: Sequence[str]) -> PreTrainedConfig:
     for name in path:
         config = config.__dict__[name]
@@ -687,14 +731,17 @@ def _drop_blocks(part: Any, name: str, numbers: list[int], renumber: bool) -> bo
     _drop_stages(part, old, numbers)
     found = False
     for key, value in list(part.__dict__.items()):
-        if not isinstance(value, (list, tuple)) or any(word in key for word in (*_OTHER_LISTS, "stage_names")):
+        if not isinstance(value, (list, tuple)) or any(
+            word in key for word in (*_OTHER_LISTS, "stage_names", "_out_")
+        ):
             continue
-        if len(value) == old:
-            part.__dict__[key] = type(value)(value[number] for number in numbers)
-        elif value and all(type(entry) is int and 0 <= entry < old for entry in value):
+        whole = [type(entry) is int and 0 <= entry < old for entry in value]
+        if value and all(whole) and (len(value) != old or sorted(set(value)) == list(value)):
             found = True
             if renumber:
                 part.__dict__[key] = type(value)(places[entry] for entry in value if entry in places)
+        elif len(value) == old:
+            part.__dict__[key] = type(value)(value[number] for number in numbers)
     setattr(part, name, len(numbers))
     if layers:
         left = {places[int(number)]: sizes for number, sizes in layers.items() if int(number) in places}
