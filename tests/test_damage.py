@@ -15,6 +15,7 @@
 """Damage of every kind to every JSON file that this package writes and reads: nothing but a ValueError comes of it, and no
 half of a save that was interrupted is taken for a whole."""
 
+import copy
 import json
 import os
 import random
@@ -682,7 +683,8 @@ def test_damaged_fields_of_an_adapter_config(tmp_path):
     adapter().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     raw, refused = path.read_text(), 0
-    for seed in range(120):
+    base = tiny_llama()
+    for seed in range(80):
         rng = random.Random(seed)
         data = json.loads(raw)
         data["elastic_width"] = {"mlp": [1.0, 0.5]}
@@ -690,10 +692,10 @@ def test_damaged_fields_of_an_adapter_config(tmp_path):
         data[name] = mutated_value({name: data[name]}, rng) if rng.random() < 0.5 else rng.choice(JUNK)
         path.write_text(json.dumps(data))
         try:
-            ElasticLoraConfig.from_pretrained(tmp_path)
+            PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
         except ValueError:
             refused += 1
-    assert refused > 60
+    assert refused > 40
     for text in ("[" * 100_000, "[]", "3", raw[:-20], raw.replace('"r": 4', '"r": 4, "r": 8')):
         path.write_text(text)
         with pytest.raises(ValueError, match="adapter_config.json"):

@@ -23,7 +23,7 @@ from typing import Any, Optional, Union
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
-from ...documents import COUNT, MapOf, read_json
+from ...documents import read_json
 from ...structure.blocks import KINDS
 from ...structure.importance import IMPORTANCES
 from ...structure.space import check_width_options
@@ -137,8 +137,6 @@ class ElasticLoraConfig(LoraConfig):
             raise ValueError(
                 f"`active_subnet` must be a dict from choice key to value, got {type(self.active_subnet).__name__}."
             )
-        if self.active_subnet is not None:
-            MapOf(COUNT).check(dict(self.active_subnet), "`active_subnet`")
 
     def _check_lora_options(self) -> None:
         """Refuse what cannot follow a change of rank."""
