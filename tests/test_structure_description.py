@@ -339,7 +339,6 @@ MORE = {
     "olmo3": plain("Olmo3ForCausalLM", "Olmo3Config", **DECODER, sliding_window=4),
     "nemotron": plain("NemotronForCausalLM", "NemotronConfig", **DECODER),
     "vit": plain("ViTForImageClassification", "ViTConfig", **IMAGES),
-    "mae": plain("ViTMAEModel", "ViTMAEConfig", **IMAGES, mask_ratio=0.0),
     "deit": plain("DeiTForImageClassification", "DeiTConfig", **IMAGES),
     "beit backbone": plain("BeitBackbone", "BeitConfig", **IMAGES, out_indices=[1, 2, 4], add_fpn=False),
     "encoder and decoder": encoder_decoder,

@@ -255,7 +255,7 @@ def _read_model(model: PreTrainedModel) -> tuple[type[PreTrainedModel], type[Pre
             f"A part of a {name} can only be removed if the model can be built from its configuration. That fails here: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if difference := _mismatch(model, base, Structure(base)):
+    if difference := _mismatch(model, base, _blueprint(base)):
         raise ValueError(
             f"The configuration of this {name} does not describe it, so that it could not be loaded: {difference}."
         )
@@ -272,7 +272,7 @@ def _plan(
         any_way (`bool`): whether any configuration will do. By default it is the most ordinary one.
     """
     base = _whole(cls, config_cls, text)  # type: ignore[arg-type]
-    structure = Structure(base)
+    structure = _blueprint(base)
     known = {f"{width.kind}:{width.name}" for width in structure.widths}
     known |= {f"depth:{b.path}" + ("" if p == "block" else f".{p}") for b in structure.blocks for p in b.skips}
     if unknown := sorted(values.keys() - known):
@@ -292,7 +292,7 @@ def _plan(
         if empty and any(_setters(base.get_submodule(b.path)) for b in structure.blocks if b.stack in empty):
             continue
         reference = copy.deepcopy(base)
-        cut = Structure(reference)
+        cut = _blueprint(reference)
         activate(reference, cut, values)
         kept = extract(reference, cut, empty)
         for config in _candidates(base, reference, kept, special):
@@ -321,7 +321,7 @@ def _settle(model: nn.Module, plan: Extraction) -> None:
     Raises:
         ValueError: if the model is another one than was planned.
     """
-    if difference := _mismatch(model, plan.reference, Structure(plan.reference)):
+    if difference := _mismatch(model, plan.reference, _blueprint(plan.reference)):
         raise ValueError(f"What was extracted is not what was planned: {difference}.")
     before, after = dict(plan.reference.named_modules()), dict(plan.built.named_modules())
     done: set[int] = set()
@@ -381,7 +381,7 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
     Raises:
         ValueError: if they do not fit the model.
     """
-    structure = Structure(model)
+    structure = _blueprint(model)
     by_path = {block.path: block for block in structure.blocks}
     widths = {(width.kind, width.name): width for width in structure.widths}
     empty = set()
@@ -455,7 +455,7 @@ def adopt_layer_sizes(model: PreTrainedModel, layers: Mapping[str, Any]) -> None
         ValueError: if it describes a layer that is no block of the model.
     """
     blocks: Description = {}
-    structure = Structure(model)
+    structure = _blueprint(model)
     for number, sizes in layers.items():
         block = next((block for block in structure.blocks if block.index == int(number)), None)
         if block is None:
@@ -472,7 +472,7 @@ def adopt_layer_sizes(model: PreTrainedModel, layers: Mapping[str, Any]) -> None
 def _describe_blocks(model: nn.Module, stacks: Collection[str]) -> Description:
     """All sizes of all blocks."""
     described: Description = {}
-    structure = Structure(model)
+    structure = _blueprint(model)
     heads = {width.name: width for width in structure.widths if width.kind == "heads"}
     channels = {width.name: width for width in structure.widths if width.kind == "mlp"}
     for block in structure.blocks:
@@ -552,6 +552,11 @@ def _build(cls: type[PreTrainedModel], config: PreTrainedConfig, full: bool = Fa
     return model
 
 
+def _blueprint(model: nn.Module) -> Structure:
+    """The structure of a model without weights."""
+    return Structure(model)
+
+
 def _creation() -> Any:
     # for models of other packages, which read the values of small tensors while they are built
     return getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)()
@@ -565,7 +570,7 @@ def _candidates(
     plain = copy.deepcopy(reference.config)
     plain.__dict__.pop(BLOCKS_ATTRIBUTE, None)
     places = _Places(base)
-    stacks = {block.stack for block in Structure(base).blocks}
+    stacks = {block.stack for block in _blueprint(base).blocks}
     for config in places.without_blocks(plain, kept, reference) if kept else [plain]:
         removed = any(isinstance(module, Removed) for module in reference.modules())
         if not removed and not special and (uniform := places.with_uniform_sizes(config, reference)) is not None:
@@ -584,7 +589,7 @@ class _Places:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
-        self._structure = Structure(base)
+        self._structure = _blueprint(base)
         self._found: dict[str, tuple[tuple[str, ...], str] | None] = {}
 
     def without_blocks(
@@ -621,7 +626,7 @@ class _Places:
     def with_uniform_sizes(self, config: PreTrainedConfig, reference: PreTrainedModel) -> PreTrainedConfig | None:
         """With the sizes of the blocks of each stack that are not what they were; None if the blocks of a stack differ."""
         config = copy.deepcopy(config)
-        before, structure = _widths_by_stack(self._structure), Structure(reference)
+        before, structure = _widths_by_stack(self._structure), _blueprint(reference)
         layouts_of = {block.path: block.layout for block in structure.blocks}
         for (kind, stack), widths in _widths_by_stack(structure).items():
             sizes = {(width.full, width.units) for width in widths}
