@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
 from .modules import find_stacks, module_at
+from .proof import prove
 
 
 # Runs of one dimension of a weight, as (start, stop).
@@ -236,6 +237,17 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._read(model)
+        prove(self, model)
+
+    @classmethod
+    def by_names(cls, model: nn.Module) -> Structure:
+        """What the names of the layers say, which nobody has tried."""
+        structure = cls.__new__(cls)
+        structure._read(model)
+        return structure
+
+    def _read(self, model: nn.Module) -> None:
         self.blocks: list[Block] = []
         self.widths: list[Width] = []
         self.unknown: list[str] = []

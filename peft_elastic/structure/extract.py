@@ -77,7 +77,7 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
         if is_bitsandbytes(layer):
             replacements.append((layer, _ordinary(layer, dtype)))
         elif active_ranges(layer) != (None, None):
-            _cut(layer)
+            cut_layer(layer)
     if replacements:
         replace_layers(model, replacements)
         _leave_bitsandbytes(model, [new for _, new in replacements])
@@ -144,7 +144,7 @@ def _cut_adapters(module: LoraLayer) -> None:
         grids[name] = Grid.copy_of(grid.take(outputs, inputs), persistent=True)
 
 
-def _cut(layer: nn.Module) -> None:
+def cut_layer(layer: nn.Module) -> None:
     """Leave the active part of a layer alone."""
     outputs, inputs = active_ranges(layer)
     grid = layer.grid if isinstance(layer, QuantizedLinear) else None

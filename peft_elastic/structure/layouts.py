@@ -94,6 +94,29 @@ def _skip_t5_block(
 
 
 @dataclass(frozen=True)
+class Returning:
+    """A skip that returns its first tensor in the way in which the module itself does.
+
+    Args:
+        skip (`Skip`): makes the tensor.
+        kind (`"tensor"`, `"tuple"` or `"list"`): of result.
+        length (`int`): of a tuple or list, whose other entries are those that `skip` returns, or None.
+    """
+
+    skip: Skip
+    kind: str
+    length: int
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        made = self.skip(module, *args, **kwargs)
+        entries = list(made) if isinstance(made, (tuple, list)) else [made]
+        if self.kind == "tensor":
+            return entries[0]
+        entries = (entries + [None] * self.length)[: self.length]
+        return entries if self.kind == "list" else tuple(entries)
+
+
+@dataclass(frozen=True)
 class AttentionLayout:
     """An attention. All paths are relative to the block.
 

@@ -1,0 +1,860 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trying what a layout says of a block, before anyone relies on it.
+
+A layout fits a block by the names of its layers, which do not tell what the block computes with them. So every class of block is
+tried once on a small copy with random weights: the module that runs the blocks, with the first few of them, in float32 on the
+CPU. The caller's model is only looked at. Must hold:
+
+- heads and MLP channels in another order leave the outputs as they were;
+- with fewer of them the outputs are those of the whole model in which the layers that read them ignore the others;
+- a skipped part gives what the model goes on with: the outputs are those of a model in which the first tensor of what the part
+  returned was exchanged. A part that returns a tuple or a list where the layout says a tensor, or the other way round, is adapted;
+- with a key-value cache a skipped part gives what it gives without one.
+
+What fails is not offered; the reason is kept with the block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import Cache, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
+
+from ..quantization.layer import QuantizedLinear
+from .bitsandbytes import is_bitsandbytes
+from .layouts import Returning, Skip
+from .modules import module_at
+
+
+if TYPE_CHECKING:
+    from .blocks import Block, ConfigOfPart, Structure, Width
+
+# Of the greatest output: what float32 and another order of sums may change. A law that does not hold misses it by far.
+_TOLERANCE = 2e-3
+# A choice between experts, or a rounding, can be so close that another order of sums decides it: other weights decide otherwise.
+_SEEDS = 3
+# Blocks to try, where there are as many: a first, one in the middle and a last one.
+_BLOCKS = 3
+_BATCH, _LENGTH, _STEP = 2, 8, 3
+# A copy of a block with more weights than this is made with fewer heads and channels.
+_LARGE = 4_000_000
+_FEW = {"heads": 4, "mlp": 32}
+_PARTS = ("block", "attention", "mlp")
+_WORDS = {"heads": "heads", "mlp": "MLP channels"}
+
+
+@dataclass
+class Verdict:
+    """What was found out about a class of block.
+
+    Args:
+        layout: it was read with; kept, so that its id is not given away.
+        problems: "heads" or "mlp" -> why that cannot be narrowed.
+        skips: part -> why it cannot be skipped, or, by the path of a module in the block, what it returns then.
+    """
+
+    layout: Any
+    problems: dict[str, str] = field(default_factory=dict)
+    skips: dict[str, str | dict[str, Skip]] = field(default_factory=dict)
+
+
+# By the class of the module that runs the blocks, and that of the block.
+_VERDICTS: dict[Any, Verdict] = {}
+
+
+def prove(structure: Structure, model: nn.Module) -> None:
+    """Leave in a structure that was read by names what is true of the model.
+
+    Args:
+        structure: of `model`; what fails goes from its widths and skips to its problems.
+        model: is not changed, and may be anywhere, in any state.
+    """
+    stacks: dict[str, list[Block]] = {}
+    for block in structure.blocks:
+        stacks.setdefault(block.stack, []).append(block)
+    for stack, blocks in stacks.items():
+        whole = _whole_key(module_at(model, stack.rpartition(".")[0]))
+        keys = {block.path: (whole, _block_key(model, structure, block)) for block in blocks}
+        if not all(key in _VERDICTS for key in keys.values()):
+            _VERDICTS.update(_try_stack(model, structure, blocks, keys))
+        for block in blocks:
+            _apply(_VERDICTS[keys[block.path]], structure, block)
+
+
+def _apply(verdict: Verdict, structure: Structure, block: Block) -> None:
+    for kind, why in verdict.problems.items():
+        widths = [width for width in structure.widths if width.kind == kind and width.name in (block.path, block.stack)]
+        if widths:
+            structure.widths = [width for width in structure.widths if width not in widths]
+            block.problems[kind] = f"{block.path}: {why}"
+    for part, found in verdict.skips.items():
+        if part not in block.skips:
+            continue
+        if isinstance(found, str):
+            del block.skips[part]
+            block.problems[part] = f"{block.path}: {found}"
+        else:
+            block.skips[part] = {f"{block.path}.{path}" if path else block.path: skip for path, skip in found.items()}
+
+
+# -- what makes a class of block -----------------------------------------------------------------------------------------
+
+
+def _plain(module: nn.Module) -> tuple[nn.Module, type]:
+    """A module without what peft put around it, and its class when nothing of it is narrowed or skipped."""
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            break
+    cls = type(module)
+    while "plain_class" in cls.__dict__:
+        cls = cls.plain_class
+    return module, cls
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight in a form of its own."""
+    if isinstance(module, QuantizedLinear) or is_bitsandbytes(module) or hasattr(module, "qweight"):
+        return True
+    weight = module._parameters.get("weight")
+    is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return is_linear and weight is not None and (not weight.is_floating_point() or weight.element_size() == 1)
+
+
+def _flags(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(
+        (name, value)
+        for name, value in sorted(module.__dict__.items())
+        if isinstance(value, (bool, str)) and name != "training" and not name.startswith("_")
+    )
+
+
+def _print(module: nn.Module) -> tuple[Any, ...]:
+    """What a module is but for its sizes."""
+    module, cls = _plain(module)
+    if _is_packed(module):
+        return (nn.Linear, (), ("bias",) if module._parameters.get("bias") is not None else ())
+    children = tuple((name, _print(child)) for name, child in module._modules.items() if child is not None)
+    parameters = tuple((name, p.dim()) for name, p in module._parameters.items() if p is not None and name != "weight")
+    absent = (module.stands_for,) if hasattr(module, "stands_for") else ()
+    return (cls, _flags(module), parameters, children, absent)
+
+
+def _whole_key(holder: nn.Module) -> tuple[Any, ...]:
+    holder, cls = _plain(holder)
+    config = getattr(holder, "config", None)
+    settings = config.__dict__.items() if isinstance(config, PreTrainedConfig) else ()
+    flags = (
+        (name, value)
+        for name, value in sorted(settings)
+        if isinstance(value, bool) and not name.startswith(("_", "use_cache", "output_", "return_", "tie_"))
+    )
+    return (cls, _flags(holder), tuple(flags))
+
+
+def _block_key(model: nn.Module, structure: Structure, block: Block) -> tuple[Any, ...]:
+    widths = [width for width in structure.widths if width.name in (block.path, block.stack)]
+    groups = tuple((width.kind, width.units == 1, width.units == width.full) for width in widths)
+    parts = (tuple(block.skips), tuple(sorted(block.problems)), tuple(sorted(block.removed)), block.index == 0)
+    return (_print(module_at(model, block.path)), id(block.layout), groups, parts)
+
+
+# -- a small copy ---------------------------------------------------------------------------------------------------------
+
+
+class _Copier:
+    """Copies modules with random weights, float32 on the CPU, without hooks, adapters and whatever was narrowed or skipped.
+
+    Args:
+        cut: id of a list of blocks -> how many of them are copied.
+        seed: of the weights.
+    """
+
+    def __init__(self, cut: Mapping[int, int], seed: int) -> None:
+        self._cut = cut
+        self._random = torch.Generator().manual_seed(seed)
+        self._made: dict[int, Any] = {}
+        self._kept: list[Any] = []  # an id is that of one object while it is there
+        self._fresh = frozenset(nn.Module().__dict__)
+
+    def module(self, original: nn.Module) -> Any:
+        if id(original) in self._made:
+            return self._made[id(original)]
+        self._kept.append(original)
+        module, cls = _plain(original)
+        if module is not original:
+            self._made[id(original)] = made = self.module(module)
+            return made
+        if _is_packed(module):
+            made = self._linear(module)
+            self._made[id(original)] = made
+            return made
+        if cls.__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+            cls = _Passing
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        self._made[id(original)] = made
+        for name, parameter in module._parameters.items():
+            made._parameters[name] = None if parameter is None else self._parameter(module, name, parameter)
+        for name, buffer in module._buffers.items():
+            made._buffers[name] = None if buffer is None else _plain_tensor(buffer)
+        children = list(module._modules.items())
+        for name, child in children[: self._cut.get(id(module))]:
+            made._modules[name] = None if child is None else self.module(child)
+        left_out = ("forward", "active_in", "active_out", "cache_layers", "_hf_hook", "_old_forward")
+        for name, value in module.__dict__.items():
+            if name not in self._fresh and name not in left_out:
+                made.__dict__[name] = self._value(value)
+        made.training = False
+        return made
+
+    def _linear(self, module: Any) -> nn.Linear:
+        with torch.device("meta"):
+            made = nn.Linear(module.in_features, module.out_features, getattr(module, "bias", None) is not None)
+        for name, parameter in list(made._parameters.items()):
+            made._parameters[name] = None if parameter is None else self._parameter(made, name, parameter)
+        return made.eval()
+
+    def _parameter(self, module: nn.Module, name: str, parameter: torch.Tensor) -> nn.Parameter:
+        if id(parameter) not in self._made:
+            self._kept.append(parameter)
+            self._made[id(parameter)] = nn.Parameter(self._random_weight(module, name, parameter), requires_grad=False)
+        return self._made[id(parameter)]
+
+    def _random_weight(self, module: nn.Module, name: str, like: torch.Tensor) -> torch.Tensor:
+        shape = tuple(like.shape)
+        if not like.is_floating_point():
+            return _plain_tensor(like)
+        if like.numel() > _LARGE:
+            # overlapping windows of one row of numbers, which cost no memory
+            strides = tuple((13, 11, 7, 5, 3)[-dims] if dims > 1 else 1 for dims in range(len(shape), 0, -1))
+            size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+            values = torch.randn(size, generator=self._random).as_strided(shape, strides)
+        else:
+            values = torch.randn(shape, generator=self._random)
+        if len(shape) < 2:
+            # scales of norms are somewhere around one
+            return values * 0.3 + (1.0 if "weight" in name else 0.0)
+        if isinstance(module, nn.Embedding):
+            return values
+        fan_in = shape[0] if isinstance(module, Conv1D) else shape[-1] if len(shape) == 3 else like[0].numel()
+        return values * max(fan_in, 1) ** -0.5
+
+    def _value(self, value: Any) -> Any:
+        """A plain attribute, which may hold modules."""
+        if isinstance(value, nn.Parameter):
+            return self._made.get(id(value), _plain_tensor(value))
+        if isinstance(value, torch.Tensor):
+            return _plain_tensor(value)
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            return types.MethodType(value.__func__, self.module(value.__self__))
+        if type(value) in (list, tuple, set):
+            return type(value)(self._value(entry) for entry in value)
+        if type(value) is dict:
+            return {key: self._value(entry) for key, entry in value.items()}
+        if isinstance(value, PreTrainedConfig):
+            return self._config(value)
+        if type(value).__name__ == "ConfigOfPart":
+            part: ConfigOfPart = value
+            return self._config(part.whole)
+        return value
+
+    def _config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        if id(config) not in self._made:
+            self._kept.append(config)
+            made = copy.deepcopy(config)
+            for part in _configs_in(made):
+                if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+                    part.__dict__["_attn_implementation_internal"] = "eager"  # the others need a GPU
+            self._made[id(config)] = made
+        return self._made[id(config)]
+
+
+def _configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in config.__dict__.values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs_in(value)
+
+
+def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values in float32 on the CPU, in memory of its own; of one that is nowhere, some that could be."""
+    tensor = tensor.detach()
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    if tensor.is_meta:
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=dtype)
+        return torch.linspace(1.0, 0.1, max(tensor.numel(), 1))[: tensor.numel()].view(tensor.shape)
+    return tensor.to("cpu", dtype, copy=True)
+
+
+class _Passing(nn.Module):
+    """In place of a module of torch.compile: passes everything on to what is inside."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["_orig_mod"], name)
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(root: nn.Module, blocks: list[nn.Module], hidden: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Arguments with which a module may run its blocks, the most likely ones first."""
+    random = torch.Generator().manual_seed(seed)
+    try:
+        parameters = inspect.signature(root.forward).parameters
+    except (TypeError, ValueError):
+        return
+    config: Any = getattr(root, "config", None)
+    others = _other_arguments(root, parameters, blocks, hidden, random)
+
+    def states(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=random)
+
+    embeddings = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        embeddings = root.get_input_embeddings()  # type: ignore[operator]
+    rows = getattr(embeddings, "num_embeddings", None) or getattr(config, "vocab_size", None)
+    columns = getattr(embeddings, "embedding_dim", None)
+    names = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    first = next(iter(names), "")
+    mains: list[dict[str, torch.Tensor]] = []
+    for size in dict.fromkeys((hidden, columns)):
+        for name in ("inputs_embeds", "hidden_states") if size else ():
+            if name in names:
+                mains.append({name: states(_BATCH, _LENGTH, size)})
+    if "input_ids" in names and rows:
+        ids = torch.randint(min(4, rows - 1), rows, (_BATCH, _LENGTH), generator=random)
+        mains.append({"input_ids": ids})
+        if "decoder_input_ids" in names:
+            mains.insert(0, {"input_ids": ids, "decoder_input_ids": ids.flip(1)})
+    if "pixel_values" in names:
+        channels = getattr(config, "num_channels", None) or 3
+        size = getattr(config, "image_size", None) or 32
+        height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+        mains.append({"pixel_values": states(_BATCH, channels, height, width)})
+    if "input_features" in names:
+        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or hidden
+        longest = getattr(config, "max_source_positions", None)
+        for length in ((2 * longest,) if longest else ()) + (32,):
+            mains.append({"input_features": states(_BATCH, bins, length)})
+            mains.append({"input_features": states(_BATCH, length, bins)})
+    if "input_values" in names:
+        mains.append({"input_values": states(_BATCH, 1600)})
+    if first and not any(first in main for main in mains):
+        mains.append({first: states(_BATCH, _LENGTH, hidden)})
+        if rows:
+            mains.append({first: torch.randint(0, rows, (_BATCH, _LENGTH), generator=random)})
+    for main in mains:
+        for other in others:
+            yield {**other, **main}
+
+
+def _other_arguments(
+    root: nn.Module,
+    parameters: Mapping[str, inspect.Parameter],
+    blocks: list[nn.Module],
+    hidden: int,
+    random: torch.Generator,
+) -> list[dict[str, Any]]:
+    """What comes beside the main input."""
+    needed: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if parameter.default is not parameter.empty:
+            continue
+        if name in ("attention_mask", "encoder_attention_mask"):
+            needed[name] = torch.ones(_BATCH, _LENGTH, dtype=torch.long)
+        elif name == "position_ids":
+            needed[name] = torch.arange(_LENGTH).expand(_BATCH, -1)
+        elif name == "token_type_ids":
+            needed[name] = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
+    if "encoder_hidden_states" not in parameters:
+        return [needed]
+    size = hidden
+    for block in blocks:
+        for path, module in block.named_modules():
+            if any(word in path.lower() for word in ("encoder_attn", "cross", "encdec")):
+                if path.rpartition(".")[2] in ("k_proj", "key", "k", "k_lin"):
+                    size = getattr(module, "in_features", size)
+    encoder = {"encoder_hidden_states": torch.randn(_BATCH, _LENGTH - 2, size, generator=random)}
+    return [needed | encoder, needed]
+
+
+# -- trying ---------------------------------------------------------------------------------------------------------------
+
+
+class _Failure(Exception):
+    """A law does not hold; the text is the end of a sentence about the block."""
+
+
+@contextmanager
+def _laboratory() -> Iterator[None]:
+    """Nothing of how the caller computes, and nothing that stays behind."""
+    dtype = torch.get_default_dtype()
+    level = logging.root.manager.disable
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+            torch.set_default_dtype(dtype)
+
+
+def _try_stack(
+    model: nn.Module, structure: Structure, blocks: list[Block], keys: Mapping[str, Any]
+) -> dict[Any, Verdict]:
+    """Verdicts for every class of block of a stack."""
+    verdicts = {keys[block.path]: Verdict(block.layout) for block in blocks}
+    with _laboratory():
+        try:
+            trial = _Trial(model, structure, blocks, keys)
+        except _Failure as failure:
+            for block in blocks:
+                verdict = verdicts[keys[block.path]]
+                verdict.problems = dict.fromkeys(("heads", "mlp"), str(failure))
+                verdict.skips = dict.fromkeys(block.skips, str(failure))
+            return verdicts
+        for key, verdict in verdicts.items():
+            for kind in ("heads", "mlp"):
+                if (why := trial.why_not_narrowed(key, kind)) is not None:
+                    verdict.problems[kind] = why
+        for key, found in trial.skips().items():
+            verdicts[key].skips = found
+    return verdicts
+
+
+class _Trial:
+    """A copy of the module that runs a stack of blocks, and the laws."""
+
+    def __init__(self, model: nn.Module, structure: Structure, blocks: list[Block], keys: Mapping[str, Any]) -> None:
+        self._model, self._structure, self._keys = model, structure, keys
+        self._real_blocks = blocks
+        self._stack = blocks[0].stack
+        whole = module_at(model, self._stack)
+        seen: set[Any] = set()
+        last = 0
+        for block in blocks:
+            if keys[block.path] not in seen:
+                seen.add(keys[block.path])
+                last = block.index
+        self._count = min(max(last + 1, _BLOCKS), len(list(whole.children())))
+        self._set_up(0)
+
+    # -- the copy --
+
+    def _set_up(self, seed: int) -> None:
+        """Find the innermost module around the stack that runs, and arguments for it."""
+        holder = self._stack.rpartition(".")[0]
+        parts = holder.split(".") if holder else []
+        paths = [".".join(parts[:number]) for number in range(len(parts), -1, -1)]
+        reason: Exception | None = None
+        for path in paths:
+            for few in self._reductions():
+                root = self._copy(path, few, seed)
+                modules = [module_at(root, self._inside(block.path, path)) for block in self._tried()]
+                hidden = _hidden_size(root, self._blocks[0])
+                for arguments in _arguments(root, modules, hidden, seed):
+                    self._root, self._arguments = root, arguments
+                    try:
+                        self._base = self._outputs(must_run=modules)
+                        return
+                    except _Failure as error:
+                        reason = error if reason is None else reason
+        raise _Failure(f"it could not be tried ({reason}), so nothing is known about it")
+
+    def _reductions(self) -> list[tuple[str, ...]]:
+        size = sum(p.numel() for p in module_at(self._model, self._real_blocks[0].path).parameters())
+        return [("heads", "mlp"), ("mlp",), ("heads",), ()] if size > _LARGE else [()]
+
+    def _tried(self) -> list[Block]:
+        return [block for block in self._real_blocks if block.index < self._count]
+
+    @staticmethod
+    def _inside(path: str, root: str) -> str:
+        return path[len(root) + 1 :] if root else path
+
+    def _copy(self, path: str, few: tuple[str, ...], seed: int) -> nn.Module:
+        from .blocks import Structure
+
+        whole, _ = _plain(module_at(self._model, self._stack))
+        root = _Copier({id(whole): self._count}, seed).module(module_at(self._model, path))
+        for block in self._tried():
+            for attention in block.attentions:
+                attention.set_heads(module_at(root, self._inside(attention.path, path)), attention.heads)
+        for width in self._structure.widths:
+            for place, name in width.numbers:
+                if f"{place}.".startswith(f"{path}." if path else ""):
+                    with contextlib.suppress(AttributeError):  # of a block that was cut off
+                        module_at(root, self._inside(place, path)).__dict__[name] = width.full
+        read = Structure.by_names(root)
+        names = {self._inside(block.path, path): block for block in self._tried()}
+        self._blocks = [block for block in read.blocks if block.path in names]
+        if [block.path for block in self._blocks] != list(names):
+            raise _Failure("a copy of it is read in another way")
+        self._key_of = {block.path: self._keys[names[block.path].path] for block in self._blocks}
+        stack = self._blocks[0].stack
+        mine = {block.path for block in self._blocks} | {stack}
+        self._widths = [width for width in read.widths if width.name in mine]
+        self._few(root, few)
+        return root
+
+    def _few(self, root: nn.Module, kinds: tuple[str, ...]) -> None:
+        """Cut a copy of large blocks down to a few heads and channels."""
+        from .blocks import Structure
+        from .extract import cut_layer
+        from .narrow import active_ranges, set_width
+
+        if not kinds:
+            return
+        for width in self._widths:
+            if width.kind in kinds and width.units > _FEW[width.kind]:
+                set_width(root, width, _FEW[width.kind] * width.unit)
+        for layer in list(root.modules()):
+            if active_ranges(layer) != (None, None):
+                cut_layer(layer)
+        paths = [block.path for block in self._blocks]
+        read = Structure.by_names(root)
+        names = {width.name for width in self._widths}
+        self._blocks = [block for block in read.blocks if block.path in paths]
+        self._widths = [width for width in read.widths if width.name in names]
+
+    # -- running --
+
+    def _call(self, **more: Any) -> Any:
+        try:
+            return self._root(**{**self._arguments, **more})
+        except Exception as error:  # noqa: BLE001 - whatever it is, it does not run in this way
+            text = " ".join(str(error).split())
+            raise _Failure(f"the forward fails ({type(error).__name__}: {text[:160]})") from error
+
+    def _outputs(self, must_run: Iterable[nn.Module] = (), **more: Any) -> list[torch.Tensor]:
+        """The tensors that the copy returns, without a cache."""
+        ran: set[int] = set()
+        if "use_cache" in inspect.signature(self._root.forward).parameters:
+            more.setdefault("use_cache", False)
+        with ExitStack() as hooks:
+            for module in must_run:
+                hooks.enter_context(module.register_forward_hook(lambda module, *_: ran.add(id(module))))
+            outputs = [leaf for leaf in _leaves(self._call(**more)) if leaf.is_floating_point()]
+        if not all(id(module) in ran for module in must_run):
+            raise _Failure("the model does not run the block by calling it")
+        if not outputs or not all(torch.isfinite(output).all() for output in outputs):
+            raise _Failure("there are no finite outputs")
+        return outputs
+
+    def _demand(self, found: list[torch.Tensor], expected: list[torch.Tensor], what: str) -> None:
+        if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+            shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (found, expected)]
+            raise _Failure(f"{what}: the outputs have the shapes {shapes[0]} in place of {shapes[1]}")
+        for one, other in zip(found, expected):
+            off = (one - other).abs().max().item() if one.numel() else 0.0
+            if not off <= _TOLERANCE * max(other.abs().max().item(), 1e-3):
+                raise _Failure(f"{what} (outputs of a trial differ by {off:.2g})")
+
+    def _often(self, law: Callable[[], None]) -> str | None:
+        """Why a law does not hold, with any of some seeds."""
+        why = None
+        for seed in range(_SEEDS):
+            try:
+                if seed:
+                    self._set_up(seed)
+                law()
+                why = None
+                break
+            except _Failure as failure:
+                why = str(failure)
+        if seed:
+            self._set_up(0)
+        return why
+
+    # -- widths --
+
+    def _widths_of(self, key: Any, kind: str) -> list[Width]:
+        paths = [path for path, other in self._key_of.items() if other == key]
+        stacks = {block.stack for block in self._blocks}
+        return [w for w in self._widths if w.kind == kind and w.units > 1 and (w.name in paths or w.name in stacks)]
+
+    def why_not_narrowed(self, key: Any, kind: str) -> str | None:
+        if not self._widths_of(key, kind):
+            return None
+        word = _WORDS[kind]
+
+        def law() -> None:
+            widths = self._widths_of(key, kind)
+            with self._weights_put_back():
+                self._permute(widths)
+                self._demand(self._outputs(), self._base, f"another order of its {word} changes what the model computes")
+            for kept in dict.fromkeys((1, max(1, widths[0].units // 2))):
+                self._narrowed_is_masked(widths, kept, word)
+
+        return self._often(law)
+
+    @contextmanager
+    def _weights_put_back(self) -> Iterator[None]:
+        weights = [(parameter, parameter.data) for parameter in self._root.parameters()]
+        try:
+            yield
+        finally:
+            for parameter, data in weights:
+                parameter.data = data
+
+    def _permute(self, widths: list[Width]) -> None:
+        from .importance import permute
+
+        random = torch.Generator().manual_seed(1)
+        for width in widths:
+            for order in width.orders:
+                new = torch.randperm(width.units, generator=random)
+                if torch.equal(new, torch.arange(width.units)):
+                    new = new.flip(0)
+                for slot in order.slots:
+                    permute(module_at(self._root, slot.path), slot.side, slot.index(new))
+
+    def _narrowed_is_masked(self, widths: list[Width], kept: int, word: str) -> None:
+        from .blocks import layer_at
+        from .narrow import set_width
+
+        with self._weights_put_back():
+            for width in widths:
+                for slot in width.slots:
+                    if slot.side != "in":
+                        continue
+                    layer = layer_at(self._root, slot.path)
+                    weight = layer.get_parameter("weight")
+                    mask = torch.zeros(weight.shape[0 if isinstance(layer, Conv1D) else 1])
+                    for start, stop in slot.ranges(kept, width.units):
+                        mask[start:stop] = 1
+                    weight.data = weight.data * (mask[:, None] if isinstance(layer, Conv1D) else mask)
+            expected = self._outputs()
+        try:
+            for width in widths:
+                set_width(self._root, width, kept * width.unit)
+            try:
+                found = self._outputs()
+            except _Failure as failure:
+                raise _Failure(f"with fewer {word} {failure}") from failure
+            self._demand(found, expected, f"with fewer {word} it is not the model without the others")
+        finally:
+            for width in widths:
+                set_width(self._root, width, width.full)
+
+    # -- skips --
+
+    def skips(self) -> dict[Any, dict[str, str | dict[str, Skip]]]:
+        """For every class, what is known about each part that its layout can skip."""
+        found: dict[Any, dict[str, Any]] = {key: {} for key in self._key_of.values()}
+        self._cached = self._has_cache()
+        for block in self._blocks:
+            key = self._key_of[block.path]
+            for part in block.skips:
+                if part not in found[key]:
+                    found[key][part] = self._try_skip(block.path, part)
+        # several at once
+        for part in _PARTS:
+            good = [block.path for block in self._blocks if isinstance(found[self._key_of[block.path]].get(part), dict)]
+            if part == "block" and len(good) == self._count:
+                good = good[:-1]
+            if len(good) > 1:
+                why = self._often(lambda good=good, part=part: self._several_law(found, dict.fromkeys(good, part)))  # type: ignore[misc]
+                for path in good if why is not None else ():
+                    found[self._key_of[path]][part] = f"where several are skipped, {why}"
+        return found
+
+    def _try_skip(self, path: str, part: str) -> str | dict[str, Skip]:
+        candidates: list[dict[str, Skip]] = []
+        why: str | None = None
+
+        def block() -> Block:
+            return next(block for block in self._blocks if block.path == path)
+
+        plain = {place[len(path) + 1 :]: skip for place, skip in block().skips[part].items()}
+        candidates = [plain]
+        adapted = self._adapted(path, plain)
+        if adapted is not None and adapted != plain:
+            candidates.insert(0, adapted)
+        for skips in candidates:
+            failed = self._often(lambda skips=skips: self._skip_law(block(), part, skips))  # type: ignore[misc]
+            if failed is None:
+                return skips
+            why = failed
+        return f"skipped, {why}" if why is not None else plain
+
+    def _adapted(self, path: str, skips: dict[str, Skip]) -> dict[str, Skip] | None:
+        """The skips, with the kind of result that the modules have."""
+        kinds: dict[str, Skip] = {}
+
+        def note(place: str, skip: Skip) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                made = _skip_result(skip, module, args, kwargs)
+                if made is None:
+                    return
+                if isinstance(output, (tuple, list)) and type(output) in (tuple, list):
+                    if type(made) is not type(output) or len(made) != len(output):
+                        kinds.setdefault(place, Returning(skip, type(output).__name__, len(output)))
+                elif isinstance(output, torch.Tensor) and not isinstance(made, torch.Tensor):
+                    kinds.setdefault(place, Returning(skip, "tensor", 1))
+
+            return hook
+
+        with ExitStack() as hooks:
+            for place, skip in skips.items():
+                module = module_at(self._root, f"{path}.{place}" if place else path)
+                hooks.enter_context(module.register_forward_hook(note(place, skip), with_kwargs=True))
+            self._outputs()
+        return {**skips, **kinds} if kinds else None
+
+    def _skip_law(self, block: Block, part: str, skips: dict[str, Skip]) -> None:
+        found = {self._key_of[block.path]: {part: skips}}
+        self._several_law(found, {block.path: part})
+
+    def _several_law(self, found: Mapping[Any, Mapping[str, Any]], parts: Mapping[str, str]) -> None:
+        """Skipping these parts of these blocks is right, without a cache and with one."""
+        from .narrow import set_skipped
+
+        chosen: list[tuple[Block, str]] = []
+        with ExitStack() as hooks:
+            for block in self._blocks:
+                if block.path not in parts:
+                    continue
+                part = parts[block.path]
+                skips = found[self._key_of[block.path]][part]
+                block.skips[part] = {f"{block.path}.{path}" if path else block.path: skip for path, skip in skips.items()}
+                chosen.append((block, part))
+                for place, skip in block.skips[part].items():
+                    module = module_at(self._root, place)
+                    hooks.enter_context(module.register_forward_hook(_exchange(skip), with_kwargs=True))
+            expected = self._outputs()
+        try:
+            for block, part in chosen:
+                set_skipped(self._root, block, part, True)
+            self._demand(self._outputs(), expected, "the model does not go on with the hidden states of the others")
+            if self._cached:
+                self._cache_law()
+        finally:
+            for block, part in chosen:
+                set_skipped(self._root, block, part, False)
+
+    # -- caches --
+
+    def _has_cache(self) -> bool:
+        """Whether the copy computes with a key-value cache what it computes without one."""
+        names = inspect.signature(self._root.forward).parameters
+        self._cache_name = next((name for name in ("cache", "past_key_values") if name in names), "")
+        mains = [name for name in ("inputs_embeds", "input_ids", "hidden_states") if name in self._arguments]
+        if not self._cache_name or "use_cache" not in names or not mains or "decoder_input_ids" in names:
+            return False
+        self._main = mains[0]
+        try:
+            self._cache_law()
+        except _Failure:
+            return False
+        return True
+
+    def _cache_law(self) -> None:
+        tokens = self._arguments[self._main]
+        whole = self._outputs()[0]
+        first = self._call(**{self._main: tokens[:, :-_STEP], "use_cache": True})
+        values = first.values() if isinstance(first, ModelOutput) else first if isinstance(first, tuple) else ()
+        cache = next((value for value in values if isinstance(value, Cache)), None)
+        if cache is None:
+            raise _Failure("no cache is returned")
+        second = self._call(**{self._main: tokens[:, -_STEP:], "use_cache": True, self._cache_name: cache})
+        outputs = [_leaves(output)[0] for output in (first, second)]
+        self._demand([torch.cat(outputs, 1)], [whole], "with a key-value cache it computes something else than without")
+
+
+def _hidden_size(root: nn.Module, block: Block) -> int:
+    from .blocks import layer_at, layer_sizes
+
+    layout = block.layout
+    for attention in layout.attentions if "attention" not in block.removed else ():
+        return layer_sizes(layer_at(root, f"{block.path}.{attention.path(attention.qkv[0])}"))[1]
+    if layout.mlp is not None and "mlp" not in block.removed:
+        return layer_sizes(layer_at(root, f"{block.path}.{layout.mlp.inputs[0]}"))[1]
+    for parameter in module_at(root, block.path).parameters():
+        return parameter.shape[-1]
+    return 8
+
+
+def _leaves(output: Any) -> list[torch.Tensor]:
+    """The tensors of an output, without those of caches."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Cache):
+        return []
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return [leaf for entry in output for leaf in _leaves(entry)]
+    return []
+
+
+def _skip_result(skip: Skip, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """What a skip returns, None if it does not take these arguments."""
+    try:
+        return skip(module, *args, **kwargs)
+    except Exception:  # noqa: BLE001 - the law says so, when it is tried
+        return None
+
+
+def _exchange(skip: Skip) -> Callable[..., Any]:
+    """A hook that leaves what a module returns as it is, but for its first tensor."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        made = _leaves(_skip_result(skip, module, args, kwargs))
+        leaves, spec = pytree.tree_flatten(output)
+        place = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)), None)
+        if not made or place is None or made[0].shape != leaves[place].shape:
+            return None
+        leaves[place] = made[0]
+        return pytree.tree_unflatten(leaves, spec)
+
+    return hook
