@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +87,7 @@ class Attention:
         path (`str`): of the module that splits the projections into heads.
         layout (`AttentionLayout`): how it is built.
         heads, kv_heads, head_dim (`int`): of the whole attention.
+        per_head (`tuple[str, ...]`): paths of the embeddings with one column for each head that it has.
     """
 
     path: str
@@ -92,6 +95,7 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+    per_head: tuple[str, ...] = ()
 
     def set_heads(self, module: nn.Module, heads: int) -> None:
         """Tell the attention module how many query heads it has."""
@@ -168,6 +172,7 @@ class Block:
         skips (`dict[str, dict[str, Skip]]`): what may be skipped, "block", "attention" and "mlp" -> path of the module -> what
             it returns then.
         problems (`dict[str, str]`): "heads" or "mlp" -> why that cannot be narrowed.
+        fixed (`dict[str, str]`): part that the layout can skip -> why it cannot be skipped here.
         removed (`set[str]`): which of "attention" and "mlp" are not there any more.
     """
 
@@ -178,6 +183,7 @@ class Block:
     attentions: list[Attention] = field(default_factory=list)
     skips: dict[str, dict[str, Skip]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
 
 
@@ -195,16 +201,31 @@ class Removed(nn.Module):
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
         self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
+        self.main_name = first_parameter(type(module).plain_class)  # type: ignore[attr-defined]
         names = (name for name, _ in module.named_parameters() if "lora_" not in name)
         # of one of the parameters that are not there; checkpoints name it
         self.absent = next(names, "").replace("base_layer.", "")
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
-        return self.skip(self, hidden_states, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = main_first(self.main_name, args, kwargs)
+        keep_places((*args[1:], *kwargs.values()), self.cache_layers, args[0])
+        return self.skip(self, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return self.stands_for
+
+
+@functools.cache
+def first_parameter(cls: type[nn.Module]) -> str:
+    """What the forward of a class calls its first argument."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
+
+def main_first(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward with the first one by position, as skips take it."""
+    if args:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
@@ -349,7 +370,8 @@ def _read_attention(block: nn.Module, path: str, layout: AttentionLayout) -> Att
             continue
         if sizes & set(parameter.shape):
             return f"{where}.{name} {tuple(parameter.shape)} seems to belong to heads, and the layout does not know it"
-    return Attention(where, layout, heads, kv_heads, head_dim)
+    per_head = tuple(f"{where}.{name}" for name in layout.per_head if name in module._modules)
+    return Attention(where, layout, heads, kv_heads, head_dim, per_head)
 
 
 def _order_of(attention: Attention, block_path: str) -> Order:
@@ -392,8 +414,7 @@ def _tied_heads(blocks: list[Block]) -> list[Width]:
                 orders.append(order)
                 continue
             shared += order.slots
-            for name in attention.layout.per_head if block.index == 0 else ():
-                shared.append(Slot(f"{block.path}.{attention.layout.path(name)}", "out", ((0, attention.heads),)))
+            shared += [Slot(path, "out", ((0, attention.heads),)) for path in attention.per_head]
     stack, first = blocks[0].stack, attentions[0]
     orders.insert(0, Order(stack, tuple(shared)))
     return [Width("heads", stack, first.heads, first.kv_heads, tuple(orders), tuple(attentions))]

@@ -230,6 +230,9 @@ _SELF_ATTENTION = {"self_attn": skip_attention}
 _GATED = MLPLayout(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", skip={"mlp": skip_to_zeros})
 _LLAMA_ATTENTION = AttentionLayout("self_attn", skip=_SELF_ATTENTION)
 _FC = MLPLayout(("fc1",), "fc2", size="ffn_dim", skip={"fc1": _skip_inputs, "fc2": _skip_outputs})
+_OPT_ATTENTION = AttentionLayout(
+    "self_attn", out="out_proj", features=("all_head_size", "inner_dim", "split_size", "embed_dim"), skip=_SELF_ATTENTION
+)
 _BERT = AttentionLayout(
     "attention.self",
     ("query", "key", "value"),
@@ -292,8 +295,8 @@ for _layout in (
         (AttentionLayout("attention", ("q_lin", "k_lin", "v_lin"), "out_lin", skip={"attention": skip_attention}),),
         MLPLayout(("ffn.lin1",), "ffn.lin2", size="hidden_dim", skip={"ffn": skip_to_zeros}),
     ),
-    # OPT, and the encoders of BART and Whisper
-    BlockLayout("OPT", (AttentionLayout("self_attn", out="out_proj", skip=_SELF_ATTENTION),), _FC),
+    # OPT, and the encoders and decoders of BART and Whisper
+    BlockLayout("OPT", (_OPT_ATTENTION,), _FC),
     BlockLayout(
         "BERT",
         (_BERT,),

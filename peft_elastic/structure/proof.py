@@ -120,7 +120,7 @@ def _apply(verdict: Verdict, structure: Structure, block: Block) -> None:
             continue
         if isinstance(found, str):
             del block.skips[part]
-            block.problems[part] = f"{block.path}: {found}"
+            block.fixed[part] = f"{block.path}: {found}"
         else:
             block.skips[part] = {f"{block.path}.{path}" if path else block.path: skip for path, skip in found.items()}
 
@@ -839,7 +839,10 @@ def _leaves(output: Any) -> list[torch.Tensor]:
 
 def _skip_result(skip: Skip, module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """What a skip returns, None if it does not take these arguments."""
+    from .blocks import first_parameter, main_first
+
     try:
+        args, kwargs = main_first(first_parameter(type(module)), args, kwargs)
         return skip(module, *args, **kwargs)
     except Exception:  # noqa: BLE001 - the law says so, when it is tried
         return None
