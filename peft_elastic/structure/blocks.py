@@ -173,7 +173,7 @@ class Block:
             it returns then.
         problems (`dict[str, str]`): "heads" or "mlp" -> why that cannot be narrowed.
         fixed (`dict[str, str]`): part that the layout can skip -> why it cannot be skipped here.
-        removed (`set[str]`): which of "attention" and "mlp" are not there any more.
+        removed (`set[str]`): which of "block", "attention" and "mlp" are not there any more.
     """
 
     path: str
@@ -188,7 +188,7 @@ class Block:
 
 
 class Removed(nn.Module):
-    """Stands where a part of a block has been removed for good.
+    """Stands where a block or a part of one has been removed for good.
 
     Args:
         module (`nn.Module`): what it stands for; plain attributes are taken over, as other modules may read them.
@@ -280,7 +280,12 @@ class Structure:
 
     def _read_stack(self, model: nn.Module, stack: dict[str, nn.Module]) -> Iterator[Block]:
         for index, (path, module) in enumerate(stack.items()):
-            layout = next((layout for layout in layouts() if _fits(module, layout)), None)
+            gone = isinstance(module, Removed)
+            fitted = stack.values() if gone else [module]
+            layout = next((layout for entry in fitted for layout in layouts() if _fits(entry, layout)), None)
+            if layout is not None and gone:
+                yield Block(path, path.rpartition(".")[0], index, layout, removed={"block", "attention", "mlp"})
+                continue
             if layout is None:
                 self.unknown.append(path)
                 continue

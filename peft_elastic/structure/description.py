@@ -171,7 +171,7 @@ def _describe_blocks(structure: Structure, config: Any) -> Description:
             assert block.layout.mlp is not None
             sizes[block.layout.mlp.size] = channels[block.path].full
         if block.removed:
-            sizes["skip"] = sorted(block.removed)
+            sizes["skip"] = ["block"] if "block" in block.removed else sorted(block.removed)
         described[block.path] = sizes
     return described
 

@@ -104,7 +104,8 @@ def prove(structure: Structure, model: nn.Module) -> None:
         whole = _whole_key(module_at(model, stack.rpartition(".")[0]))
         keys = {block.path: (whole, _block_key(model, structure, block)) for block in blocks}
         if not all(key in _VERDICTS for key in keys.values()):
-            _VERDICTS.update(_try_stack(model, structure, blocks, keys))
+            for key, verdict in _try_stack(model, structure, blocks, keys).items():
+                _VERDICTS.setdefault(key, verdict)  # one that is known was found in more natural company
         for block in blocks:
             _apply(_VERDICTS[keys[block.path]], structure, block)
 
@@ -232,7 +233,9 @@ class _Copier:
         children = list(module._modules.items())
         for name, child in children[: self._cut.get(id(module))]:
             made._modules[name] = None if child is None else self.module(child)
-        left_out = ("forward", "active_in", "active_out", "cache_layers", "_hf_hook", "_old_forward")
+        left_out = ("forward", "_hf_hook", "_old_forward")
+        if cls is not type(module):
+            left_out += ("active_in", "active_out", "cache_layers")
         for name, value in module.__dict__.items():
             if name not in self._fresh and name not in left_out:
                 made.__dict__[name] = self._value(value)
@@ -500,7 +503,7 @@ class _Trial:
             for few in self._reductions():
                 root = self._copy(path, few, seed)
                 modules = [module_at(root, self._inside(block.path, path)) for block in self._tried()]
-                hidden = _hidden_size(root, self._blocks[0])
+                hidden = _hidden_size(root, self._blocks)
                 for arguments in _arguments(root, modules, hidden, seed):
                     self._root, self._arguments = root, arguments
                     try:
@@ -811,17 +814,18 @@ class _Trial:
         self._demand([torch.cat(outputs, 1)], [whole], "with a key-value cache it computes something else than without")
 
 
-def _hidden_size(root: nn.Module, block: Block) -> int:
+def _hidden_size(root: nn.Module, blocks: list[Block]) -> int:
+    """Features of the hidden states, as far as the layers of the blocks tell."""
     from .blocks import layer_at, layer_sizes
 
-    layout = block.layout
-    for attention in layout.attentions if "attention" not in block.removed else ():
-        return layer_sizes(layer_at(root, f"{block.path}.{attention.path(attention.qkv[0])}"))[1]
-    if layout.mlp is not None and "mlp" not in block.removed:
-        return layer_sizes(layer_at(root, f"{block.path}.{layout.mlp.inputs[0]}"))[1]
-    for parameter in module_at(root, block.path).parameters():
-        return parameter.shape[-1]
-    return 8
+    for block in blocks:
+        layout = block.layout
+        names = [a.path(a.qkv[0]) for a in layout.attentions if "attention" not in block.removed]
+        if layout.mlp is not None and "mlp" not in block.removed:
+            names.append(layout.mlp.inputs[0])
+        if names:
+            return layer_sizes(layer_at(root, f"{block.path}.{names[0]}"))[1]
+    return next((p.shape[-1] for p in root.parameters()), 1)
 
 
 def _leaves(output: Any) -> list[torch.Tensor]:
