@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,31 +258,41 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._read(model)
+        self._read(model, {})
         prove(self, model)
+        # a layout that is not true of a block gives way to another one of the same layers
+        if others := {block.path: other for block in self.blocks for other in _others(block)[:1]}:
+            second = Structure.by_names(model, {block.path: block.layout for block in self.blocks} | others)
+            prove(second, model)
+            if not any("heads" in block.problems for block in second.blocks if block.path in others):
+                self.__dict__.update(second.__dict__)
 
     @classmethod
-    def by_names(cls, model: nn.Module) -> Structure:
-        """What the names of the layers say, which nobody has tried."""
+    def by_names(cls, model: nn.Module, chosen: Mapping[str, BlockLayout]) -> Structure:
+        """What the names of the layers say, which nobody has tried; with these layouts for the blocks at these paths."""
         structure = cls.__new__(cls)
-        structure._read(model)
+        structure._read(model, chosen)
         return structure
 
-    def _read(self, model: nn.Module) -> None:
+    def _read(self, model: nn.Module, chosen: Mapping[str, BlockLayout]) -> None:
         self.blocks: list[Block] = []
         self.widths: list[Width] = []
         self.unknown: list[str] = []
         self.active: dict[str, int] = {}
         for stack in find_stacks(model):
-            found = list(self._read_stack(model, stack))
+            found = list(self._read_stack(model, stack, chosen))
             self.blocks += found
             self.widths += _tied_heads(found) if found and found[0].layout.tied_heads else []
 
-    def _read_stack(self, model: nn.Module, stack: dict[str, nn.Module]) -> Iterator[Block]:
+    def _read_stack(
+        self, model: nn.Module, stack: dict[str, nn.Module], chosen: Mapping[str, BlockLayout]
+    ) -> Iterator[Block]:
         for index, (path, module) in enumerate(stack.items()):
             gone = isinstance(module, Removed)
             fitted = stack.values() if gone else [module]
-            layout = next((layout for entry in fitted for layout in layouts() if _fits(entry, layout)), None)
+            layout = chosen.get(path)
+            if layout is None:
+                layout = next((layout for entry in fitted for layout in layouts() if _fits(entry, layout)), None)
             if layout is not None and gone:
                 yield Block(path, path.rpartition(".")[0], index, layout, removed={"block", "attention", "mlp"})
                 continue
@@ -327,6 +337,13 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _others(block: Block) -> list[BlockLayout]:
+    """Layouts of the same layers, where the one that was taken is wrong about the heads."""
+    if "heads" not in block.problems or not block.attentions:
+        return []
+    return [layout for layout in layouts() if layout is not block.layout and layout.paths() == block.layout.paths()]
 
 
 def _removed_parts(block: nn.Module, layout: BlockLayout) -> set[str]:

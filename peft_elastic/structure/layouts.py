@@ -275,6 +275,12 @@ for _layout in (
         (AttentionLayout("self_attn", ("qkv_proj",), reads_config=True, skip=_SELF_ATTENTION),),
         MLPLayout(("mlp.gate_up_proj",), "mlp.down_proj", stacked=2, skip={"mlp": skip_to_zeros}),
     ),
+    # GPT-BigCode without multi-query attention; of the same layers as the next, which is tried first
+    BlockLayout(
+        "GPT-2, head by head",
+        (AttentionLayout("attn", ("c_attn",), "c_proj", True, skip={"attn": skip_attention}),),
+        MLPLayout(("mlp.c_fc",), "mlp.c_proj", size="n_inner", skip={"mlp": skip_to_zeros}),
+    ),
     BlockLayout(
         "GPT-2",
         (AttentionLayout("attn", ("c_attn",), "c_proj", skip={"attn": skip_attention}),),

@@ -157,7 +157,7 @@ def _flags(module: nn.Module) -> tuple[Any, ...]:
     return tuple(
         (name, value)
         for name, value in sorted(module.__dict__.items())
-        if isinstance(value, (bool, str)) and name != "training" and not name.startswith("_")
+        if isinstance(value, (bool, str)) and not name.startswith(("_", "training")) and not name.endswith("checkpointing")
     )
 
 
@@ -537,8 +537,8 @@ class _Trial:
                 if f"{place}.".startswith(f"{path}." if path else ""):
                     with contextlib.suppress(AttributeError):  # of a block that was cut off
                         module_at(root, self._inside(place, path)).__dict__[name] = width.full
-        read = Structure.by_names(root)
         names = {self._inside(block.path, path): block for block in self._tried()}
+        read = Structure.by_names(root, {name: block.layout for name, block in names.items()})
         self._blocks = [block for block in read.blocks if block.path in names]
         if [block.path for block in self._blocks] != list(names):
             raise _Failure("a copy of it is read in another way")
@@ -563,8 +563,8 @@ class _Trial:
         for layer in list(root.modules()):
             if active_ranges(layer) != (None, None):
                 cut_layer(layer)
-        paths = [block.path for block in self._blocks]
-        read = Structure.by_names(root)
+        paths = {block.path: block.layout for block in self._blocks}
+        read = Structure.by_names(root, paths)
         names = {width.name for width in self._widths}
         self._blocks = [block for block in read.blocks if block.path in paths]
         self._widths = [width for width in read.widths if width.name in names]
@@ -635,7 +635,7 @@ class _Trial:
             with self._weights_put_back():
                 self._permute(widths)
                 self._demand(self._outputs(), self._base, f"another order of its {word} changes what the model computes")
-            for kept in dict.fromkeys((1, max(1, widths[0].units // 2))):
+            for kept in dict.fromkeys((1, max(1, widths[0].units // 2))) if self._can_be_narrowed(widths) else ():
                 self._narrowed_is_masked(widths, kept, word)
 
         return self._often(law)
@@ -660,6 +660,19 @@ class _Trial:
                     new = new.flip(0)
                 for slot in order.slots:
                     permute(module_at(self._root, slot.path), slot.side, slot.index(new))
+
+    def _can_be_narrowed(self, widths: list[Width]) -> bool:
+        """Whether all of the layers can; who asks for it is told otherwise later."""
+        from .blocks import layer_at
+        from .narrow import check_narrowable
+
+        try:
+            for width in widths:
+                for slot in width.slots:
+                    check_narrowable(layer_at(self._root, slot.path), slot.path)
+        except ValueError:
+            return False
+        return True
 
     def _narrowed_is_masked(self, widths: list[Width], kept: int, word: str) -> None:
         from .blocks import layer_at
