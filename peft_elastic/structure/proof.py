@@ -32,6 +32,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +45,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils import _pytree as pytree
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
@@ -66,7 +67,7 @@ _BLOCKS = 3
 _BATCH, _LENGTH, _STEP = 2, 8, 3
 # A copy of a block with more weights than this is made with fewer heads and channels.
 _LARGE = 4_000_000
-_FEW = {"heads": 4, "mlp": 32}
+_FEW = {"heads": 2, "mlp": 16}
 _PARTS = ("block", "attention", "mlp")
 _WORDS = {"heads": "heads", "mlp": "MLP channels"}
 
@@ -102,7 +103,8 @@ def prove(structure: Structure, model: nn.Module) -> None:
         stacks.setdefault(block.stack, []).append(block)
     for stack, blocks in stacks.items():
         whole = _whole_key(module_at(model, stack.rpartition(".")[0]))
-        keys = {block.path: (whole, _block_key(model, structure, block)) for block in blocks}
+        # of a first block others read more than its outputs, the length of a cache for instance
+        keys = {block.path: (whole, _block_key(model, structure, block), block.index == 0) for block in blocks}
         if not all(key in _VERDICTS for key in keys.values()):
             for key, verdict in _try_stack(model, structure, blocks, keys).items():
                 _VERDICTS.setdefault(key, verdict)  # one that is known was found in more natural company
@@ -187,7 +189,7 @@ def _whole_key(holder: nn.Module) -> tuple[Any, ...]:
 def _block_key(model: nn.Module, structure: Structure, block: Block) -> tuple[Any, ...]:
     widths = [width for width in structure.widths if width.name in (block.path, block.stack)]
     groups = tuple((width.kind, width.units == 1, width.units == width.full) for width in widths)
-    parts = (tuple(block.skips), tuple(sorted(block.problems)), tuple(sorted(block.removed)), block.index == 0)
+    parts = (tuple(block.skips), tuple(sorted(block.problems)), tuple(sorted(block.removed)))
     return (_print(module_at(model, block.path)), id(block.layout), groups, parts)
 
 
@@ -226,8 +228,9 @@ class _Copier:
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         self._made[id(original)] = made
+        shapes = _small_experts(module)
         for name, parameter in module._parameters.items():
-            made._parameters[name] = None if parameter is None else self._parameter(module, name, parameter)
+            made._parameters[name] = None if parameter is None else self._parameter(module, name, parameter, shapes)
         for name, buffer in module._buffers.items():
             made._buffers[name] = None if buffer is None else _plain_tensor(buffer)
         children = list(module._modules.items())
@@ -249,30 +252,31 @@ class _Copier:
             made._parameters[name] = None if parameter is None else self._parameter(made, name, parameter)
         return made.eval()
 
-    def _parameter(self, module: nn.Module, name: str, parameter: torch.Tensor) -> nn.Parameter:
+    def _parameter(
+        self, module: nn.Module, name: str, parameter: torch.Tensor, shapes: Mapping[str, tuple[int, ...]] = {}
+    ) -> nn.Parameter:
         if id(parameter) not in self._made:
             self._kept.append(parameter)
-            self._made[id(parameter)] = nn.Parameter(self._random_weight(module, name, parameter), requires_grad=False)
+            weight = self._random_weight(module, name, parameter, shapes.get(name, tuple(parameter.shape)))
+            self._made[id(parameter)] = nn.Parameter(weight, requires_grad=False)
         return self._made[id(parameter)]
 
-    def _random_weight(self, module: nn.Module, name: str, like: torch.Tensor) -> torch.Tensor:
-        shape = tuple(like.shape)
+    def _random_weight(
+        self, module: nn.Module, name: str, like: torch.Tensor, shape: tuple[int, ...]
+    ) -> torch.Tensor:
         if not like.is_floating_point():
             return _plain_tensor(like)
-        if like.numel() > _LARGE:
-            # overlapping windows of one row of numbers, which cost no memory
-            strides = tuple((13, 11, 7, 5, 3)[-dims] if dims > 1 else 1 for dims in range(len(shape), 0, -1))
-            size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
-            values = torch.randn(size, generator=self._random).as_strided(shape, strides)
-        else:
-            values = torch.randn(shape, generator=self._random)
         if len(shape) < 2:
             # scales of norms are somewhere around one
-            return values * 0.3 + (1.0 if "weight" in name else 0.0)
-        if isinstance(module, nn.Embedding):
-            return values
-        fan_in = shape[0] if isinstance(module, Conv1D) else shape[-1] if len(shape) == 3 else like[0].numel()
-        return values * max(fan_in, 1) ** -0.5
+            return torch.randn(shape, generator=self._random) * 0.3 + (1.0 if "weight" in name else 0.0)
+        fan_in = shape[0] if isinstance(module, Conv1D) else shape[-1] if len(shape) == 3 else math.prod(shape[1:])
+        scale = 1.0 if isinstance(module, nn.Embedding) else max(fan_in, 1) ** -0.5
+        if math.prod(shape) <= _LARGE * (1 if len(shape) == 2 else 16):
+            return torch.randn(shape, generator=self._random) * scale
+        # overlapping windows of one row of numbers, which cost no memory
+        strides = tuple(range(2 * len(shape) - 1, 0, -2))
+        size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+        return (torch.randn(size, generator=self._random) * scale).as_strided(shape, strides)
 
     def _value(self, value: Any) -> Any:
         """A plain attribute, which may hold modules."""
@@ -304,6 +308,26 @@ class _Copier:
                     part.__dict__["_attn_implementation_internal"] = "eager"  # the others need a GPU
             self._made[id(config)] = made
         return self._made[id(config)]
+
+
+def _small_experts(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes with fewer channels for the experts of a mixture, of which there can be billions: nobody narrows them.
+
+    They are parameters (experts, 2 * channels, features) and (experts, features, channels), or with both transposed.
+    """
+    up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if up is None or down is None or up.dim() != 3 or down.dim() != 3 or up.numel() <= _LARGE:
+        return {}
+    few = _FEW["mlp"]
+    for features, axis in ((up.shape[2], 1), (up.shape[1], 2)):
+        channels = down.numel() // down.shape[0] // features
+        if up.shape[axis] == 2 * channels and down.shape[3 - axis] == channels and down.shape[axis] == features:
+            shapes = {"gate_up_proj": list(up.shape), "down_proj": list(down.shape)}
+            shapes["gate_up_proj"][axis], shapes["down_proj"][3 - axis] = 2 * few, few
+            if (bias := module._parameters.get("gate_up_proj_bias")) is not None:
+                shapes["gate_up_proj_bias"] = [bias.shape[0], 2 * few]
+            return {name: tuple(shape) for name, shape in shapes.items()}
+    return {}
 
 
 def _configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -392,6 +416,16 @@ def _arguments(root: nn.Module, blocks: list[nn.Module], hidden: int, seed: int)
             yield {**other, **main}
 
 
+def _shorten(root: nn.Module) -> None:
+    """Let an encoder of speech that reads half a minute, no more and no less, read a moment."""
+    config, embeddings = getattr(root, "config", None), getattr(root, "embed_positions", None)
+    longest = getattr(config, "max_source_positions", None)
+    if isinstance(embeddings, nn.Embedding) and embeddings.num_embeddings == longest and longest > 2 * _LENGTH:
+        config.max_source_positions = embeddings.num_embeddings = 2 * _LENGTH
+        embeddings.weight.data = embeddings.weight.data[: 2 * _LENGTH]
+        root.__dict__.update({"max_source_positions": 2 * _LENGTH} if "max_source_positions" in root.__dict__ else {})
+
+
 def _other_arguments(
     root: nn.Module,
     parameters: Mapping[str, inspect.Parameter],
@@ -465,9 +499,10 @@ def _try_stack(
                 verdict.problems = dict.fromkeys(("heads", "mlp"), str(failure))
                 verdict.skips = dict.fromkeys(block.skips, str(failure))
             return verdicts
-        for key, verdict in verdicts.items():
-            for kind in ("heads", "mlp"):
-                if (why := trial.why_not_narrowed(key, kind)) is not None:
+        for kind in ("heads", "mlp"):
+            reasons = {key[:-1]: trial.why_not_narrowed(key[:-1], kind) for key in verdicts}
+            for key, verdict in verdicts.items():
+                if (why := reasons[key[:-1]]) is not None:
                     verdict.problems[kind] = why
         for key, found in trial.skips().items():
             verdicts[key].skips = found
@@ -495,14 +530,12 @@ class _Trial:
 
     def _set_up(self, seed: int) -> None:
         """Find the innermost module around the stack that runs, and arguments for it."""
-        holder = self._stack.rpartition(".")[0]
-        parts = holder.split(".") if holder else []
-        paths = [".".join(parts[:number]) for number in range(len(parts), -1, -1)]
         reason: Exception | None = None
-        for path in paths:
+        for path in self._roots():
             for few in self._reductions():
                 root = self._copy(path, few, seed)
-                modules = [module_at(root, self._inside(block.path, path)) for block in self._tried()]
+                modules = [module_at(root, block.path) for block in self._blocks]
+                _shorten(root)
                 hidden = _hidden_size(root, self._blocks)
                 for arguments in _arguments(root, modules, hidden, seed):
                     self._root, self._arguments = root, arguments
@@ -512,6 +545,22 @@ class _Trial:
                     except _Failure as error:
                         reason = error if reason is None else reason
         raise _Failure(f"it could not be tried ({reason}), so nothing is known about it")
+
+    def _roots(self) -> list[str]:
+        """Paths of the modules around the stack that may be tried: first the model that it belongs to, which makes the cache, then
+        the others from the inside out. A model that reaches into another one for its blocks is what runs them."""
+        parts = self._stack.split(".")[:-1]
+        paths = [".".join(parts[:number]) for number in range(len(parts), -1, -1)]
+        modules = {path: _plain(module_at(self._model, path))[0] for path in paths}
+        for path in reversed(paths):
+            forward = getattr(type(modules[path]), "forward", None)
+            inner = self._inside(self._stack, path)
+            with contextlib.suppress(TypeError, OSError):  # without a source
+                if "." in inner and f"self.{inner}" in inspect.getsource(forward):  # type: ignore[arg-type]
+                    paths = paths[paths.index(path) :]
+                    break
+        models = [path for path in paths if isinstance(modules[path], PreTrainedModel)][:1]
+        return list(dict.fromkeys(models + paths))
 
     def _reductions(self) -> list[tuple[str, ...]]:
         size = sum(p.numel() for p in module_at(self._model, self._real_blocks[0].path).parameters())
@@ -621,7 +670,7 @@ class _Trial:
     # -- widths --
 
     def _widths_of(self, key: Any, kind: str) -> list[Width]:
-        paths = [path for path, other in self._key_of.items() if other == key]
+        paths = [path for path, other in self._key_of.items() if other[:-1] == key]
         stacks = {block.stack for block in self._blocks}
         return [w for w in self._widths if w.kind == kind and w.units > 1 and (w.name in paths or w.name in stacks)]
 
@@ -635,8 +684,8 @@ class _Trial:
             with self._weights_put_back():
                 self._permute(widths)
                 self._demand(self._outputs(), self._base, f"another order of its {word} changes what the model computes")
-            for kept in dict.fromkeys((1, max(1, widths[0].units // 2))) if self._can_be_narrowed(widths) else ():
-                self._narrowed_is_masked(widths, kept, word)
+            if self._can_be_narrowed(widths):
+                self._narrowed_is_masked(widths, max(1, widths[0].units // 2), word)
 
         return self._often(law)
 
@@ -722,6 +771,11 @@ class _Trial:
                 why = self._often(lambda good=good, part=part: self._several_law(found, dict.fromkeys(good, part)))  # type: ignore[misc]
                 for path in good if why is not None else ():
                     found[self._key_of[path]][part] = f"where several are skipped, {why}"
+            good = [path for path in good if isinstance(found[self._key_of[path]].get(part), dict)]
+            if good and self._count > 1:
+                why = self._often(lambda good=good, part=part: self._extracted_law(found, good[-1], part))  # type: ignore[misc]
+                for path in good if why is not None else ():
+                    found[self._key_of[path]][part] = f"removed for good, {why}"
         return found
 
     def _try_skip(self, path: str, part: str) -> str | dict[str, Skip]:
@@ -797,6 +851,33 @@ class _Trial:
         finally:
             for block, part in chosen:
                 set_skipped(self._root, block, part, False)
+
+    def _extracted_law(self, found: Mapping[Any, Mapping[str, Any]], path: str, part: str) -> None:
+        """What is left when a skipped part is removed computes what the model did that skipped it."""
+        from .blocks import Structure
+        from .extract import extract
+        from .narrow import set_skipped
+
+        block = next(block for block in self._blocks if block.path == path)
+        skips = found[self._key_of[path]][part]
+        block.skips[part] = {f"{path}.{place}" if place else path: skip for place, skip in skips.items()}
+        whole = self._root
+        set_skipped(whole, block, part, True)
+        try:
+            expected = self._outputs()
+            self._root = copy.deepcopy(whole)
+            structure = Structure.by_names(self._root, {block.path: block.layout for block in self._blocks})
+            next(own for own in structure.blocks if own.path == path).skips[part] = block.skips[part]
+            try:
+                extract(self._root, structure)
+            except (ValueError, AttributeError, KeyError) as error:
+                raise _Failure(f"it cannot be taken out ({error})") from error
+            self._demand(self._outputs(), expected, "the model computes something else")
+            if self._cached:
+                self._cache_law()
+        finally:
+            self._root = whole
+            set_skipped(whole, block, part, False)
 
     # -- caches --
 
