@@ -137,9 +137,13 @@ def check(model: Any, inputs: dict[str, torch.Tensor]) -> Counter[str]:
     same(run(model, inputs), base, "whole again")
     if found:
         everything: dict[str, int] = {}
+        lonely = {b.stack for b in structure.blocks} - {b.stack for b in structure.blocks if b.index > 0}
         for name, values in subnets(structure):
             first = next(iter(values))
-            everything |= values if name in ("heads", "mlp") else {first: 0} if first.rpartition(".")[2] != "0" else {}
+            if name in ("heads", "mlp"):
+                everything |= values
+            elif first.rpartition(".")[2] != "0" and not any(f"{stack}." in first for stack in lonely):
+                everything[first] = 0
         activate(model, structure, everything)
         output = run(model, inputs)
         activate(model, structure, {})

@@ -35,6 +35,7 @@ import logging
 import math
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -629,15 +630,17 @@ class _Trial:
 
     def _outputs(self, must_run: Iterable[nn.Module] = (), **more: Any) -> list[torch.Tensor]:
         """The tensors that the copy returns, without a cache."""
-        ran: set[int] = set()
+        ran: Counter[int] = Counter()
         if "use_cache" in inspect.signature(self._root.forward).parameters:
             more.setdefault("use_cache", False)
         with ExitStack() as hooks:
             for module in must_run:
-                hooks.enter_context(module.register_forward_hook(lambda module, *_: ran.add(id(module))))
+                hooks.enter_context(module.register_forward_hook(lambda module, *_: ran.update([id(module)])))
             outputs = [leaf for leaf in _leaves(self._call(**more)) if leaf.is_floating_point()]
         if not all(id(module) in ran for module in must_run):
             raise _Failure("the model does not run the block by calling it")
+        if ran:
+            self._runs_once = max(ran.values()) == 1
         if not outputs or not all(torch.isfinite(output).all() for output in outputs):
             raise _Failure("there are no finite outputs")
         return outputs
@@ -760,7 +763,9 @@ class _Trial:
         for block in self._blocks:
             key = self._key_of[block.path]
             for part in block.skips:
-                if part not in found[key]:
+                if part != "mlp" and self._cache_name and not self._runs_once:
+                    found[key][part] = "the model runs it more than once, each time with another layer of the cache"
+                elif part not in found[key]:
                     found[key][part] = self._try_skip(block.path, part)
         # several at once
         for part in _PARTS:
