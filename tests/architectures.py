@@ -50,11 +50,15 @@ _SMALL: dict[str, Any] = {
         "encoder_num_attention_heads decoder_num_attention_heads".split(),
         4,
     ),
-    **dict.fromkeys("num_key_value_heads num_kv_heads n_head_kv decoder_num_key_value_heads encoder_num_key_value_heads".split(), 2),
+    **dict.fromkeys(
+        "num_key_value_heads num_kv_heads n_head_kv decoder_num_key_value_heads encoder_num_key_value_heads".split(), 2
+    ),
     **dict.fromkeys("head_dim d_kv attention_head_size kv_channels global_head_dim".split(), 8),
     **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts".split(), 4),
     **dict.fromkeys("num_experts_per_tok moe_k moe_topk num_experts_per_token moe_top_k".split(), 2),
-    **dict.fromkeys("vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input text_vocab_size".split(), VOCABULARY),
+    **dict.fromkeys(
+        "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input text_vocab_size".split(), VOCABULARY
+    ),
     **dict.fromkeys("max_position_embeddings n_positions max_seq_len max_target_positions n_ctx".split(), 64),
     **dict.fromkeys("max_encoder_position_embeddings max_decoder_position_embeddings".split(), 64),
     "max_source_positions": 16,
@@ -193,7 +197,11 @@ def run(model: nn.Module, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
     output = model(**inputs, **more)
     values = output.values() if hasattr(output, "values") else output
     batch = next(iter(inputs.values())).shape[0]
-    return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1 and v.shape[0] == batch)
+    return next(
+        v
+        for v in values
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1 and v.shape[0] == batch
+    )
 
 
 def model_classes() -> dict[str, list[type]]:

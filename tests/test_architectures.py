@@ -71,7 +71,9 @@ def without(model: nn.Module, structure: Structure, values: Mapping[str, int]) -
                     weight[:, weight.shape[1] * kept // width.full :] = 0
         for block in structure.blocks:
             if not values.get(f"depth:{block.path}", 1):
-                hooks.enter_context(model.get_submodule(block.path).register_forward_hook(_handed_on, with_kwargs=True))
+                hooks.enter_context(
+                    model.get_submodule(block.path).register_forward_hook(_handed_on, with_kwargs=True)
+                )
         try:
             yield
         finally:
@@ -196,7 +198,11 @@ def outcome(model_type: str, classes: list[type]) -> dict[str, Any]:
     row["blocks"] = len(structure.blocks)
     row["unknown"] = len(structure.unknown)
     row["refused"] = sorted(
-        {f"{kind}: {why}" for block in structure.blocks[:1] + structure.blocks[-1:] for kind, why in block.problems.items()}
+        {
+            f"{kind}: {why}"
+            for block in structure.blocks[:1] + structure.blocks[-1:]
+            for kind, why in block.problems.items()
+        }
         | {f"skip {part}: {why}" for block in structure.blocks for part, why in block.fixed.items()}
     )[:6]
     return row
@@ -210,7 +216,9 @@ def test_all_architectures():
     assert [row for row in built if "wrong" in row] == []
     # and it is much that is offered
     offered = Counter(name for row in built for name in row["offered"])
-    assert min(offered[name] for name in ("heads", "mlp", "skip block", "skip attention", "skip mlp", "extracted")) >= 100
+    assert (
+        min(offered[name] for name in ("heads", "mlp", "skip block", "skip attention", "skip mlp", "extracted")) >= 100
+    )
 
 
 if __name__ == "__main__":
@@ -219,4 +227,6 @@ if __name__ == "__main__":
         if sys.argv[1:] and model_type not in sys.argv[1:]:
             continue
         start = time.process_time()
-        print(json.dumps(outcome(model_type, classes) | {"seconds": round(time.process_time() - start, 1)}), flush=True)
+        print(
+            json.dumps(outcome(model_type, classes) | {"seconds": round(time.process_time() - start, 1)}), flush=True
+        )

@@ -241,7 +241,11 @@ def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states
         return
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer in layers:
-        made = cache.layers[layer].keys if layer < len(cache.layers) else None  # by whoever made the cache
+        made = None
+        if layer < len(cache.layers):
+            if not hasattr(cache.layers[layer], "keys"):  # a state, which has no places
+                continue
+            made = cache.layers[layer].keys  # by whoever made the cache
         heads, size = (1, 1) if made is None else (made.shape[1], made.shape[3])
         place = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], size)
         cache.update(place, place, layer)

@@ -231,7 +231,10 @@ _GATED = MLPLayout(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", skip={"mlp
 _LLAMA_ATTENTION = AttentionLayout("self_attn", skip=_SELF_ATTENTION)
 _FC = MLPLayout(("fc1",), "fc2", size="ffn_dim", skip={"fc1": _skip_inputs, "fc2": _skip_outputs})
 _OPT_ATTENTION = AttentionLayout(
-    "self_attn", out="out_proj", features=("all_head_size", "inner_dim", "split_size", "embed_dim"), skip=_SELF_ATTENTION
+    "self_attn",
+    out="out_proj",
+    features=("all_head_size", "inner_dim", "split_size", "embed_dim"),
+    skip=_SELF_ATTENTION,
 )
 _BERT = AttentionLayout(
     "attention.self",
