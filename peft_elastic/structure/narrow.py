@@ -185,7 +185,7 @@ class _Skipped(nn.Module):
     cache_layers: tuple[int, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = main_first(first_parameter(self.plain_class), args, kwargs)
+        args, kwargs = main_first(first_parameter(self.plain_class), args, kwargs)  # type: ignore[arg-type]
         keep_places((*args[1:], *kwargs.values()), self.cache_layers, args[0])
         return type(self).skip_function(self, *args, **kwargs)
 
