@@ -303,6 +303,20 @@ def test_a_block_of_ones_own_that_returns_a_list(returns_a_list):
     close(found, expected[0] if returns_a_list else expected)
 
 
+def test_a_model_of_ones_own_that_reads_tokens():
+    class Reader(Net):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(50, 16), nn.Embedding(20, 16)
+
+        def forward(self, text, mask=None):
+            return super().forward(self.tokens(text) + self.places(torch.arange(text.shape[1])))
+
+    register(interleaved=True)
+    structure = Structure(Reader())
+    assert len(structure.widths) == 6 and not any(block.problems or block.fixed for block in structure.blocks)
+
+
 def test_a_block_that_nobody_can_call():
     class Odd(Net):
         def forward(self, x, *, recipe):

@@ -110,7 +110,7 @@ class Copier:
         children = list(module._modules.items())
         for name, child in children[: self._cut.get(id(module))]:
             made._modules[name] = None if child is None else self.module(child)
-        left_out: tuple[str, ...] = ("forward", "_hf_hook", "_old_forward")
+        left_out: tuple[str, ...] = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward")
         if cls is not type(module):
             left_out += ("active_in", "active_out", "cache_layers")
         for name, value in module.__dict__.items():
@@ -252,7 +252,10 @@ def arguments_for(root: nn.Module, blocks: list[nn.Module], hidden: int, seed: i
     embeddings = None
     with contextlib.suppress(NotImplementedError, AttributeError):
         embeddings = root.get_input_embeddings()  # type: ignore[operator]
-    rows = getattr(embeddings, "num_embeddings", None) or getattr(config, "vocab_size", None)
+    tables = [module.num_embeddings for module in root.modules() if isinstance(module, nn.Embedding)]
+    rows = (
+        getattr(embeddings, "num_embeddings", None) or getattr(config, "vocab_size", None) or min(tables, default=None)
+    )
     columns = getattr(embeddings, "embedding_dim", None)
     names = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     first = next(iter(names), "")

@@ -21,7 +21,8 @@ CPU. The caller's model is only looked at. Must hold:
 - with fewer of them the outputs are those of the whole model in which the layers that read them ignore the others;
 - a skipped part gives what the model goes on with: the outputs are those of a model in which the first tensor of what the part
   returned was exchanged. A part that returns a tuple or a list where the layout says a tensor, or the other way round, is adapted;
-- with a key-value cache a skipped part gives what it gives without one.
+- with a key-value cache a skipped part gives what it gives without one;
+- what is left when a part is taken out computes what the model did that skipped it.
 
 What fails is not offered; the reason is kept with the block.
 """
@@ -210,7 +211,10 @@ def _try_stack(
     with _laboratory():
         try:
             trial = _Trial(model, structure, blocks, keys)
-        except _Failure as failure:
+        except Exception as error:  # noqa: BLE001 - of a model that is not made of what we know how to copy
+            failure = (
+                error if isinstance(error, _Failure) else f"it could not be tried ({type(error).__name__}: {error})"
+            )
             for block in blocks:
                 verdict = verdicts[keys[block.path]]
                 verdict.problems = dict.fromkeys(("heads", "mlp"), str(failure))
@@ -246,7 +250,7 @@ class _Trial:
     # -- the copy --
 
     def _set_up(self, seed: int) -> None:
-        """Find the innermost module around the stack that runs, and arguments for it."""
+        """Copy a module around the stack, and find arguments with which it runs the blocks."""
         reason: Exception | None = None
         for path in self._roots():
             for few in self._reductions():
@@ -388,6 +392,9 @@ class _Trial:
                 why = str(failure)
                 if not failure.of_numbers:
                     break
+            except Exception as error:  # noqa: BLE001 - of a block whose parts do not go together as its layout says
+                why = f"the trial of it fails ({type(error).__name__}: {error})"
+                break
         if seed:
             self._set_up(0)
         return why
@@ -610,8 +617,8 @@ class _Trial:
                 }.values():
                     for numbers in kept.values():
                         drop_layers(config, self._stack, numbers)
-            except (ValueError, AttributeError, KeyError) as error:
-                raise _Failure(f"it cannot be taken out ({error})") from error
+            except Exception as error:  # noqa: BLE001 - of a model that cannot be cut in this way
+                raise _Failure(f"it cannot be taken out ({type(error).__name__}: {error})") from error
             self._demand(self._outputs(), expected, "the model computes something else")
             if self._cached:
                 self._cache_law()
