@@ -239,7 +239,10 @@ def _read_depth(structure: Structure, entry: int | str) -> dict[str, str]:
                 f"`elastic_depth` has {entry!r}, which is no block of the model; the blocks are {_paths(structure)}."
             )
     if not blocks:
-        raise ValueError(f"`elastic_depth` has {entry!r}: {_why_not(structure, part)}")
+        reasons = [block.fixed[part] for block in structure.blocks if part in block.fixed]
+        raise ValueError(
+            f"`elastic_depth` has {entry!r}: {f'{reasons[0]}.' if reasons else _why_not(structure, part)}"
+        )
     for block in blocks:
         if part not in block.skips:
             why = block.fixed.get(part)
