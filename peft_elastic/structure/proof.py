@@ -612,9 +612,7 @@ class _Trial:
             next(own for own in structure.blocks if own.path == path).skips[part] = block.skips[part]
             try:
                 kept = extract(self._root, structure)
-                for config in {
-                    id(c): c for m in self._root.modules() if (c := getattr(m, "config", None)) is not None
-                }.values():
+                for config in _configs_of(self._root):
                     for numbers in kept.values():
                         drop_layers(config, self._stack, numbers)
             except Exception as error:  # noqa: BLE001 - of a model that cannot be cut in this way
@@ -655,6 +653,14 @@ class _Trial:
         self._demand(
             [torch.cat(outputs, 1)], [whole], "with a key-value cache it computes something else than without"
         )
+
+
+def _configs_of(root: nn.Module) -> list[PreTrainedConfig]:
+    """The configurations that its modules read, but for those of text inside of others."""
+    found = [getattr(module, "config", None) for module in root.modules()]
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    inner = {id(text) for config in configs.values() if (text := config.get_text_config()) is not config}
+    return [config for config in configs.values() if id(config) not in inner]
 
 
 def _hidden_size(root: nn.Module, blocks: list[Block]) -> int:
