@@ -15,8 +15,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,7 +171,7 @@ class Block:
             it returns then.
         problems (`dict[str, str]`): "heads" or "mlp" -> why that cannot be narrowed.
         fixed (`dict[str, str]`): part that the layout can skip -> why it cannot be skipped here.
-        removed (`set[str]`): which of "block", "attention" and "mlp" are not there any more.
+        removed (`set[str]`): which of "attention" and "mlp" are not there any more.
     """
 
     path: str
@@ -188,7 +186,7 @@ class Block:
 
 
 class Removed(nn.Module):
-    """Stands where a block or a part of one has been removed for good.
+    """Stands where a part of a block has been removed for good.
 
     Args:
         module (`nn.Module`): what it stands for; plain attributes are taken over, as other modules may read them.
@@ -201,13 +199,12 @@ class Removed(nn.Module):
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
         self.__dict__.update(plain | {"training": module.training})
         self.skip, self.cache_layers, self.stands_for = skip, cache_layers, type(module).__name__
-        self.main_name = first_parameter(type(module).plain_class)  # type: ignore[attr-defined]
         names = (name for name, _ in module.named_parameters() if "lora_" not in name)
         # of one of the parameters that are not there; checkpoints name it
         self.absent = next(names, "").replace("base_layer.", "")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = main_first(self.main_name, args, kwargs)
+        args, kwargs = main_first(args, kwargs)
         keep_places((*args[1:], *kwargs.values()), self.cache_layers, args[0])
         return self.skip(self, *args, **kwargs)
 
@@ -215,16 +212,11 @@ class Removed(nn.Module):
         return self.stands_for
 
 
-@functools.cache
-def first_parameter(cls: type[nn.Module]) -> str:
-    """What the forward of a class calls its first argument."""
-    return list(inspect.signature(cls.forward).parameters)[1]
-
-
-def main_first(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a forward with the first one by position, as skips take it."""
+def main_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward with the main one by position, as skips take it. Models that name it give it first."""
     if args:
         return args, kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
@@ -292,14 +284,11 @@ class Structure:
         self, model: nn.Module, stack: dict[str, nn.Module], chosen: Mapping[str, BlockLayout]
     ) -> Iterator[Block]:
         for index, (path, module) in enumerate(stack.items()):
-            gone = isinstance(module, Removed)
-            fitted = stack.values() if gone else [module]
+            if isinstance(module, Removed):
+                continue
             layout = chosen.get(path)
             if layout is None:
-                layout = next((layout for entry in fitted for layout in layouts() if _fits(entry, layout)), None)
-            if layout is not None and gone:
-                yield Block(path, path.rpartition(".")[0], index, layout, removed={"block", "attention", "mlp"})
-                continue
+                layout = next((layout for layout in layouts() if _fits(module, layout)), None)
             if layout is None:
                 self.unknown.append(path)
                 continue

@@ -73,7 +73,7 @@ def describe(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> bool:
         part.__dict__.pop(_LAYERS, None)
         part.__dict__.pop(BLOCKS_ATTRIBUTE, None)
     for stack, numbers in kept.items():
-        drop_layers(config, stack, numbers)
+        _drop_layers(config, stack, numbers)
     uniform = _with_uniform_sizes(config, structure)
     is_ordinary = _difference(model, uniform) is None
     if is_ordinary:
@@ -96,7 +96,7 @@ def describe(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> bool:
         own = getattr(module, "config", None)
         if isinstance(own, PreTrainedConfig) and own is not model.config:
             for stack, numbers in kept.items():
-                drop_layers(own, stack, numbers)
+                _drop_layers(own, stack, numbers)
     # the modules of the model share this object
     model.config.__dict__.clear()
     model.config.__dict__.update(config.__dict__)
@@ -171,7 +171,7 @@ def _describe_blocks(structure: Structure, config: Any) -> Description:
             assert block.layout.mlp is not None
             sizes[block.layout.mlp.size] = channels[block.path].full
         if block.removed:
-            sizes["skip"] = ["block"] if "block" in block.removed else sorted(block.removed)
+            sizes["skip"] = sorted(block.removed)
         described[block.path] = sizes
     return described
 
@@ -193,7 +193,7 @@ def _has(config: Any, name: str) -> bool:
     return check(name) if check is not None else hasattr(config, name)
 
 
-def drop_layers(config: PreTrainedConfig, stack: str, numbers: list[int]) -> None:
+def _drop_layers(config: PreTrainedConfig, stack: str, numbers: list[int]) -> None:
     """Fewer blocks, and lists of one entry for each of them cut along."""
     names = [name for word, names in _COUNTS.items() if word in stack.split(".") or not word for name in names]
     for part in {id(part): part for part in (config, config.get_text_config())}.values():

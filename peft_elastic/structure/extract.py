@@ -29,7 +29,7 @@ from .blocks import Block, Ranges, Removed, Structure
 from .importance import note_orders
 from .inputs import is_encoder_decoder
 from .modules import linear_layers, replace_layers
-from .narrow import active_ranges, is_skipped, set_active, take
+from .narrow import active_ranges, is_skipped, set_active, set_skipped, take
 
 
 # What the module that holds a stack may call the number of its blocks.
@@ -39,7 +39,7 @@ _COUNTS = ("n_layers", "num_layers", "num_hidden_layers")
 def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
 
-    Skipped blocks leave their list (some of an encoder may stay, without any parameters), and the layers of the key-value cache
+    Skipped blocks leave their list (some of an encoder may stay without any parameters), and the layers of the key-value cache
     are numbered again. A skipped attention or MLP becomes a module without parameters. Layers of bitsandbytes become ordinary
     ones, as its blocks of numbers cannot be cut, and no checkpoint holds both. The configuration is left alone but for that.
 
@@ -61,13 +61,8 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
         layers = [f"{stack}.{name}." for name in linear_layers(model.get_submodule(stack))]
         if all(layer.startswith(tuple(within)) for layer in layers):
             raise ValueError(f"Every block of {stack!r} is skipped; at least one attention or MLP must stay.")
-    for block in _room_for_cache(model, stacks):
-        module = model.get_submodule(block.path)
-        skip, layers = type(module).skip_function, module.__dict__["cache_layers"]  # type: ignore[attr-defined]
-        model.set_submodule(block.path, Removed(module, skip, layers))
+    _keep_room_for_cache(model, stacks)
     for block in structure.blocks:
-        if isinstance(model.get_submodule(block.path), Removed):
-            continue
         for part in ("attention", "mlp"):
             for path, skip in block.skips.get(part, {}).items():
                 module = model.get_submodule(path)
@@ -82,7 +77,7 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
         if is_bitsandbytes(layer):
             replacements.append((layer, _ordinary(layer, dtype)))
         elif active_ranges(layer) != (None, None):
-            cut_layer(layer)
+            _cut(layer)
     if replacements:
         replace_layers(model, replacements)
         _leave_bitsandbytes(model, [new for _, new in replacements])
@@ -91,19 +86,22 @@ def extract(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     return {stack: numbers for stack, numbers in kept.items() if numbers}
 
 
-def _room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> list[Block]:
-    """The skipped blocks of an encoder that stay, as empty ones, while it would have fewer than the decoder: transformers makes the
+def _keep_room_for_cache(model: nn.Module, stacks: dict[str, list[Block]]) -> None:
+    """Let skipped blocks of an encoder stay, as empty ones, while it would have fewer than the decoder: transformers makes the
     key-value cache of T5 with as many layers as the encoder has blocks."""
     if not is_encoder_decoder(model):
-        return []
+        return
     skipped = {
         stack: [block for block in blocks if is_skipped(model.get_submodule(block.path))]
         for stack, blocks in stacks.items()
     }
     left = {stack: len(blocks) - len(skipped[stack]) for stack, blocks in stacks.items()}
     most = max(left.values(), default=0)
-    encoders = [stack for stack in skipped if "encoder" in stack.split(".")]
-    return [block for stack in encoders for block in skipped[stack][: most - left[stack]]]
+    for stack, blocks in skipped.items():
+        for block in blocks[: most - left[stack]] if "encoder" in stack.split(".") else ():
+            set_skipped(model, block, "block", False)
+            for part in ("attention", "mlp"):
+                set_skipped(model, block, part, True)
 
 
 def _remove_blocks(model: nn.Module, stack: str, blocks: list[Block]) -> list[int]:
@@ -146,7 +144,7 @@ def _cut_adapters(module: LoraLayer) -> None:
         grids[name] = Grid.copy_of(grid.take(outputs, inputs), persistent=True)
 
 
-def cut_layer(layer: nn.Module) -> None:
+def _cut(layer: nn.Module) -> None:
     """Leave the active part of a layer alone."""
     outputs, inputs = active_ranges(layer)
     grid = layer.grid if isinstance(layer, QuantizedLinear) else None

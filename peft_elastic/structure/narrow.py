@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
-from .blocks import Block, Ranges, Width, first_parameter, keep_places, layer_at, main_first
+from .blocks import Block, Ranges, Width, keep_places, layer_at, main_first
 from .layouts import Skip
 from .modules import module_at
 
@@ -185,7 +185,7 @@ class _Skipped(nn.Module):
     cache_layers: tuple[int, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = main_first(first_parameter(self.plain_class), args, kwargs)  # type: ignore[arg-type]
+        args, kwargs = main_first(args, kwargs)
         keep_places((*args[1:], *kwargs.values()), self.cache_layers, args[0])
         return type(self).skip_function(self, *args, **kwargs)
 

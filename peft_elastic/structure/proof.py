@@ -21,8 +21,7 @@ CPU. The caller's model is only looked at. Must hold:
 - with fewer of them the outputs are those of the whole model in which the layers that read them ignore the others;
 - a skipped part gives what the model goes on with: the outputs are those of a model in which the first tensor of what the part
   returned was exchanged. A part that returns a tuple or a list where the layout says a tensor, or the other way round, is adapted;
-- with a key-value cache a skipped part gives what it gives without one;
-- what is left when a part is taken out computes what the model did that skipped it.
+- with a key-value cache a skipped part gives what it gives without one.
 
 What fails is not offered; the reason is kept with the block.
 """
@@ -30,7 +29,6 @@ What fails is not offered; the reason is kept with the block.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import logging
 import warnings
@@ -322,7 +320,6 @@ class _Trial:
     def _few(self, root: nn.Module, kinds: tuple[str, ...]) -> None:
         """Cut a copy of large blocks down to a few heads and channels."""
         from .blocks import Structure
-        from .extract import cut_layer
         from .narrow import active_ranges, set_width
 
         if not kinds:
@@ -332,7 +329,7 @@ class _Trial:
                 set_width(root, width, FEW[width.kind] * width.unit)
         for layer in list(root.modules()):
             if active_ranges(layer) != (None, None):
-                cut_layer(layer)
+                _cut(layer)
         paths = {block.path: block.layout for block in self._blocks}
         read = Structure.by_names(root, paths)
         names = {width.name for width in self._widths}
@@ -510,11 +507,6 @@ class _Trial:
                 why = self._often(lambda several=several: self._several_law(found, several))  # type: ignore[misc]
                 for path in good if why is not None else ():
                     found[self._key_of[path]][part] = f"where several are skipped, {why}"
-            good = [path for path in good if isinstance(found[self._key_of[path]].get(part), dict)]
-            if good and self._count > 1:
-                why = self._often(lambda good=good, part=part: self._extracted_law(found, good[-1], part))  # type: ignore[misc]
-                for path in good if why is not None else ():
-                    found[self._key_of[path]][part] = f"removed for good, {why}"
         return found
 
     def _try_skip(self, path: str, part: str) -> str | dict[str, Skip]:
@@ -593,37 +585,6 @@ class _Trial:
             for block, part in chosen:
                 set_skipped(self._root, block, part, False)
 
-    def _extracted_law(self, found: Mapping[Any, Mapping[str, Any]], path: str, part: str) -> None:
-        """What is left when a skipped part is removed computes what the model did that skipped it."""
-        from .blocks import Structure
-        from .description import drop_layers
-        from .extract import extract
-        from .narrow import set_skipped
-
-        block = next(block for block in self._blocks if block.path == path)
-        skips = found[self._key_of[path]][part]
-        block.skips[part] = {f"{path}.{place}" if place else path: skip for place, skip in skips.items()}
-        whole = self._root
-        set_skipped(whole, block, part, True)
-        try:
-            expected = self._outputs()
-            self._root = copy.deepcopy(whole)
-            structure = Structure.by_names(self._root, {block.path: block.layout for block in self._blocks})
-            next(own for own in structure.blocks if own.path == path).skips[part] = block.skips[part]
-            try:
-                kept = extract(self._root, structure)
-                for config in _configs_of(self._root):
-                    for numbers in kept.values():
-                        drop_layers(config, self._stack, numbers)
-            except Exception as error:  # noqa: BLE001 - of a model that cannot be cut in this way
-                raise _Failure(f"it cannot be taken out ({type(error).__name__}: {error})") from error
-            self._demand(self._outputs(), expected, "the model computes something else")
-            if self._cached:
-                self._cache_law()
-        finally:
-            self._root = whole
-            set_skipped(whole, block, part, False)
-
     # -- caches --
 
     def _has_cache(self) -> bool:
@@ -655,12 +616,18 @@ class _Trial:
         )
 
 
-def _configs_of(root: nn.Module) -> list[PreTrainedConfig]:
-    """The configurations that its modules read, but for those of text inside of others."""
-    found = [getattr(module, "config", None) for module in root.modules()]
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    inner = {id(text) for config in configs.values() if (text := config.get_text_config()) is not config}
-    return [config for config in configs.values() if id(config) not in inner]
+def _cut(layer: Any) -> None:
+    """Leave the active part of a narrowed layer of a copy alone."""
+    from .extract import set_sizes
+    from .narrow import set_active
+
+    active = {"weight": layer.weight.clone(), "bias": None if layer.bias is None else layer.bias.clone()}
+    set_active(layer, "out", None)
+    set_active(layer, "in", None)
+    for name, value in active.items():
+        if value is not None:
+            layer.get_parameter(name).data = value
+    set_sizes(layer)
 
 
 def _hidden_size(root: nn.Module, blocks: list[Block]) -> int:
@@ -692,10 +659,10 @@ def _leaves(output: Any) -> list[torch.Tensor]:
 
 def _skip_result(skip: Skip, module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """What a skip returns, None if it does not take these arguments."""
-    from .blocks import first_parameter, main_first
+    from .blocks import main_first
 
     try:
-        args, kwargs = main_first(first_parameter(type(module)), args, kwargs)  # type: ignore[arg-type]
+        args, kwargs = main_first(args, kwargs)
         return skip(module, *args, **kwargs)
     except Exception:  # noqa: BLE001 - the law says so, when it is tried
         return None
