@@ -343,6 +343,7 @@ class _Trial:
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 arguments[name] = value.clone()  # some models add to what they are given
+        torch.default_generator.manual_seed(0)  # and some leave out parts of it at random
         try:
             return self._root(**arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not run in this way
