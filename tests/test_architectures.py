@@ -140,11 +140,16 @@ def check(model: Any, inputs: dict[str, torch.Tensor]) -> Counter[str]:
     if found:
         everything: dict[str, int] = {}
         lonely = {b.stack for b in structure.blocks} - {b.stack for b in structure.blocks if b.index > 0}
+        # parts, and last blocks: what a configuration says of the others by their numbers is no matter of `extract`
+        removable = {f"depth:{b.path}.{part}" for b in structure.blocks for part in b.skips}
+        for b in structure.blocks:
+            if b.index and b.index == len(model.get_submodule(b.stack)) - 1:
+                removable.add(f"depth:{b.path}")
         for name, values in subnets(structure):
             first = next(iter(values))
             if name in ("heads", "mlp"):
                 everything |= values
-            elif first.rpartition(".")[2] != "0" and not any(f"{stack}." in first for stack in lonely):
+            elif first in removable and not any(f"{stack}." in first for stack in lonely):
                 everything[first] = 0
         activate(model, structure, everything)
         output = run(model, inputs)
