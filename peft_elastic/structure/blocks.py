@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
 from .modules import find_stacks, module_at
+from .proof import prove
 
 
 # Runs of one dimension of a weight, as (start, stop).
@@ -85,6 +86,7 @@ class Attention:
         path (`str`): of the module that splits the projections into heads.
         layout (`AttentionLayout`): how it is built.
         heads, kv_heads, head_dim (`int`): of the whole attention.
+        per_head (`tuple[str, ...]`): paths of the embeddings with one column for each head that it has.
     """
 
     path: str
@@ -92,6 +94,7 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+    per_head: tuple[str, ...] = ()
 
     def set_heads(self, module: nn.Module, heads: int) -> None:
         """Tell the attention module how many query heads it has."""
@@ -168,6 +171,7 @@ class Block:
         skips (`dict[str, dict[str, Skip]]`): what may be skipped, "block", "attention" and "mlp" -> path of the module -> what
             it returns then.
         problems (`dict[str, str]`): "heads" or "mlp" -> why that cannot be narrowed.
+        fixed (`dict[str, str]`): part that the layout can skip -> why it cannot be skipped here.
         removed (`set[str]`): which of "attention" and "mlp" are not there any more.
     """
 
@@ -178,6 +182,7 @@ class Block:
     attentions: list[Attention] = field(default_factory=list)
     skips: dict[str, dict[str, Skip]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
 
 
@@ -201,9 +206,10 @@ class Removed(nn.Module):
         self.__dict__.update(plain | {"training": module.training})
         self.__dict__.update(_traces_of(module, skip, cache_layers))
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
-        return self.skip(self, hidden_states, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = main_first(args, kwargs)
+        keep_places((*args[1:], *kwargs.values()), self.cache_layers, args[0])
+        return self.skip(self, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return self.stands_for
@@ -261,6 +267,14 @@ def _empty_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_Empty, cls), {"plain_class": cls, "__module__": cls.__module__})
 
 
+def main_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward with the main one by position, as skips take it. Models that name it give it first."""
+    if args:
+        return args, kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
 def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states: torch.Tensor) -> None:
     """Note the new tokens in the layers of a key-value cache that nobody fills: positions are counted in one of them.
 
@@ -274,7 +288,11 @@ def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states
         return
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer in layers:
-        made = cache.layers[layer].keys if layer < len(cache.layers) else None  # by whoever made the cache
+        made = None
+        if layer < len(cache.layers):
+            if not hasattr(cache.layers[layer], "keys"):  # a state, which has no places
+                continue
+            made = cache.layers[layer].keys  # by whoever made the cache
         heads, size = (1, 1) if made is None else (made.shape[1], made.shape[3])
         place = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], size)
         cache.update(place, place, layer)
@@ -291,20 +309,41 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._read(model, {})
+        prove(self, model)
+        # a layout that is not true of a block gives way to another one of the same layers
+        if others := {block.path: other for block in self.blocks for other in _others(block)[:1]}:
+            second = Structure.by_names(model, {block.path: block.layout for block in self.blocks} | others)
+            prove(second, model)
+            if not any("heads" in block.problems for block in second.blocks if block.path in others):
+                self.__dict__.update(second.__dict__)
+
+    @classmethod
+    def by_names(cls, model: nn.Module, chosen: Mapping[str, BlockLayout]) -> Structure:
+        """What the names of the layers say, which nobody has tried; with these layouts for the blocks at these paths."""
+        structure = cls.__new__(cls)
+        structure._read(model, chosen)
+        return structure
+
+    def _read(self, model: nn.Module, chosen: Mapping[str, BlockLayout]) -> None:
         self.blocks: list[Block] = []
         self.widths: list[Width] = []
         self.unknown: list[str] = []
         self.active: dict[str, int] = {}
         for stack in find_stacks(model):
-            found = list(self._read_stack(model, stack))
+            found = list(self._read_stack(model, stack, chosen))
             self.blocks += found
             self.widths += _tied_heads(found) if found and found[0].layout.tied_heads else []
 
-    def _read_stack(self, model: nn.Module, stack: dict[str, nn.Module]) -> Iterator[Block]:
+    def _read_stack(
+        self, model: nn.Module, stack: dict[str, nn.Module], chosen: Mapping[str, BlockLayout]
+    ) -> Iterator[Block]:
         for index, (path, module) in enumerate(stack.items()):
             if isinstance(module, Removed):
                 continue
-            layout = next((layout for layout in layouts() if _fits(module, layout)), None)
+            layout = chosen.get(path)
+            if layout is None:
+                layout = next((layout for layout in layouts() if _fits(module, layout)), None)
             if layout is None:
                 self.unknown.append(path)
                 continue
@@ -346,6 +385,13 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _others(block: Block) -> list[BlockLayout]:
+    """Layouts of the same layers, where the one that was taken is wrong about the heads."""
+    if "heads" not in block.problems or not block.attentions:
+        return []
+    return [layout for layout in layouts() if layout is not block.layout and layout.paths() == block.layout.paths()]
 
 
 def _removed_parts(block: nn.Module, layout: BlockLayout) -> set[str]:
@@ -394,7 +440,8 @@ def _read_attention(block: nn.Module, path: str, layout: AttentionLayout) -> Att
             continue
         if sizes & set(parameter.shape):
             return f"{where}.{name} {tuple(parameter.shape)} seems to belong to heads, and the layout does not know it"
-    return Attention(where, layout, heads, kv_heads, head_dim)
+    per_head = tuple(f"{where}.{name}" for name in layout.per_head if name in module._modules)
+    return Attention(where, layout, heads, kv_heads, head_dim, per_head)
 
 
 def _order_of(attention: Attention, block_path: str) -> Order:
@@ -437,8 +484,7 @@ def _tied_heads(blocks: list[Block]) -> list[Width]:
                 orders.append(order)
                 continue
             shared += order.slots
-            for name in attention.layout.per_head if block.index == 0 else ():
-                shared.append(Slot(f"{block.path}.{attention.layout.path(name)}", "out", ((0, attention.heads),)))
+            shared += [Slot(path, "out", ((0, attention.heads),)) for path in attention.per_head]
     stack, first = blocks[0].stack, attentions[0]
     orders.insert(0, Order(stack, tuple(shared)))
     return [Width("heads", stack, first.heads, first.kv_heads, tuple(orders), tuple(attentions))]

@@ -173,7 +173,7 @@ def apply_orders(model: nn.Module, widths: list[Width], orders: Mapping[str, tor
                 continue
             permutation = orders[order.name]
             for slot in order.slots:
-                _permute(model.get_submodule(slot.path), slot.side, slot.index(permutation))
+                permute(model.get_submodule(slot.path), slot.side, slot.index(permutation))
             before = noted.get(order.name, torch.arange(width.units))
             noted[order.name] = before[permutation]
     note_orders(model, noted)
@@ -306,7 +306,7 @@ def move_adapter(
     return moved
 
 
-def _permute(module: nn.Module, side: str, index: torch.Tensor) -> None:
+def permute(module: nn.Module, side: str, index: torch.Tensor) -> None:
     """Put the features of one side of a layer and of the adapters around it into another order, in place."""
     if isinstance(module, LoraLayer):
         factors, dim = (module.lora_B, 0) if side == "out" else (module.lora_A, 1)

@@ -94,6 +94,29 @@ def _skip_t5_block(
 
 
 @dataclass(frozen=True)
+class Returning:
+    """A skip that returns its first tensor in the way in which the module itself does.
+
+    Args:
+        skip (`Skip`): makes the tensor.
+        kind (`"tensor"`, `"tuple"` or `"list"`): of result.
+        length (`int`): of a tuple or list, whose other entries are those that `skip` returns, or None.
+    """
+
+    skip: Skip
+    kind: str
+    length: int
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        made = self.skip(module, *args, **kwargs)
+        entries = list(made) if isinstance(made, (tuple, list)) else [made]
+        if self.kind == "tensor":
+            return entries[0]
+        entries = (entries + [None] * self.length)[: self.length]
+        return entries if self.kind == "list" else tuple(entries)
+
+
+@dataclass(frozen=True)
 class AttentionLayout:
     """An attention. All paths are relative to the block.
 
@@ -207,6 +230,12 @@ _SELF_ATTENTION = {"self_attn": skip_attention}
 _GATED = MLPLayout(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", skip={"mlp": skip_to_zeros})
 _LLAMA_ATTENTION = AttentionLayout("self_attn", skip=_SELF_ATTENTION)
 _FC = MLPLayout(("fc1",), "fc2", size="ffn_dim", skip={"fc1": _skip_inputs, "fc2": _skip_outputs})
+_OPT_ATTENTION = AttentionLayout(
+    "self_attn",
+    out="out_proj",
+    features=("all_head_size", "inner_dim", "split_size", "embed_dim"),
+    skip=_SELF_ATTENTION,
+)
 _BERT = AttentionLayout(
     "attention.self",
     ("query", "key", "value"),
@@ -249,6 +278,12 @@ for _layout in (
         (AttentionLayout("self_attn", ("qkv_proj",), reads_config=True, skip=_SELF_ATTENTION),),
         MLPLayout(("mlp.gate_up_proj",), "mlp.down_proj", stacked=2, skip={"mlp": skip_to_zeros}),
     ),
+    # GPT-BigCode without multi-query attention; of the same layers as the next, which is tried first
+    BlockLayout(
+        "GPT-2, head by head",
+        (AttentionLayout("attn", ("c_attn",), "c_proj", True, skip={"attn": skip_attention}),),
+        MLPLayout(("mlp.c_fc",), "mlp.c_proj", size="n_inner", skip={"mlp": skip_to_zeros}),
+    ),
     BlockLayout(
         "GPT-2",
         (AttentionLayout("attn", ("c_attn",), "c_proj", skip={"attn": skip_attention}),),
@@ -269,8 +304,8 @@ for _layout in (
         (AttentionLayout("attention", ("q_lin", "k_lin", "v_lin"), "out_lin", skip={"attention": skip_attention}),),
         MLPLayout(("ffn.lin1",), "ffn.lin2", size="hidden_dim", skip={"ffn": skip_to_zeros}),
     ),
-    # OPT, and the encoders of BART and Whisper
-    BlockLayout("OPT", (AttentionLayout("self_attn", out="out_proj", skip=_SELF_ATTENTION),), _FC),
+    # OPT, and the encoders and decoders of BART and Whisper
+    BlockLayout("OPT", (_OPT_ATTENTION,), _FC),
     BlockLayout(
         "BERT",
         (_BERT,),

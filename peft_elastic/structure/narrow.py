@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
-from .blocks import Block, Ranges, Width, keep_places, layer_at
+from .blocks import Block, Ranges, Width, keep_places, layer_at, main_first
 from .layouts import Skip
 from .modules import module_at
 
@@ -214,9 +214,10 @@ class _Skipped(nn.Module):
     # numbers of the layers of the key-value cache that belong to the self-attentions in the module
     cache_layers: tuple[int, ...]
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keep_places((*args, *kwargs.values()), self.cache_layers, hidden_states)
-        return type(self).skip_function(self, hidden_states, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = main_first(args, kwargs)
+        keep_places((*args[1:], *kwargs.values()), self.cache_layers, args[0])
+        return type(self).skip_function(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_skipped, (self.plain_class, type(self).skip_function), self.__dict__
@@ -253,10 +254,15 @@ def set_skipped(model: nn.Module, block: Block, part: str, skipped: bool) -> Non
 
 
 def cache_layers(model: nn.Module, block: Block, path: str) -> tuple[int, ...]:
-    """Of the self-attentions in the module at `path`."""
-    inside = [a for a in block.attentions if f"{a.path}.".startswith(f"{path}.") and not a.layout.cross]
-    numbers = [getattr(module_at(model, attention.path), "layer_idx", None) for attention in inside]
-    return tuple(number for number in numbers if number is not None)
+    """Of the self-attentions in the module at `path`, whether or not the layout can read their heads."""
+    cross = tuple(f"{block.path}.{layout.module}." for layout in block.layout.attentions if layout.cross)
+    numbers: set[int] = set()
+    for name, module in module_at(model, path).named_modules(prefix=path):
+        if not f"{name}.".startswith(cross):
+            number = module.__dict__.get("layer_idx")
+            numbers.update(module.__dict__.get("cache_layers", ()))  # of what was removed from it
+            numbers.update([number] if isinstance(number, int) else ())
+    return tuple(sorted(numbers))
 
 
 def set_width(model: nn.Module, width: Width, value: int) -> None:

@@ -239,12 +239,18 @@ def _read_depth(structure: Structure, entry: int | str) -> dict[str, str]:
                 f"`elastic_depth` has {entry!r}, which is no block of the model; the blocks are {_paths(structure)}."
             )
     if not blocks:
-        raise ValueError(f"`elastic_depth` has {entry!r}: {_why_not(structure, part)}")
+        reasons = [block.fixed[part] for block in structure.blocks if part in block.fixed]
+        raise ValueError(
+            f"`elastic_depth` has {entry!r}: {f'{reasons[0]}.' if reasons else _why_not(structure, part)}"
+        )
     for block in blocks:
         if part not in block.skips:
+            why = block.fixed.get(part)
+            if why is None and block.layout.first_is_fixed:
+                why = "it makes something for the blocks behind it"
             raise ValueError(
                 f"`elastic_depth` has {entry!r}, but {block.path!r} cannot be skipped in that way"
-                + (": it makes something for the blocks behind it." if block.layout.first_is_fixed else ".")
+                + ("." if why is None else f": {why}.")
             )
     return {block.path if part == "block" else f"{block.path}.{part}": part for block in blocks}
 

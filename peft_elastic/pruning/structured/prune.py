@@ -39,6 +39,7 @@ from ...structure.importance import (
     measure_importance,
 )
 from ...structure.narrow import check_narrowable
+from ...structure.space import PARTS
 from ...supernet.host import HOST_ATTRIBUTE
 from ...utils import atomic_write_text
 from .config import StructuredPruningConfig
@@ -175,7 +176,15 @@ class _Run:
         """ValueError if a stage has nothing to remove in this model, or what it removes cannot be."""
         removable = {name: next(self.units.moves(name, {}), None) for name in self.shares}
         if self.shares and not any(removable.values()):
-            why = next((problem for block in self.structure.blocks for problem in block.problems.values()), None)
+            kinds = {"channels": "mlp", "heads": "heads"}
+            parts = {"blocks": ("block",), "attentions": ("attention",), "mlps": ("mlp",), "sub-blocks": PARTS}
+            reasons = [
+                reason
+                for name in self.shares
+                for block in self.structure.blocks
+                for reason in (block.problems.get(kinds.get(name, "")), *map(block.fixed.get, parts.get(name, ())))
+            ]
+            why = next((reason for reason in reasons if reason is not None), None)
             raise ValueError(
                 f"stages: nothing of {list(self.shares)} can be removed from this model"
                 + (f": {why}." if why else "; are its groups smaller than `mlp_group` and `head_group`?")
