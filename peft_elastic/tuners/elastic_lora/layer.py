@@ -21,6 +21,7 @@ through the registered parameters (optimizer, state dict, DDP, dtype casts) sees
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, Optional
 
@@ -37,6 +38,14 @@ def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.
     if blocks == 1:
         return full.narrow(dim, 0, kept)
     return full.unflatten(dim, (blocks, -1)).narrow(dim + 1, 0, kept).flatten(dim, dim + 1)
+
+
+def _is_asked_by_name() -> bool:
+    """Whether the property that calls this is read by `get_parameter`, of whatever module above. torch fetches the parameter as
+    an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the parameter."""
+    if torch.compiler.is_compiling():  # cannot look at frames, and no forward pass asks
+        return False
+    return sys._getframe(2).f_code is nn.Module.get_parameter.__code__
 
 
 class _ElasticWeight(nn.Module):
@@ -59,7 +68,7 @@ class _ElasticWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = self.full_weight
-        if self.kept is None and self.active_width is None:
+        if (self.kept is None and self.active_width is None) or _is_asked_by_name():
             return full
         if full.is_meta and "_hf_hook" in self.__dict__:
             raise ValueError(
@@ -106,7 +115,7 @@ class ElasticLinearB(_ElasticB, nn.Linear):
     @property
     def bias(self) -> Optional[torch.Tensor]:  # type: ignore[override]
         full = self._parameters.get("bias")
-        return None if full is None else take(full, 0, self.active_width)
+        return full if full is None or _is_asked_by_name() else take(full, 0, self.active_width)
 
 
 class ElasticConv1dA(_ElasticA, nn.Conv1d):
@@ -177,13 +186,19 @@ class ElasticParameterDict(nn.ParameterDict):
         return (value for _, value in self.items())
 
 
+def rank_multiple(layer: nn.Module) -> int:
+    """What the ranks of a LoRA layer on, or around, this one have to be divisible by: the groups of a convolution."""
+    base_layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return base_layer.groups if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+
+
 def check_ranks(base_layer: nn.Module, name: str, ranks: tuple[int, ...]) -> None:
     """Raise a ValueError if a LoRA layer around `base_layer` could not show these ranks."""
-    groups = base_layer.groups if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+    groups = rank_multiple(base_layer)
     if any(k % groups for k in ranks):
         raise ValueError(
             f"{name!r} is a convolution with groups={groups}; each of its ranks must be divisible by that, got "
-            f"{list(ranks)} from `elastic_ranks`."
+            f"{list(ranks)} from `r`, `rank_pattern` and `elastic_ranks`."
         )
 
 

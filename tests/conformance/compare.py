@@ -1,0 +1,125 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""peft's own tests with `ElasticLoraConfig` in the place of `LoraConfig`, beside the same tests with stock LoRA.
+
+    pip download --no-deps --no-binary :all: peft==0.21.2 && tar xzf peft-0.21.2.tar.gz
+    python tests/conformance/compare.py peft-0.21.2/tests [--config SparseQALoraConfig] [--out rows.json] [-- -k "..."]
+
+Nothing of peft's tests is in this repository. Models of the hub are replaced by tiny ones with random weights (models.py).
+A row that passes with stock LoRA and not with ours is explained by one of `REASONS`, or it is a fault, and the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+
+# What may keep a row from passing: title -> what its error says, or the row itself.
+REASONS: dict[str, str] = {}
+
+
+def run_tests(
+    tests: Path, config: str, scratch: Path, arguments: list[str], rows: list[str] | None = None
+) -> dict[str, dict]:
+    """row -> how it ended, with this configuration.
+
+    Args:
+        rows: those to run; all by default.
+    """
+    log = scratch / f"{config or 'stock'}.jsonl"
+    log.touch()
+    environment = os.environ | {
+        "CONFORMANCE_CONFIG": config,
+        "CONFORMANCE_LOG": str(log),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    if rows is not None:
+        (scratch / "rows.json").write_text(json.dumps(rows))
+        environment["CONFORMANCE_ROWS"] = str(scratch / "rows.json")
+    command = [sys.executable, "-m", "pytest", "-p", "substitute", "-p", "no:cacheprovider", "-c", os.devnull, "-q"]
+    command += ["--rootdir", str(tests.parent), "--tb=short", "--continue-on-collection-errors", *arguments]
+    files = sorted(path for path in tests.glob("test_*.py") if "LoraConfig" in path.read_text())
+    with open(scratch / f"{config or 'stock'}.txt", "w") as output:
+        named = any((tests.parent / a.partition("::")[0]).exists() for a in arguments if not a.startswith("-"))
+        command += [] if named else [str(path.relative_to(tests.parent)) for path in files]
+        subprocess.run(
+            command, cwd=tests.parent, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    return read_log(log)
+
+
+def read_log(log: Path) -> dict[str, dict]:
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {line["row"]: line for line in lines}
+
+
+def explain(row: str, message: str) -> str:
+    for title, pattern in REASONS.items():
+        if re.search(pattern, message, re.DOTALL) or re.search(pattern, row):
+            return title
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", type=Path, help="the folder tests/ of peft's source archive")
+    parser.add_argument("--config", default="ElasticLoraConfig")
+    parser.add_argument("--stock", type=Path, help="the stock.jsonl of an earlier run, instead of running stock again")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows that differ")
+    parser.epilog = "What stands behind -- goes to pytest."
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+
+    scratch = Path(tempfile.mkdtemp(prefix="peft-conformance-"))
+    # the source archive leaves out the __init__.py that the imports between the tests need
+    tests = scratch / "tests"
+    shutil.copytree(options.tests, tests)
+    (tests / "__init__.py").touch()
+    stock = read_log(options.stock) if options.stock else run_tests(tests, "", scratch, further)
+    rows = [row for row, line in stock.items() if line["lora_configs"] and line["outcome"] == "passed"]
+    ours = run_tests(tests, options.config, scratch, further, rows)
+    differ = {row: ours[row]["message"] if row in ours else "not run" for row in rows}
+    differ = {row: message for row, message in differ.items() if row not in ours or ours[row]["outcome"] != "passed"}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row, message in differ.items():
+        first = re.sub(r"'[^']*'|\d+", "*", message.strip().partition("\n")[0])[:160]
+        groups[explain(row, message) or f"UNEXPLAINED: {first}"].append(row)
+    print(f"{len(rows)} rows use LoRA and pass with stock, {len(rows) - len(differ)} of them with {options.config}.")
+    for title, members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        print(f"\n{len(members):5d}  {title}")
+        for row in members[:3]:
+            print(f"         {row}")
+    if options.out:
+        options.out.write_text(json.dumps({"rows": len(rows), "differ": differ, "groups": groups}, indent=1))
+    print(f"\nThe output of pytest is in {scratch}.")
+    return int(any(title.startswith("UNEXPLAINED") for title in groups) or not rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
