@@ -16,7 +16,7 @@
     pip download --no-deps --no-binary :all: peft==0.21.2 && tar xzf peft-0.21.2.tar.gz
     python tests/conformance/compare.py peft-0.21.2/tests [--config SparseQALoraConfig] [--out rows.json] [-- -k "..."]
 
-Nothing of peft's tests is in this repository. Models of the hub are replaced by tiny ones with random weights (models.py).
+Nothing of peft's tests is in this repository. Models of the hub are replaced by tiny ones with random weights (hub.py).
 A row that passes with stock LoRA and not with ours is explained by one of `REASONS`, or it is a fault, and the exit status 1.
 """
 
@@ -53,6 +53,7 @@ def run_tests(
     environment = os.environ | {
         "CONFORMANCE_CONFIG": config,
         "CONFORMANCE_LOG": str(log),
+        "HF_HOME": str(scratch / "home"),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TQDM_DISABLE": "1",
@@ -101,6 +102,8 @@ def main() -> int:
     tests = scratch / "tests"
     shutil.copytree(options.tests, tests)
     (tests / "__init__.py").touch()
+    home = os.environ | {"HF_HOME": str(scratch / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, str(HERE / "hub.py")], env=home, check=True)
     stock = read_log(options.stock) if options.stock else run_tests(tests, "", scratch, further)
     rows = [row for row, line in stock.items() if line["lora_configs"] and line["outcome"] == "passed"]
     ours = run_tests(tests, options.config, scratch, further, rows)

@@ -21,7 +21,6 @@ through the registered parameters (optimizer, state dict, DDP, dtype casts) sees
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any, Optional
 
@@ -30,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
 from ...structure.blocks import Ranges
-from ...structure.narrow import take
+from ...structure.narrow import is_asked_by_name, take
 
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:
@@ -38,14 +37,6 @@ def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.
     if blocks == 1:
         return full.narrow(dim, 0, kept)
     return full.unflatten(dim, (blocks, -1)).narrow(dim + 1, 0, kept).flatten(dim, dim + 1)
-
-
-def _is_asked_by_name() -> bool:
-    """Whether the property that calls this is read by `get_parameter`, of whatever module above. torch fetches the parameter as
-    an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the parameter."""
-    if torch.compiler.is_compiling():  # cannot look at frames, and no forward pass asks
-        return False
-    return sys._getframe(2).f_code is nn.Module.get_parameter.__code__
 
 
 class _ElasticWeight(nn.Module):
@@ -68,7 +59,7 @@ class _ElasticWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = self.full_weight
-        if (self.kept is None and self.active_width is None) or _is_asked_by_name():
+        if (self.kept is None and self.active_width is None) or is_asked_by_name():
             return full
         if full.is_meta and "_hf_hook" in self.__dict__:
             raise ValueError(
@@ -115,7 +106,7 @@ class ElasticLinearB(_ElasticB, nn.Linear):
     @property
     def bias(self) -> Optional[torch.Tensor]:  # type: ignore[override]
         full = self._parameters.get("bias")
-        return full if full is None or _is_asked_by_name() else take(full, 0, self.active_width)
+        return full if full is None or is_asked_by_name() else take(full, 0, self.active_width)
 
 
 class ElasticConv1dA(_ElasticA, nn.Conv1d):
