@@ -64,7 +64,7 @@ def run_tests(
         (scratch / "rows.json").write_text(json.dumps(rows))
         environment["CONFORMANCE_ROWS"] = str(scratch / "rows.json")
     command = [sys.executable, "-m", "pytest", "-p", "substitute", "-p", "no:cacheprovider", "-c", os.devnull, "-q"]
-    command += ["--rootdir", str(tests.parent), "--tb=short", "--continue-on-collection-errors", *arguments]
+    command += ["--rootdir", str(tests.parent), "--tb=native", "--continue-on-collection-errors", *arguments]
     files = sorted(path for path in tests.glob("test_*.py") if "LoraConfig" in path.read_text())
     with open(scratch / f"{config or 'stock'}.txt", "w") as output:
         named = any((tests.parent / a.partition("::")[0]).exists() for a in arguments if not a.startswith("-"))

@@ -163,6 +163,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def make_hub(home: Path) -> None:
     """Write all models and a tokenizer for each under `home`, to be used as `HF_HOME`."""
+    transformers.utils.logging.disable_progress_bar()
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
