@@ -114,7 +114,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralConfig",
         {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_DECODER, **_EXPERTS}),
+    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**_DECODER, **_EXPERTS},
+    ),
     "trl-internal-testing/tiny-GptOssForCausalLM": (
         "GptOssForCausalLM",
         "GptOssConfig",

@@ -15,7 +15,7 @@
 each test ended. `compare.py` starts it.
 
 `CONFORMANCE_CONFIG` names the configuration, empty for stock LoRA. `CONFORMANCE_LOG` is the file that gets one line of JSON
-for each test: its id, how it ended, the last error, and how many LoRA configurations it made. `CONFORMANCE_ROWS`, if set, is a
+for each test: its id, how it ended, the traceback, and how many LoRA configurations it made. `CONFORMANCE_ROWS`, if set, is a
 file with the ids of the tests to run.
 """
 
@@ -88,7 +88,7 @@ def _other_tuners(item: pytest.Item) -> bool:
 
 def _row(nodeid: str) -> str:
     """The id of a test, the same with each configuration."""
-    return nodeid.replace(_NAME, "LoraConfig") if _NAME else nodeid
+    return nodeid.replace(_NAME.removesuffix("Config"), "Lora") if _NAME else nodeid
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -119,8 +119,7 @@ _ends: dict[str, tuple[str, str]] = {}
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     before = _ends.get(report.nodeid, ("passed", ""))
     if report.outcome != "passed" and before[0] != "failed":
-        crash = getattr(report.longrepr, "reprcrash", None)
-        _ends[report.nodeid] = (report.outcome, crash.message if crash else str(report.longrepr)[-600:])
+        _ends[report.nodeid] = (report.outcome, report.longreprtext[-6000:])
     if report.when == "teardown":
         outcome, message = _ends.pop(report.nodeid, ("passed", ""))
         if hasattr(report, "wasxfail"):
@@ -128,7 +127,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         line = {
             "row": _row(report.nodeid),
             "outcome": outcome,
-            "message": message[:2000],
+            "message": message,
             "lora_configs": _made - _made_before,
         }
         with open(os.environ["CONFORMANCE_LOG"], "a") as file:

@@ -186,10 +186,12 @@ def rank_multiple(layer: nn.Module) -> int:
 def check_ranks(base_layer: nn.Module, name: str, ranks: tuple[int, ...]) -> None:
     """Raise a ValueError if a LoRA layer around `base_layer` could not show these ranks."""
     groups = rank_multiple(base_layer)
-    if any(k % groups for k in ranks):
+    if max(ranks) % groups == 0 and any(
+        k % groups for k in ranks
+    ):  # the maximal rank alone is a case for peft's own check
         raise ValueError(
             f"{name!r} is a convolution with groups={groups}; each of its ranks must be divisible by that, got "
-            f"{list(ranks)} from `r`, `rank_pattern` and `elastic_ranks`."
+            f"{list(ranks)} from `elastic_ranks`."
         )
 
 
@@ -213,6 +215,8 @@ def make_elastic(layer: LoraLayer, adapter_name: str, name: str) -> None:
         return
 
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(lora_A, _ElasticWeight):
+        return  # in a PeftModel inside
     if type(lora_A) not in _ELASTIC_CLASSES or type(lora_B) is not type(lora_A):
         raise ValueError(
             f"{name!r} cannot be elastic: its adapter consists of {type(lora_A).__name__} and "

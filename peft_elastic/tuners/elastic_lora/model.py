@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -239,8 +239,9 @@ class ElasticLoraModel(LoraModel):
         config.initialized_with = config.init_lora_weights
         model.__dict__[HOST_ATTRIBUTE] = self
         # peft tags the model card of adapters of type LORA only
-        if hasattr(model, "add_model_tags") and "lora" not in (model.model_tags or []):
-            model.add_model_tags("lora")
+        tags = getattr(model, "model_tags", None) or []
+        if "lora" not in tags:
+            model.model_tags = [*tags, "lora"]  # type: ignore[assignment]
             self._tagged = True
 
     def _take_over(self, model: nn.Module) -> None:
@@ -974,6 +975,8 @@ class ElasticLoraModel(LoraModel):
             mark_checkpoint(model)
         if self._tagged:
             model.model_tags.remove("lora")
+            if not model.model_tags and not hasattr(type(model), "model_tags"):
+                del model.model_tags
             self._tagged = False
         return model
 
@@ -1306,6 +1309,13 @@ def _tie_groups(groups: dict[str, list[str]], config: ElasticLoraConfig, model: 
 # -- what a PeftModel shows ----------------------------------------------------------------------------------------
 
 
+# What these classes write into the configuration that they were given once the adapter is there, which has a copy then.
+_HEADS_NAMED_LATE = {
+    PeftModelForTokenClassification: ["classifier", "score"],
+    PeftModelForQuestionAnswering: ["qa_outputs"],
+}
+
+
 def _print_trainable_parameters(model: PeftModel) -> None:
     """Stands in for `PeftModel.print_trainable_parameters`, which knows nothing of subnets."""
     type(model).print_trainable_parameters(model)
@@ -1351,6 +1361,11 @@ def _welcome_peft_model(module: nn.Module, name: str, submodule: Optional[nn.Mod
         module.__dict__["load_adapter"] = functools.partial(_load_adapter, module)
         module.__dict__["search_subnet"] = functools.partial(_search_subnet, module)
         submodule._in_peft_model = True
+        for head, names in _HEADS_NAMED_LATE.items():
+            if isinstance(module, head):
+                for config in submodule._elastic_configs().values():
+                    named = config.modules_to_save or []
+                    config.modules_to_save = [*named, *(name for name in names if name not in named)]
         submodule.restore_subnet()
 
 
