@@ -350,7 +350,7 @@ def test_a_rank_group_suits_all_its_members():
 def test_explicit_ranks_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="groups=4; each of its ranks must be divisible"):
         elastic(net(ConvNet, 2, 4), target_modules=["grouped"], elastic_ranks=[8, 6])
-    with pytest.raises(ValueError, match="groups=4; each of its ranks must be divisible"):
+    with pytest.raises(ValueError, match="groups=4 and rank 6"):  # by peft
         elastic(net(ConvNet, 2, 4), target_modules=["grouped"], r=6)
 
 
@@ -530,6 +530,32 @@ def test_routers_and_experts_that_are_named_are_refused_by_the_masked_adapter():
         get_peft_model(tiny_mixtral(), SparseQALoraConfig(r=4, target_modules=["q_proj", "gate"]))
 
 
+@pytest.mark.parametrize(
+    ("model_cls", "task_type", "head"),
+    [
+        (transformers.BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (transformers.BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+        (transformers.BertForSequenceClassification, "SEQ_CLS", "classifier"),
+    ],
+)
+def test_heads_are_saved_with_the_adapter(tmp_path, model_cls, task_type, head):
+    """peft writes their names into the configuration after the adapter has been made."""
+
+    def base():
+        sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+        return build(model_cls, transformers.BertConfig, **sizes)
+
+    config = ElasticLoraConfig(r=4, target_modules=["query"], task_type=task_type)
+    model = get_peft_model(base(), config)
+    randomize(model)
+    nn.init.normal_(model.get_parameter(f"base_model.model.{head}.modules_to_save.default.weight"))
+    model.save_pretrained(tmp_path)
+    assert head in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    inputs = {"input_ids": tokens()}
+    torch.testing.assert_close(model.eval()(**inputs)[0], loaded(**inputs)[0], rtol=0, atol=0)
+
+
 def test_a_classifier_keeps_its_own_modules_to_save():
     config = ElasticLoraConfig(**QV, task_type="SEQ_CLS")
     first, second = (get_peft_model(tiny_llama_classifier(), config) for _ in range(2))
@@ -537,3 +563,22 @@ def test_a_classifier_keeps_its_own_modules_to_save():
     assert set(own.modules_to_save) == {"classifier", "score"}
     second.peft_config["default"].modules_to_save.append("head")
     assert "head" not in own.modules_to_save
+
+
+# -- as in peft --------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_any_model_has_the_tag(tmp_path):
+    base = net(ConvNet)
+    model = elastic(base, target_modules=["head"])
+    model.save_pretrained(tmp_path)
+    assert "- lora" in (tmp_path / "README.md").read_text()
+    model.unload()
+    assert not hasattr(base, "model_tags")
+
+
+def test_a_model_with_adapters_can_get_others_around_them():
+    inner = elastic(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), target_modules=["0"])
+    with pytest.warns(UserWarning, match="second time"):
+        outer = elastic(inner, target_modules="base_model.model.1")
+    assert torch.isfinite(outputs(outer, torch.randn(2, 6))).all()

@@ -186,9 +186,8 @@ def rank_multiple(layer: nn.Module) -> int:
 def check_ranks(base_layer: nn.Module, name: str, ranks: tuple[int, ...]) -> None:
     """Raise a ValueError if a LoRA layer around `base_layer` could not show these ranks."""
     groups = rank_multiple(base_layer)
-    if max(ranks) % groups == 0 and any(
-        k % groups for k in ranks
-    ):  # the maximal rank alone is a case for peft's own check
+    # whether the maximal rank is right is for peft to say
+    if max(ranks) % groups == 0 and any(k % groups for k in ranks):
         raise ValueError(
             f"{name!r} is a convolution with groups={groups}; each of its ranks must be divisible by that, got "
             f"{list(ranks)} from `elastic_ranks`."

@@ -241,7 +241,7 @@ class ElasticLoraModel(LoraModel):
         # peft tags the model card of adapters of type LORA only
         tags = getattr(model, "model_tags", None) or []
         if "lora" not in tags:
-            model.model_tags = [*tags, "lora"]  # type: ignore[assignment]
+            model.model_tags = [*tags, "lora"]
             self._tagged = True
 
     def _take_over(self, model: nn.Module) -> None:
@@ -1335,7 +1335,7 @@ def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any
     load = functools.partial(type(model).load_adapter, model, model_id, adapter_name, *args, **kwargs)
     config = model.peft_config.get(adapter_name)
     # has just made the adapter, from a configuration that may have been given by the user
-    by_from_pretrained = sys._getframe(1).f_code is PeftModel.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    by_from_pretrained = sys._getframe(1).f_code is PeftModel.from_pretrained.__func__.__code__
     file = os.path.join(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
     if not isinstance(config, ElasticLoraConfig) or by_from_pretrained:
         return load()
