@@ -24,18 +24,18 @@ from peft_elastic import ElasticLoraConfig
 @pytest.mark.parametrize(
     ("settings", "ranks"),
     [
-        ({"r": 8}, [8, 6, 4]),
-        ({"r": 32}, [32, 24, 16]),
-        ({"r": 5}, [5, 4, 3]),
-        ({"r": 2}, [2, 1]),
-        ({"r": 1}, [1]),
-        ({"r": 8, "elastic_ranks": [2, 8, 5]}, [8, 5, 2]),
-        ({"r": 8, "elastic_ranks": (8, 1)}, [8, 1]),
-        ({"r": 8, "elastic_ranks": [8]}, [8]),
+        ({"r": 8}, (8, 6, 4)),
+        ({"r": 32}, (32, 24, 16)),
+        ({"r": 5}, (5, 4, 3)),
+        ({"r": 2}, (2, 1)),
+        ({"r": 1}, (1,)),
+        ({"r": 8, "elastic_ranks": [2, 8, 5]}, (8, 5, 2)),
+        ({"r": 8, "elastic_ranks": (8, 1)}, (8, 1)),
+        ({"r": 8, "elastic_ranks": [8]}, (8,)),
     ],
 )
 def test_elastic_ranks(settings, ranks):
-    assert ElasticLoraConfig(**settings).elastic_ranks == ranks
+    assert ElasticLoraConfig(**settings).rank_options(settings["r"]) == ranks
 
 
 def test_rank_options_scale_with_the_maximal_rank_of_a_module():
@@ -45,6 +45,14 @@ def test_rank_options_scale_with_the_maximal_rank_of_a_module():
     assert config.rank_options(4) == (4, 3, 1)  # rounded up
     assert config.rank_options(2) == (2, 1)  # equal ones are one
     assert config.rank_options(1) == (1,)
+    assert ElasticLoraConfig(r=8).rank_options(16) == (16, 12, 8)
+
+
+def test_rank_options_are_multiples_if_asked():
+    assert ElasticLoraConfig(r=8).rank_options(8, 4) == (8, 4)
+    assert ElasticLoraConfig(r=12).rank_options(12, 2) == (12, 10, 6)
+    assert ElasticLoraConfig(r=8, elastic_ranks=[8, 3]).rank_options(16, 4) == (16, 8)
+    assert ElasticLoraConfig(r=8, elastic_ranks=[8, 3]).rank_options(8, 4) == (8, 3)  # asked for one by one
 
 
 @pytest.mark.parametrize(

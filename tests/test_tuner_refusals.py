@@ -83,8 +83,8 @@ REFUSED = {
         "whose maximal ranks in `rank_pattern` differ",
     ),
     "unknown target": (
-        tiny_llama,
-        {**QV, "target_modules": ["q_proj", "v_prjo"]},
+        tiny_mixtral,
+        {**QV, "target_modules": ["v_prjo"], "target_parameters": ["experts.down_proj"]},
         r"`target_modules` names \['v_prjo'\], which are not in the base model",
     ),
     "no target": (
@@ -106,7 +106,7 @@ REFUSED = {
     "subnet": (tiny_llama, {**QV, "active_subnet": {"rank:x": 1}}, "`active_subnet` in the configuration"),
     "grouped convolution": (
         lambda: net(ConvNet, 2, 4),
-        {"r": 8, "target_modules": ["conv", "grouped"]},
+        {"r": 8, "target_modules": ["conv", "grouped"], "elastic_ranks": [8, 6, 4]},
         r"'grouped' is a convolution with groups=4; each of its ranks must be divisible by that, got \[8, 6, 4\]",
     ),
     "mica embedding": (

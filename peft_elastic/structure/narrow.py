@@ -21,6 +21,7 @@ whoever reads it (its own forward, adapters around it) computes with less.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any, Optional
 
 import torch
@@ -58,6 +59,14 @@ def store_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> bool:
     return True
 
 
+def is_asked_by_name() -> bool:
+    """Whether the property that calls this is read by `get_parameter`, of whatever module above. torch fetches the parameter as
+    an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the whole parameter."""
+    if torch.compiler.is_compiling():  # cannot look at frames, and a forward pass does not go by names
+        return False
+    return sys._getframe(2).f_code is nn.Module.get_parameter.__code__
+
+
 class _Narrow(nn.Module):
     """Mixin in front of the class of a layer."""
 
@@ -70,6 +79,8 @@ class _Narrow(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = stored_tensor(self, "weight")
+        if is_asked_by_name():
+            return full
         return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
 
     @weight.setter
@@ -79,7 +90,7 @@ class _Narrow(nn.Module):
     @property
     def bias(self) -> Optional[torch.Tensor]:
         full = stored_tensor(self, "bias")
-        return None if full is None else take(full, 0, self.active_out)
+        return full if full is None or is_asked_by_name() else take(full, 0, self.active_out)
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:

@@ -47,9 +47,10 @@ class ElasticLoraConfig(LoraConfig):
 
     Args:
         elastic_ranks (`list[int]`, *optional*):
-            The ranks a module may take; the largest must be `r`. Defaults to `r`, three quarters of it and half of it,
-            the space of the Shears paper. A module with another maximal rank in `rank_pattern` takes the same fractions
-            of its own, rounded up. `[r]` gives an adapter of fixed rank.
+            The ranks a module may take; the largest must be `r`. `None` stands for `r`, three quarters of it and half of
+            it, the space of the Shears paper, whatever `r` is when the adapter is made: see `rank_options`. A module with
+            another maximal rank in `rank_pattern` takes the same fractions of its own, rounded up. `[r]` gives an adapter
+            of fixed rank.
         rank_groups (`"module"`, `"block"` or `list[list[str]]`):
             Which modules share one rank. `"module"`: each has its own. `"block"`: all modules of a transformer block
             share one. A list of lists of module names ties the named modules within each transformer block, for example
@@ -75,6 +76,9 @@ class ElasticLoraConfig(LoraConfig):
         active_subnet (`dict[str, int]`, *optional*):
             The chosen subnet, by choice key; `None` is the maximal one. Written by `model.set_subnet`, saved with the
             adapter and restored when it is loaded.
+
+    A configuration is a value: an adapter gets a copy of its own, and what is written into that (`active_subnet`,
+    `sorted_base`) is never seen in the object it was made from. Fields may be set until then, and are checked again.
 
     Raises:
         ValueError: for ranks that are not positive integers or whose largest is not `r`, for malformed groups, and for
@@ -129,6 +133,11 @@ class ElasticLoraConfig(LoraConfig):
     def __post_init__(self, weights_crc32: Optional[int] = None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ELASTIC_LORA
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ValueError if the fields are not right, alone or together. Done when the object is made, and when an adapter
+        is made from it, as fields can be set in between."""
         self._check_lora_options()
         self._check_elastic_ranks()
         self._check_rank_groups()
@@ -159,7 +168,6 @@ class ElasticLoraConfig(LoraConfig):
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"`r` must be a positive integer, got {r!r}.")
         if ranks is None:
-            self.elastic_ranks = sorted({r, -(-3 * r // 4), -(-r // 2)}, reverse=True)
             return
         if not isinstance(ranks, (list, tuple)) or not ranks:
             raise ValueError(f"`elastic_ranks` must be a list with at least one rank, got {ranks!r}.")
@@ -282,11 +290,21 @@ class ElasticLoraConfig(LoraConfig):
         """Whether subnets differ in width or depth of the base."""
         return bool(self.elastic_width) or bool(self.elastic_depth)
 
-    def rank_options(self, max_rank: int) -> tuple[int, ...]:
+    def rank_options(self, max_rank: int, multiple: int = 1) -> tuple[int, ...]:
         """The ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to
-        small: `elastic_ranks` times `max_rank / r`, rounded up."""
-        assert self.elastic_ranks is not None
-        return tuple(sorted({-(-k * max_rank // self.r) for k in self.elastic_ranks}, reverse=True))
+        small: `elastic_ranks` times `max_rank / r`, rounded up.
+
+        Args:
+            max_rank (`int`): the maximal rank of the module.
+            multiple (`int`): what its ranks have to be divisible by. All that are not asked for one by one are rounded up to
+                that.
+        """
+        r, ranks = self.r, self.elastic_ranks
+        if ranks is not None and max_rank == r:
+            return tuple(sorted(ranks, reverse=True))
+        fractions = (r, -(-3 * r // 4), -(-r // 2)) if ranks is None else ranks
+        options = {-(-k * max_rank // (r * multiple)) * multiple for k in fractions}
+        return tuple(sorted({min(k, max_rank) for k in options}, reverse=True))
 
 
 def _weights_file(folder: Path) -> Optional[Path]:

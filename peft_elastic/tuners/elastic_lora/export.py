@@ -35,7 +35,7 @@ from ...structure.importance import move_adapter, noted_orders
 from ...supernet.groups import plain_path
 from ...utils import writing
 from .config import ElasticLoraConfig
-from .layer import active_weights, full_weights, get_rank, padded_weights, rank_step
+from .layer import active_weights, full_weights, get_rank, padded_weights, rank_multiple
 
 
 # Of what is in the file of an adapter, and of what there says the order of the units of a sorted base.
@@ -74,7 +74,7 @@ def export_lora(
     used = Counter(filter(None, scalings.values()))
     scaling = used.most_common(1)[0][0] if used else 0.0
     if pad:
-        step = math.lcm(*map(rank_step, layers.values()))
+        step = math.lcm(*map(rank_multiple, layers.values()))
         rank = -(-rank // step) * step
         factors = {name: 1.0 if s == scaling else s / scaling for name, s in scalings.items()}
         active = _padded_weights(layers, adapter_name, rank, factors)

@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
 from ...structure.blocks import Ranges
-from ...structure.narrow import set_in_replica, store_in_replica, stored_tensor, take
+from ...structure.narrow import is_asked_by_name, set_in_replica, store_in_replica, stored_tensor, take
 
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:
@@ -59,7 +59,7 @@ class _ElasticWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = self.full_weight
-        if self.kept is None and self.active_width is None:
+        if (self.kept is None and self.active_width is None) or is_asked_by_name():
             return full
         if full.is_meta and "_hf_hook" in self.__dict__:
             raise ValueError(
@@ -108,7 +108,7 @@ class ElasticLinearB(_ElasticB, nn.Linear):
     @property  # type: ignore[override]
     def bias(self) -> Optional[torch.Tensor]:
         full = stored_tensor(self, "bias")
-        return None if full is None else take(full, 0, self.active_width)
+        return full if full is None or is_asked_by_name() else take(full, 0, self.active_width)
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:
@@ -183,10 +183,17 @@ class ElasticParameterDict(nn.ParameterDict):
         return (value for _, value in self.items())
 
 
+def rank_multiple(layer: nn.Module) -> int:
+    """What the ranks of a LoRA layer on, or around, this one have to be divisible by: the groups of a convolution."""
+    base_layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return base_layer.groups if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+
+
 def check_ranks(base_layer: nn.Module, name: str, ranks: tuple[int, ...]) -> None:
     """Raise a ValueError if a LoRA layer around `base_layer` could not show these ranks."""
-    groups = base_layer.groups if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
-    if any(k % groups for k in ranks):
+    groups = rank_multiple(base_layer)
+    # whether the maximal rank is right is for peft to say
+    if max(ranks) % groups == 0 and any(k % groups for k in ranks):
         raise ValueError(
             f"{name!r} is a convolution with groups={groups}; each of its ranks must be divisible by that, got "
             f"{list(ranks)} from `elastic_ranks`."
@@ -213,6 +220,8 @@ def make_elastic(layer: LoraLayer, adapter_name: str, name: str) -> None:
         return
 
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(lora_A, _ElasticWeight):
+        return  # in a PeftModel inside
     if type(lora_A) not in _ELASTIC_CLASSES or type(lora_B) is not type(lora_A):
         raise ValueError(
             f"{name!r} cannot be elastic: its adapter consists of {type(lora_A).__name__} and "
@@ -311,11 +320,6 @@ def _padded(weight: torch.Tensor, dim: int, size: int, blocks: int) -> torch.Ten
     shape = list(parts.shape)
     shape[dim + 1] = size - shape[dim + 1]
     return torch.cat([parts, parts.new_zeros(shape)], dim + 1).flatten(dim, dim + 1)
-
-
-def rank_step(layer: LoraLayer) -> int:
-    """What every rank of the layer is a multiple of."""
-    return _conv_groups(layer)
 
 
 def zero_inactive(layer: LoraLayer, adapter_name: str) -> None:

@@ -16,21 +16,23 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import os
 import re
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Optional
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, PeftType
+from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper, PeftType
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -70,6 +72,7 @@ from .layer import (
     get_rank,
     is_elastic,
     make_elastic,
+    rank_multiple,
     read_unpacked,
     set_rank,
     set_width,
@@ -198,6 +201,11 @@ class ElasticLoraModel(LoraModel):
 
     # -- injection -------------------------------------------------------------------------------------------------
 
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # `inject_adapter` puts a copy in the place of a configuration, and a dict of them is the caller's as well
+        own = dict(peft_config) if isinstance(peft_config, dict) else peft_config
+        super().__init__(model, own, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -207,8 +215,8 @@ class ElasticLoraModel(LoraModel):
         state_dict: Optional[dict[str, torch.Tensor]] = None,
     ) -> None:
         """As in peft. Everything that can be refused is refused before the model is changed; if injection fails all the
-        same, the model is put back."""
-        config = self.peft_config[adapter_name]
+        same, the model is put back. The adapter gets a copy of the configuration, as it notes in it what it finds and chooses."""
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if "_elastic_adapters" not in self.__dict__:
             self._elastic_adapters, self._structural_values = {}, {}
             self._take_over(model)
@@ -219,7 +227,7 @@ class ElasticLoraModel(LoraModel):
         with self._unchanged_on_error(model, adapter_name):
             with self._whole_base():  # whose weights and sizes a new adapter may start from
                 self._check_injection(model, adapter_name, state_dict)
-                _convert_moe_targets(config, model)
+                self._convert_targets(config, model)
                 for module in model.modules():
                     unpack(module)
                 super().inject_adapter(
@@ -242,8 +250,9 @@ class ElasticLoraModel(LoraModel):
         config.initialized_with = config.init_lora_weights
         model.__dict__[HOST_ATTRIBUTE] = self
         # peft tags the model card of adapters of type LORA only
-        if hasattr(model, "add_model_tags") and "lora" not in (model.model_tags or []):
-            model.add_model_tags("lora")
+        tags = getattr(model, "model_tags", None) or []
+        if "lora" not in tags:
+            model.model_tags = [*tags, "lora"]
             self._tagged = True
 
     def _take_over(self, model: nn.Module) -> None:
@@ -261,30 +270,59 @@ class ElasticLoraModel(LoraModel):
     ) -> None:
         """Raise a ValueError if the adapter could not be injected, or not be elastic then."""
         config = self.peft_config[adapter_name]
+        config.check()
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise ValueError("Tensor-parallel models cannot get elastic adapters. Use `LoraConfig`.")
-        trial = copy.deepcopy(config)
-        _convert_moe_targets(trial, model)
+        converted = copy.deepcopy(config)
+        self._convert_targets(converted, model)
+        trial = copy.deepcopy(converted)
         plan = self._plan_injection(model, adapter_name, trial, state_dict)
-
-        known = set(self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ()))
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        _refuse_unmatched("target_modules", trial.target_modules, modules, known)
-        _refuse_unmatched("target_parameters", trial.target_parameters, [*parameters, *plan])
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(trial, field)
-            unmatched = sorted(set(patterns) - {get_pattern_key([key], path) for key in patterns for path in plan})
-            if unmatched:
-                raise ValueError(f"`{field}` has the keys {unmatched}, which match no module that gets an adapter.")
+        self._check_names(config, converted, model, plan, by_state_dict=state_dict is not None)
 
         for path, (module, rank) in plan.items():
             self._check_target(module, path, rank, config)
         ranks = {plain_path(path): rank for path, (_, rank) in plan.items()}
-        choices = self._build_choices(trial, ranks, model)
+        multiples = {plain_path(path): rank_multiple(module) for path, (module, _) in plan.items()}
+        choices = self._build_choices(trial, ranks, multiples, model)
         choices += self._check_structure(trial, model, {path: module for path, (module, _) in plan.items()})
         # with `layer_replication`, the layers that are to come are not known yet
         if config.active_subnet is not None and not config.layer_replication:
             _check_active_subnet(config, adapter_name, choices)
+
+    def _check_names(
+        self,
+        config: ElasticLoraConfig,
+        converted: ElasticLoraConfig,
+        model: nn.Module,
+        plan: Mapping[str, tuple[nn.Module, int]],
+        by_state_dict: bool,
+    ) -> None:
+        """Raise a ValueError if what the user named matches nothing at all, and warn of single names that do not: lists are made
+        for many architectures. Names that peft derived, for other checkpoints of the family, are not held against anybody.
+
+        Args:
+            converted: `config` after `_convert_targets`.
+            plan: as `_plan_injection` returned it.
+            by_state_dict: whether peft goes by the keys of a state dict in place of the names.
+        """
+        usual = self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ())
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        for field, paths in (("target_modules", modules), ("target_parameters", [*parameters, *plan])):
+            given, targets = getattr(config, field), getattr(converted, field)
+            if not given or isinstance(given, str):
+                continue
+            named = set(given) & set(targets or ())
+            ends = {".".join(parts[i:]) for path in paths for parts in [path.split(".")] for i in range(len(parts))}
+            unmatched = sorted(named - ends - set(usual))
+            if unmatched and len(unmatched) == len(named) and not by_state_dict:
+                raise ValueError(f"`{field}` names {unmatched}, which are not in the base model.")
+            if unmatched:
+                warnings.warn(f"`{field}` names {unmatched}, which are not in the base model and get no adapter.")
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = set(getattr(converted, field)) & set(getattr(config, field))
+            unmatched = sorted(patterns - {get_pattern_key([key], path) for key in patterns for path in plan})
+            if unmatched:
+                raise ValueError(f"`{field}` has the keys {unmatched}, which match no module that gets an adapter.")
 
     def _check_structure(
         self, config: ElasticLoraConfig, model: nn.Module, targets: Mapping[str, nn.Module]
@@ -330,10 +368,17 @@ class ElasticLoraModel(LoraModel):
 
     def _check_target(self, module: nn.Module, path: str, rank: int, config: ElasticLoraConfig) -> None:
         """Raise a ValueError if this module could not get an adapter of that maximal rank."""
-        check_ranks(module, path, config.rank_options(rank))
+        check_ranks(module, path, config.rank_options(rank, rank_multiple(module)))
         if config.init_lora_weights == "mica" and isinstance(module, nn.Embedding):
             # MiCA freezes B through the slice that indexing returns, which cannot be frozen
             raise ValueError(f"{path!r} is an embedding, which cannot be elastic with `init_lora_weights='mica'`.")
+
+    def _convert_targets(self, config: ElasticLoraConfig, model: nn.Module) -> None:
+        """As peft does for LORA: name what transformers 5 made of the experts' modules, e.g. Mixtral's w1, w2, w3."""
+        as_lora = _as_lora(config)
+        convert_peft_config_for_transformers(as_lora, model=model, conversions=None)
+        config.target_modules, config.target_parameters = as_lora.target_modules, as_lora.target_parameters
+        config.rank_pattern, config.alpha_pattern = as_lora.rank_pattern, as_lora.alpha_pattern
 
     def _plan_injection(
         self,
@@ -432,7 +477,8 @@ class ElasticLoraModel(LoraModel):
                 name: sum(weight.numel() // ranks[name] for weight in full_weights(layer, adapter_name))
                 for name, layer in layers.items()
             }
-            choices = self._build_choices(config, ranks, self.model, sizes)
+            multiples = {name: rank_multiple(layer) for name, layer in layers.items()}
+            choices = self._build_choices(config, ranks, multiples, self.model, sizes)
             structure, shapes = None, []
             if config.is_structural:
                 # one for all, which knows what is active
@@ -449,6 +495,7 @@ class ElasticLoraModel(LoraModel):
     def _build_choices(
         config: ElasticLoraConfig,
         ranks: Mapping[str, int],
+        multiples: Mapping[str, int],
         model: nn.Module,
         sizes: Optional[Mapping[str, int]] = None,
     ) -> list[Choice]:
@@ -457,6 +504,7 @@ class ElasticLoraModel(LoraModel):
         Args:
             config: the configuration of the adapter.
             ranks: path -> maximal rank, of each module that has the adapter.
+            multiples: path -> what its ranks are divisible by.
             model: the base model.
             sizes: path -> adapter parameters per unit of rank.
         """
@@ -473,7 +521,7 @@ class ElasticLoraModel(LoraModel):
                 Choice(
                     kind="rank",
                     name=group_name,
-                    options=config.rank_options(max_ranks.pop()),
+                    options=config.rank_options(max_ranks.pop(), math.lcm(*(multiples[name] for name in members))),
                     modules=tuple(members),
                     unit_parameters=sum(sizes[name] for name in members) if sizes else 0,
                 )
@@ -972,6 +1020,8 @@ class ElasticLoraModel(LoraModel):
             reorder(model, self._own_orders or {})
         if self._tagged:
             model.model_tags.remove("lora")
+            if not model.model_tags and not hasattr(type(model), "model_tags"):
+                del model.model_tags
             self._tagged = False
         return model
 
@@ -1161,10 +1211,12 @@ class ElasticLoraModel(LoraModel):
                 for name, tensor in output_state_dict.items()
                 if name.endswith(".lora_A.weight")
             }
-            choices = cls._build_choices(peft_config, ranks, peft_model.get_base_model())
+            base_model = peft_model.get_base_model()
+            multiples = {name: rank_multiple(base_model.get_submodule(name)) for name in ranks}
+            choices = cls._build_choices(peft_config, ranks, multiples, base_model)
             ranks_now = {c.key: c.options[0] + peft_config.active_subnet[c.key] for c in choices}
             peft_config.active_subnet |= ranks_now
-        peft_config.elastic_ranks = [peft_config.r + k for k in peft_config.elastic_ranks]
+        peft_config.elastic_ranks = [peft_config.r + k for k in peft_config.rank_options(peft_config.r)]
         # what does not depend on the base weights stays: DoRA's magnitudes, `modules_to_save`, biases
         return output_state_dict | converted
 
@@ -1274,24 +1326,6 @@ def _as_lora(config: Any) -> Any:
     return config
 
 
-def _convert_moe_targets(config: ElasticLoraConfig, model: nn.Module) -> None:
-    """As peft does for LORA: name what transformers 5 made of the experts' modules, e.g. Mixtral's w1, w2, w3."""
-    as_lora = _as_lora(config)
-    convert_peft_config_for_transformers(as_lora, model=model, conversions=None)
-    config.target_modules, config.target_parameters = as_lora.target_modules, as_lora.target_parameters
-    config.rank_pattern, config.alpha_pattern = as_lora.rank_pattern, as_lora.alpha_pattern
-
-
-def _refuse_unmatched(field: str, targets: Any, paths: Iterable[str], known: Iterable[str] = ()) -> None:
-    """Raise a ValueError if a listed target matches no path."""
-    if not targets or isinstance(targets, str):
-        return
-    ends = {".".join(parts[i:]) for path in paths for parts in [path.split(".")] for i in range(len(parts))}
-    unmatched = sorted(set(targets) - ends - set(known))
-    if unmatched:
-        raise ValueError(f"`{field}` names {unmatched}, which are not in the base model.")
-
-
 def _check_active_subnet(config: ElasticLoraConfig, adapter_name: str, choices: SearchSpace | list[Choice]) -> Subnet:
     space = choices if isinstance(choices, SearchSpace) else SearchSpace(choices)
     try:
@@ -1321,6 +1355,13 @@ def _tie_groups(groups: dict[str, list[str]], config: ElasticLoraConfig, model: 
 # -- what a PeftModel shows ----------------------------------------------------------------------------------------
 
 
+# What these classes write into the configuration that they were given once the adapter is there, which has a copy then.
+_HEADS_NAMED_LATE = {
+    PeftModelForTokenClassification: ["classifier", "score"],
+    PeftModelForQuestionAnswering: ["qa_outputs"],
+}
+
+
 def _print_trainable_parameters(model: PeftModel) -> None:
     """Stands in for `PeftModel.print_trainable_parameters`, which knows nothing of subnets."""
     type(model).print_trainable_parameters(model)
@@ -1334,6 +1375,30 @@ def _search_subnet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return search_subnet(model, *args, **kwargs)
 
 
+def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for `PeftModel.load_adapter`, which reads no configuration if there is an adapter of that name, as when Trainer
+    resumes or goes back to the best model: the chosen subnet is part of what was saved."""
+    load = functools.partial(type(model).load_adapter, model, model_id, adapter_name, *args, **kwargs)
+    config = model.peft_config.get(adapter_name)
+    # has just made the adapter, from a configuration that may have been given by the user
+    by_from_pretrained = sys._getframe(1).f_code is PeftModel.from_pretrained.__func__.__code__
+    file = os.path.join(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
+    if not isinstance(config, ElasticLoraConfig) or by_from_pretrained:
+        return load()
+    if os.path.isdir(model_id) and not os.path.isfile(file):
+        return load()  # weights alone
+    saved = PeftConfig.from_pretrained(model_id, **model._split_kwargs(kwargs)[0])
+    before, config.active_subnet = config.active_subnet, getattr(saved, "active_subnet", None)
+    try:
+        if config.active_subnet is not None:
+            _check_active_subnet(config, adapter_name, model.base_model.get_search_space(adapter_name))
+        return load()
+    except Exception:
+        config.active_subnet = before
+        model.base_model._activate_chosen(adapter_name)
+        raise
+
+
 def _welcome_peft_model(module: nn.Module, name: str, submodule: Optional[nn.Module]) -> None:
     """Give a PeftModel that gets an elastic tuner what it must do itself. peft does not tell the tuner which PeftModel
     it belongs to, and looks for methods in the PeftModel first."""
@@ -1341,8 +1406,14 @@ def _welcome_peft_model(module: nn.Module, name: str, submodule: Optional[nn.Mod
         return  # a copy that `nn.DataParallel` makes for one forward pass
     if isinstance(submodule, ElasticLoraModel) and isinstance(module, PeftModel) and name == "base_model":
         module.__dict__["print_trainable_parameters"] = functools.partial(_print_trainable_parameters, module)
+        module.__dict__["load_adapter"] = functools.partial(_load_adapter, module)
         module.__dict__["search_subnet"] = functools.partial(_search_subnet, module)
         submodule._in_peft_model = True
+        for head, names in _HEADS_NAMED_LATE.items():
+            if isinstance(module, head):
+                for config in submodule._elastic_configs().values():
+                    named = config.modules_to_save or []
+                    config.modules_to_save = [*named, *(name for name in names if name not in named)]
         submodule.restore_subnet()
 
 

@@ -54,7 +54,8 @@ class SparseQALoraConfig(ElasticLoraConfig):
             the base layer where it is quantised (`peft_elastic.quantize`, `peft_elastic.load_gptq`, GPTQModel), and else
             fitted to its weight. They are saved with the adapter.
         bits (`int`, *optional*):
-            2, 4 or 8. By default as in a quantised base, and 4 for one in floating point.
+            2, 4 or 8. By default as in a quantised base, and 4 for one in floating point. What was found in the base is
+            written into the copy that the adapter keeps.
         group_size (`int`, *optional*):
             Inputs that share a scale; must divide the inputs of every layer, -1: all. By default as in a quantised base,
             and 128.
@@ -89,6 +90,9 @@ class SparseQALoraConfig(ElasticLoraConfig):
     def __post_init__(self, weights_crc32: Optional[int] = None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SPARSE_QA_LORA
+
+    def check(self) -> None:
+        super().check()
         for name in ("sparse_adapter", "quantization_aware"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")

@@ -13,6 +13,7 @@
 # limitations under the License.
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import Any, Optional
@@ -63,6 +64,16 @@ class SparseQALoraModel(ElasticLoraModel):
         if not base.is_supported(layer):
             return ElasticLoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         return SparseLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    def _convert_targets(self, config: Any, model: nn.Module) -> None:
+        """As in `ElasticLoraModel`, but "all-linear" stays what it says: what transformers 5 made of routers and experts are no
+        linear layers, and could be neither masked nor rounded."""
+        given = copy.deepcopy(config)
+        super()._convert_targets(config, model)
+        all_linear = isinstance(given.target_modules, str) and given.target_modules.lower() == "all-linear"
+        if all_linear and (config.sparse_adapter or config.quantization_aware):
+            config.target_parameters = given.target_parameters
+            config.rank_pattern, config.alpha_pattern = given.rank_pattern, given.alpha_pattern
 
     def _check_target(self, module: nn.Module, path: str, rank: int, config: Any) -> None:
         super()._check_target(module, path, rank, config)
