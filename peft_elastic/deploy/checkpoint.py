@@ -276,7 +276,9 @@ class SparseQuantizer(HfQuantizer):
         if absent:
             # Where this package is not imported, transformers would make up the weights of what was removed. Empty tensors in
             # their place let it fail.
-            state = (model.state_dict() if state is None else state) | {name: torch.empty(0) for name in absent}
+            state = (model.state_dict() if state is None else state) | {
+                name: torch.empty(0, device="cpu") for name in absent
+            }
         return state, {}
 
     def is_serializable(self) -> bool:

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..quantization import QuantizedLinear
 from ..quantization.saving import GridQuantizer, unguard_saving
 from . import checkpoint, ops, timing
-from .format import check_dtype, check_int4
+from .format import check_dtype, check_int4, groups_in_order
 from .sparse_linear import SparseLinear
 
 
@@ -350,7 +350,7 @@ def _share_of_zeros(grid: dict[str, Any]) -> float:
     """Of the weights of a quantized layer."""
     q, zeros, g_idx = grid["q"], grid["zeros"], grid["g_idx"]
     if g_idx is None:
-        g_idx = torch.arange(q.shape[1]) // grid["group_size"]
+        g_idx = groups_in_order(q.shape[1], grid["group_size"])
     return int((q == zeros[:, g_idx.long()]).sum()) / q.numel()
 
 
