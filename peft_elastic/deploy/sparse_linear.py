@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..parameters import check_parameters
 from . import ops
 from .format import compress, compress_int4, decompress, int4_codes, verify, verify_int4
 
@@ -73,6 +74,7 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: on any other layer or `dtype`, weights that are not finite, or without the C++ extension.
         """
+        check_parameters({"": linear})
         if not isinstance(linear, (nn.Linear, Conv1D)) or type(linear) not in (nn.Linear, Conv1D):
             raise ValueError(
                 f"`linear` must be an nn.Linear or transformers' Conv1D itself, got {type(linear).__name__}."
