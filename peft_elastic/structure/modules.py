@@ -144,10 +144,8 @@ def routers(model: nn.Module) -> list[str]:
 def _expert_count(module: nn.Module) -> int:
     """How many experts a module holds itself; 0 if it is something else."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        children = list(module.children())
-        if len({type(child) for child in children}) == 1 and linear_layers(children[0]):
-            return len(children)
-        return 0
+        children = [child for child in module.children() if linear_layers(child)]  # there may be a dropout beside them
+        return len(children) if len({type(child) for child in children}) == 1 else 0
     if isinstance(module, nn.modules.conv._ConvNd):
         return 0
     sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
