@@ -239,8 +239,8 @@ def check_int4(
     q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, group_size: int
 ) -> None:
     """ValueError unless these are what `compress_int4` takes."""
-    if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"`group_size` is {group_size!r}; it has to be a whole number from 1 up.")
+    if type(group_size) is not int or not 1 <= group_size < 2**62:
+        raise ValueError(f"`group_size` is {group_size!r}; it has to be a whole number from 1 up, below 2^62.")
     if q.dim() != 2 or 0 in q.shape or q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
         raise ValueError(
             f"`q` is {q.dtype} {tuple(q.shape)}; it has to be whole numbers (out, in), neither of them 0."
