@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .._native import is_plain
 from ..parameters import check_parameters
 from . import ops
 from .format import compress, compress_int4, decompress, int4_codes, verify, verify_int4
@@ -250,8 +251,8 @@ class SparseLinear(nn.Module):
             verify(name, tensors, out_features=out_features, in_features=in_features, nnz=nnz, dtype=self.value_dtype)
             return ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
         bitmask = tensors.get("weight_bitmask")  # its population count says how many values there are
-        if bitmask is not None and bitmask.dtype == torch.uint8:
-            nnz = min(int(np.bitwise_count(bitmask.cpu().numpy()).sum(dtype=np.int64)), out_features * in_features)
+        if is_plain(bitmask) and bitmask.dtype == torch.uint8:  # else `verify_int4` says what is wrong with it
+            nnz = min(int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64)), out_features * in_features)
         verify_int4(
             name,
             tensors,
