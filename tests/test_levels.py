@@ -109,6 +109,9 @@ def test_fuzzing_from_python(tmp_path):
     if not all(map(os.path.isabs, runtimes)):
         pytest.skip("the compiler has no shared libraries of the sanitizers, which Python would need to load")
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    # what the package may look at, so that it takes this build for its own
+    include += [f"-DPEFT_ELASTIC_VERSION={getattr(_native._C, '__version__', '')}"]
+    include += [f"-DPEFT_ELASTIC_FINGERPRINT={getattr(_native._C, 'fingerprint', '')}"]
     # without the options of the levels all but the portable one are empty
     extension = build(
         tmp_path, sorted((ROOT / "csrc").glob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"]

@@ -36,6 +36,7 @@ from peft_elastic import _native
 if not _native.is_built():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
+from peft_elastic.addresses import is_watched
 from peft_elastic.deploy import SparseLinear, ops
 
 
@@ -137,7 +138,7 @@ def test_torchscript(kind):
 def test_default_devices_change_nothing(kind, device):
     sparse, dense = make(kind)
     with torch.device(device):
-        assert not _native.is_watched()  # and so they cost nothing
+        assert not is_watched()  # and so they cost nothing
         close(sparse(X), dense(X))
         close(sparse(X.repeat(400, 1)), dense(X.repeat(400, 1)))
         x = X.clone().requires_grad_()

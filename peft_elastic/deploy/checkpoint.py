@@ -402,6 +402,17 @@ def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
 
 
+def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
+    """Where the layer is in `model`, which may be the base of the model that was saved, or have it inside."""
+    prefix = f"{model.base_model_prefix}."
+    for path in (name, name.removeprefix(prefix), prefix + name):
+        if path in modules:
+            return path
+    if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+        raise ValueError(f"quantization_config: the model has no layer {name!r}.")
+    return None  # a head that this class does not have; transformers says so of its tensors
+
+
 def _devices(device_map: Any) -> set[str]:
     """The kinds of devices that a `device_map` names. None while transformers has yet to work out what "auto" and its like come down
     to; it asks again with the result."""
@@ -412,17 +423,6 @@ def _devices(device_map: Any) -> set[str]:
         name = f"accelerator {device}" if isinstance(device, int) else str(device)
         kinds.add("cpu" if name.partition(":")[0] == "cpu" else name)
     return kinds
-
-
-def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:
-    """Where the layer is in `model`, which may be the base of the model that was saved, or have it inside."""
-    prefix = f"{model.base_model_prefix}."
-    for path in (name, name.removeprefix(prefix), prefix + name):
-        if path in modules:
-            return path
-    if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
-        raise ValueError(f"quantization_config: the model has no layer {name!r}.")
-    return None  # a head that this class does not have; transformers says so of its tensors
 
 
 def _dense(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:

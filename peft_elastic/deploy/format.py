@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._native import is_plain
+from ..addresses import is_plain
 
 
 __all__ = ["compress", "compress_int4", "decompress", "decompress_int4", "verify", "verify_int4"]

@@ -40,6 +40,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from .. import _native
+from ..addresses import address, is_plain, is_watched
 from . import ops
 from .sparse_linear import SparseLinear
 
@@ -235,7 +236,7 @@ class _Room:
             self.buffers += [self._with_room(each.keys), self._with_room(each.values)]
             each.keys, each.values = (buffer.narrow(2, 0, self.length) for buffer in self.buffers[-2:])
         self.views = [view for each in cached for view in (each.keys, each.values)]
-        self.is_plain = all(map(_native.is_plain, self.buffers))
+        self.is_plain = all(map(is_plain, self.buffers))
         self.addresses = array("Q", [buffer.data_ptr() for buffer in self.buffers] if self.is_plain else [])
 
     def _with_room(self, old: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ class _Room:
 
 def _is_plain_tensor(tensor: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether C++ can read it by its address."""
-    return _native.is_plain(tensor) and tensor.shape == shape and tensor.dtype in dtypes and tensor.is_contiguous()
+    return is_plain(tensor) and tensor.shape == shape and tensor.dtype in dtypes and tensor.is_contiguous()
 
 
 def _fits_linear(linear: Any, dtype: torch.dtype) -> bool:
@@ -395,8 +396,8 @@ class _FusedLayers:
             and cos.shape in ((1, 1, self.head_dim), (batch, 1, self.head_dim))
             and hidden.shape == (batch, 1, self.hidden_size)
             and batch <= self.most_rows
-            and room.is_plain
             and room.buffers[0].dtype == self.dtype
+            and room.is_plain
             and room.buffers[0].shape == (batch, self.kv_heads, room.capacity, self.head_dim)
         )
 
@@ -410,11 +411,11 @@ class _FusedLayers:
             hidden.shape[0],
             room.length - 1,
             room.capacity,
-            _native.address("hidden", hidden, self.dtype),
-            _native.address("cos", cos, self.dtype),
-            _native.address("sin", sin, self.dtype, tuple(cos.shape)),
+            address("hidden", hidden, self.dtype),
+            address("cos", cos, self.dtype),
+            address("sin", sin, self.dtype, tuple(cos.shape)),
             cos.shape[0] > 1,
-            0 if mask is None else _native.address("mask", mask, torch.bool, (hidden.shape[0], room.length)),
+            0 if mask is None else address("mask", mask, torch.bool, (hidden.shape[0], room.length)),
             room.addresses.buffer_info()[0],
             output.data_ptr(),
             torch.get_num_threads(),
@@ -523,7 +524,7 @@ class _DenseStep:
         return (
             _native._C is not None
             and not _is_special_mode()
-            and _native.is_plain(input)
+            and is_plain(input)
             and input.dtype in (torch.float32, torch.bfloat16)
             and input.dim() > 0
             and input.shape[-1] == self.linear.in_features
@@ -533,7 +534,7 @@ class _DenseStep:
 
 def _is_special_mode() -> bool:
     """Whether torch watches or changes what is computed, so that it must see every operator."""
-    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _native.is_watched()
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched()
 
 
 class _DecodeStep:

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _native
-from .._native import address, is_plain
+from ..addresses import address, is_plain, is_transformed, is_watched
 from .format import groups_in_order, order_of_groups
 
 
@@ -264,7 +264,7 @@ def linear(
     Raises:
         ValueError: as `sparse_linear`.
     """
-    if not _native.is_watched():
+    if not is_watched():
         if x.dtype not in _FLOAT_TYPES or not x.is_cpu or not x.dim() or x.shape[-1] != in_features:
             raise ValueError(
                 f"`x` must be float32, bfloat16 or float16 [..., {in_features}] on the CPU, got {x.dtype} {tuple(x.shape)} on "
@@ -274,7 +274,7 @@ def linear(
             y = _by_address(x, packed, scales, bias, out_features, "float")
             if y is not None:
                 return y
-    elif _native.is_transformed():
+    elif is_transformed():
         expand = functools.partial(sparse_linear_weight, in_features=in_features)
         return _forward_dense(x, packed, scales, bias, out_features, in_features, expand)
     return sparse_linear(x, packed, scales, bias, out_features)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .._native import is_plain
+from ..addresses import is_plain
 from ..parameters import check_parameters
 from . import ops
 from .format import compress, compress_int4, decompress, int4_codes, verify, verify_int4

@@ -32,6 +32,7 @@ import torch
 import torch.utils.checkpoint
 
 from ... import _native
+from ...addresses import address, is_plain, is_watched
 from ...quantization import Grid
 
 
@@ -291,8 +292,8 @@ class _Update:
         weight, grid = self.weight, self.grid
         return (
             _native._C is not None
-            and not _native.is_watched()
-            and _native.is_plain(weight)
+            and not is_watched()
+            and is_plain(weight)
             and weight.dtype in _KERNEL_DTYPES
             and self.dtype == torch.float32
             and weight.stride(1) == 1
@@ -305,7 +306,7 @@ class _Update:
     ) -> None:
         """What `_fill` computes, to the last bit, in one pass."""
         weight = self.weight[rows]
-        address, scales, zeros = _native.address, None, None
+        scales = zeros = None
         if grid is not None:
             scales, zeros = grid.scales[rows].float().contiguous(), grid.zeros[rows].float().contiguous()
             groups = weight.shape[0], weight.shape[1] // grid.group_size
