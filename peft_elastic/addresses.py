@@ -54,7 +54,8 @@ def is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or (torch._C._len_torch_function_stack() and not _only_default_devices())
         or torch._C._get_tracing_state() is not None
-        or is_transformed()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 

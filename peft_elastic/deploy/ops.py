@@ -265,15 +265,15 @@ def linear(
         ValueError: as `sparse_linear`.
     """
     if not is_watched():
+        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            y = _by_address(x, packed, scales, bias, out_features, in_features, "float")
+            if y is not None:
+                return y
         if x.dtype not in _FLOAT_TYPES or not x.is_cpu or not x.dim() or x.shape[-1] != in_features:
             raise ValueError(
                 f"`x` must be float32, bfloat16 or float16 [..., {in_features}] on the CPU, got {x.dtype} {tuple(x.shape)} on "
                 f"{x.device}."
             )
-        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-            y = _by_address(x, packed, scales, bias, out_features, "float")
-            if y is not None:
-                return y
     elif is_transformed():
         expand = functools.partial(sparse_linear_weight, in_features=in_features)
         return _forward_dense(x, packed, scales, bias, out_features, in_features, expand)
@@ -289,7 +289,7 @@ def forward(
     activations: str = "float",
 ) -> Tensor:
     """The product itself, without gradients: what `sparse_linear` comes down to. ValueError on tensors that are not plain."""
-    y = _by_address(x, packed, scales, bias, out_features, activations)
+    y = _by_address(x, packed, scales, bias, out_features, x.shape[-1], activations)
     if y is None:
         given = [tensor for tensor in (x, packed, scales, bias) if tensor is not None]
         raise ValueError(
@@ -305,11 +305,12 @@ def _by_address(
     scales: Optional[Tensor],
     bias: Optional[Tensor],
     out_features: int,
+    in_features: int,
     activations: str,
 ) -> Optional[Tensor]:
     """The product, or None if one of the tensors is not as C++ needs it. That sizes fit the packed weight, C++ sees to."""
-    kind = _FLOAT_TYPES.get(x.dtype)
-    if kind is None or not is_plain(x):
+    kind, shape = _FLOAT_TYPES.get(x.dtype), x.shape
+    if kind is None or not is_plain(x) or not shape or shape[-1] != in_features:
         return None
     # `packed` and `scales` are of our own making, never a view of something: what can have become of them since takes less to see
     if type(packed) is not Tensor or not packed.is_cpu or not packed.is_contiguous():
@@ -326,8 +327,6 @@ def _by_address(
         if bias_kind < 0 or not is_plain(bias) or bias.numel() != out_features or not bias.is_contiguous():
             return None
         bias_at = bias.data_ptr()
-    shape = x.shape
-    in_features = shape[-1]
     rows = x.numel() // in_features if in_features else 0
     if rows >= DENSE_ROWS and activations == "float":
         return _forward_dense(x, packed, scales, bias, out_features, in_features)
