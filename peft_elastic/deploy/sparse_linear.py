@@ -251,7 +251,8 @@ class SparseLinear(nn.Module):
             verify(name, tensors, out_features=out_features, in_features=in_features, nnz=nnz, dtype=self.value_dtype)
             return ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
         bitmask = tensors.get("weight_bitmask")  # its population count says how many values there are
-        if is_plain(bitmask) and bitmask.dtype == torch.uint8:  # else `verify_int4` says what is wrong with it
+        # else `verify_int4` says what is wrong with it
+        if bitmask is not None and is_plain(bitmask) and bitmask.dtype == torch.uint8:
             nnz = min(int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64)), out_features * in_features)
         verify_int4(
             name,

@@ -295,7 +295,7 @@ def _not_asked(
     choosing = set(routers(model))
     reasons = {}
     for name, linear in linears:
-        shared = [owner for owner in owners[id(linear.weight)] if owner != f"{name}.weight"]
+        shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != f"{name}.weight"]
         if shared:
             reasons[name] = f"its weight is also {shared[0]}"
         elif linear is output and not lm_head:

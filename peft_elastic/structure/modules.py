@@ -126,7 +126,7 @@ def routers(model: nn.Module) -> list[str]:
     Experts are a list or dict of modules of one class with linear layers in them, or a module with a three-dimensional parameter.
     They are found by that, not by what they are called.
     """
-    found = {}
+    found: dict[str, None] = {}
     for stack in find_stacks(model):
         for block_name, block in stack.items():
             linears = linear_layers(block)
