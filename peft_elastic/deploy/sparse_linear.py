@@ -36,7 +36,7 @@ class SparseLinear(nn.Module):
     frozen.
 
     Its state dict holds the tensors of `peft_elastic.deploy.format`; `packed` is their form for the kernels. Casts such as
-    `.bfloat16()` change the bias alone: the weight keeps its precision, and the output has the type of the input.
+    `.bfloat16()` change the bias alone: the weight keeps its precision, and the output has the type of the input, or of autocast.
 
     Attributes:
         in_features, out_features, nnz (`int`), sparsity (`float`, share of zeros), nbytes (`int`, of the packed weight).

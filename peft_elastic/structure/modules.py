@@ -133,11 +133,10 @@ def routers(model: nn.Module) -> list[str]:
             for name, module in block.named_modules():
                 experts = {key: count for key, child in module.named_children() if (count := _expert_count(child)) > 1}
                 prefix = f"{name}." if name else ""
-                for path, layer in linears.items():
+                for path, layer in linears.items() if experts else ():
                     first = path.removeprefix(prefix).partition(".")[0]
-                    if experts and path.startswith(prefix) and first not in experts:
-                        if _outputs(layer) in (1, *experts.values()):
-                            found[f"{block_name}.{path}"] = None
+                    if path.startswith(prefix) and first not in experts and _outputs(layer) in (1, *experts.values()):
+                        found[f"{block_name}.{path}"] = None
     return list(found)
 
 
