@@ -4,7 +4,7 @@
 #   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
 #   make test-gptq                   tests/gptq, which need GPTQModel: in $(VENV_GPTQ), with a torch of several GB
 #   make style                       reformat the code      make lint       what CI checks: ruff, mypy
-#   make fuzz                        200,000 damaged weights under ASan and UBSan
+#   make fuzz                        under ASan and UBSan: 200,000 damaged weights, 100,000 damaged inputs from Python
 #   make bench [BENCH="training"]    benchmarks/*.py        make wheel      a wheel and a source archive in dist/
 #   make clean                       remove what was made, all but the cache of models (see `peft-elastic info`)
 #

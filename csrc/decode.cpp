@@ -491,7 +491,8 @@ void check_layer(const DecodeModel& model, const DecodeLayer& layer) {
   const std::int64_t query = layer.q.out_features, key = layer.k.out_features;
   const std::int64_t inner = layer.gate.out_features;
   if (model.type == FloatType::kFloat16) throw std::invalid_argument("a decoder in float16 is not provided for");
-  if (dim < 2 || dim % 2 || key < 1 || key % dim || query % key) {
+  if (hidden < 1 || inner < 1) throw std::invalid_argument("a decoder without inputs or channels");
+  if (dim < 2 || dim % 2 || key < 1 || key % dim || query < key || query % key) {
     throw std::invalid_argument("heads of " + std::to_string(dim) + " do not divide " + std::to_string(query) +
                                 " queries and " + std::to_string(key) + " keys");
   }

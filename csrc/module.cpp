@@ -20,6 +20,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -152,6 +153,13 @@ void check_contents(Address packed, std::size_t size) {
   peft_elastic::check_contents(peft_elastic::open_packed(at<const std::uint8_t>(packed), size));
 }
 
+// Tensors without memory (of the meta device, or fake ones) have this address.
+void expect_memory(std::initializer_list<Address> addresses) {
+  for (const Address address : addresses) {
+    if (address == 0) throw std::invalid_argument("a tensor has no memory");
+  }
+}
+
 // A tenth of a microsecond counts here: a token calls hundreds of layers.
 void linear(Address packed, std::size_t size, Address x, int x_type, std::int64_t rows, std::int64_t in_features,
             std::int64_t x_stride, Address scales, Address bias, int bias_type, Address y, int y_type,
@@ -164,6 +172,8 @@ void linear(Address packed, std::size_t size, Address x, int x_type, std::int64_
                                 std::to_string(call.weight.in_features) + ", expected " + std::to_string(out_features) +
                                 " x " + std::to_string(in_features));
   }
+  expect_memory({x, y});
+  if (rows < 1 || (rows > 1 && x_stride < 0)) throw std::invalid_argument("x has no such rows");
   const bool int8 = call.weight.type == peft_elastic::ValueType::kInt8;
   if (int8 != (scales != 0)) throw std::invalid_argument("scales go with an int8 weight, and only with one");
   if (int8_activations && !int8) throw std::invalid_argument("int8 activations go with an int8 weight");
@@ -191,6 +201,7 @@ void dense_rows(Address packed, std::size_t size, Address scales, std::int64_t f
   if (first_row < 0 || rows < 0 || first_row > weight.out_features - rows) {
     throw std::invalid_argument("rows outside of the weight");
   }
+  if (rows) expect_memory({target});
   peft_elastic::dense_rows(weight, at<const float>(scales), first_row, rows, at<void>(target), float_type(type), threads);
 }
 
@@ -230,6 +241,7 @@ peft_elastic::DecodeLinear decode_linear(const LinearAddresses& addresses) {
   linear.bias = at<const void>(bias);
   linear.bias_type = float_type(bias_type);
   if (size == 0) {
+    expect_memory({weight});
     linear.dense = at<const void>(weight);
     return linear;
   }
@@ -253,6 +265,7 @@ void add_layer(peft_elastic::DecodeModel& model, const std::array<LinearAddresse
   peft_elastic::DecodeNorm* const to_norms[] = {&layer.input_norm, &layer.mlp_norm, &layer.q_norm, &layer.k_norm};
   for (std::size_t i = 0; i < linears.size(); ++i) *to_linears[i] = decode_linear(linears[i]);
   for (std::size_t i = 0; i < norms.size(); ++i) *to_norms[i] = {at<const void>(norms[i].first), norms[i].second};
+  expect_memory({norms[0].first, norms[1].first});
   layer.scaling = scaling;
   peft_elastic::check_layer(model, layer);
   model.layers.push_back(layer);
@@ -266,11 +279,13 @@ void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int
             Address output, int threads) {
   py::gil_scoped_release release;
   if (batch < 1 || length < 0 || capacity <= length) throw std::invalid_argument("no room in the cache");
+  expect_memory({hidden, cos, sin, keys_and_values, output});
   const std::size_t count = model.layers.size();
   std::vector<void*> keys(count), values(count);
   for (std::size_t i = 0; i < count; ++i) {
     keys[i] = at<void*>(keys_and_values)[2 * i];
     values[i] = at<void*>(keys_and_values)[2 * i + 1];
+    if (!keys[i] || !values[i]) throw std::invalid_argument("the cache has no memory");
   }
   peft_elastic::DecodeCall call{};
   call.batch = batch;
@@ -292,6 +307,8 @@ void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int
 void dense_linear(Address x, std::int64_t rows, std::int64_t out_features, std::int64_t in_features, Address weight,
                   Address bias, Address y, int type, int threads) {
   py::gil_scoped_release release;
+  expect_memory({x, weight, y});
+  if (rows < 1 || out_features < 1 || in_features < 1) throw std::invalid_argument("a dense layer has no such sizes");
   peft_elastic::DenseCall call{};
   call.x = at<const void>(x);
   call.rows = rows;
@@ -311,6 +328,7 @@ void effective_panel(Address weight, int weight_type, std::int64_t rows, std::in
                      Address panel, Address slopes, bool masked, bool add, Address scales, Address zeros,
                      std::int64_t group_size, float top, int threads) {
   py::gil_scoped_release release;
+  if (rows && columns) expect_memory({weight, panel});
   peft_elastic::EffectivePanel call{};
   call.weight = at<const void>(weight);
   call.weight_type = float_type(weight_type);

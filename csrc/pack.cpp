@@ -382,6 +382,7 @@ void expand_block(const Weight& weight, std::int64_t block, void* target) {
 Weight open_packed(const std::uint8_t* packed, std::size_t size) {
   if (reinterpret_cast<std::uintptr_t>(packed) % kAlignment) fail("the packed weight is not aligned to 64 bytes");
   Header header;
+  if (!packed) fail("the packed weight has no memory");
   if (size < sizeof(header)) fail("the packed weight is shorter than its header");
   std::memcpy(&header, packed, sizeof(header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) fail("this is not a packed weight");

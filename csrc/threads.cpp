@@ -105,13 +105,16 @@ class Pool {
 
 std::atomic<Pool*> g_pool{nullptr};
 OpenMp g_openmp{};
-std::once_flag g_fork_handler;
-
 // The child has one thread: neither our workers nor those of OpenMP exist there, and locks may be held for ever.
 void forget_threads() {
   g_pool = nullptr;
   g_openmp = OpenMp{};
 }
+
+#if !defined(_WIN32)
+// With the library, not with the first job: a child that is forked before that has no threads of OpenMP either.
+[[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, forget_threads);
+#endif
 
 Pool& pool() {
   Pool* current = g_pool.load();
@@ -139,9 +142,6 @@ bool has_openmp() { return g_openmp.parallel != nullptr; }
 
 void run_parallel(int parts, void (*body)(void* data, int part), void* data) {
   if (parts > 1) {
-#if !defined(_WIN32)
-    std::call_once(g_fork_handler, [] { pthread_atfork(nullptr, nullptr, forget_threads); });
-#endif
     Job job{body, data, parts};
     if (g_openmp.parallel) {
       g_openmp.parallel(run_share, &job, static_cast<unsigned>(parts), 0);

@@ -237,6 +237,33 @@ def test_refuses_another_quantization(tmp_path):
         sparsify_linears(model)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here these maps may mean the GPU")
+@pytest.mark.parametrize(
+    "device_map",
+    ["auto", "balanced", "balanced_low_0", "sequential", "cpu", "cpu:0", torch.device("cpu"), {"": "cpu"}]
+    + [{"": torch.device("cpu", 0)}, {"model": "cpu", "lm_head": "cpu"}],
+)
+def test_device_maps_that_come_down_to_the_cpu(tmp_path, device_map):
+    model = make()
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*sparse layers.*")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    sparse = [name for name, layer in loaded.named_modules() if isinstance(layer, SparseLinear)]
+    assert sparse and sparse == [name for name, layer in model.named_modules() if isinstance(layer, SparseLinear)]
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("device_map", [0, "cuda:1", {"": 0}, {"model": "cpu", "lm_head": "cuda"}, {"": "mps"}])
+def test_device_maps_with_an_accelerator_mean_dense_layers(device_map):
+    quantizer = checkpoint.SparseQuantizer(checkpoint.SparseCheckpointConfig({"a": {}}))
+    quantizer.validate_environment(device_map="auto")
+    quantizer.validate_environment(device_map=device_map)
+    assert "run on the CPU alone" in quantizer._stays_dense
+    quantizer.validate_environment(device_map={"": "cpu"})
+    assert not quantizer._stays_dense
+
+
 def test_disk_offload_is_refused(tmp_path):
     make().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`device_map`: sparse layers cannot be offloaded"):

@@ -22,6 +22,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def simde_headers():
     return Path(header.locate()).parents[2]
 
 
-def build(folder, sources, *options):
+def build(folder, sources, *options, link=()):
     flags = [
         "-std=c++17",
         "-O1",
@@ -63,7 +65,7 @@ def build(folder, sources, *options):
         objects.append(folder / f"{source.stem}.o")
         subprocess.run([COMPILER, *flags, "-c", source, "-o", objects[-1]], check=True)
     program = folder / "program"
-    subprocess.run([COMPILER, *SANITIZE, *objects, "-o", program], check=True)
+    subprocess.run([COMPILER, *SANITIZE, *link, *objects, "-o", program], check=True)
     return program
 
 
@@ -84,7 +86,7 @@ def test_every_level_in_the_software_model(tmp_path):
 
 @needs_compiler
 def test_fuzzing(tmp_path):
-    """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000."""
+    """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000, and half as many inputs from Python."""
     count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "5000"))
     sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("pack", "pack_int4", "level_portable")]
     program = build(tmp_path, [*sources, ROOT / "tests/csrc/fuzz_pack.cpp"])
@@ -92,6 +94,43 @@ def test_fuzzing(tmp_path):
     assert result.returncode == 0, result.stderr
     refused, accepted = map(int, re.findall(r"\d+", result.stdout))
     assert refused + accepted == count and refused > count / 4 and accepted > count / 50
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_fuzzing_from_python(tmp_path):
+    """State dicts with strides, groups of int4, the decoding step and every kind of JSON, through an extension with sanitizers."""
+    count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "4000")) // 2
+    pybind11 = pytest.importorskip("pybind11")
+    runtimes = [
+        subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("the compiler has no shared libraries of the sanitizers, which Python would need to load")
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    # what the package may look at, so that it takes this build for its own
+    include += [f"-DPEFT_ELASTIC_VERSION={getattr(_native._C, '__version__', '')}"]
+    include += [f"-DPEFT_ELASTIC_FINGERPRINT={getattr(_native._C, 'fingerprint', '')}"]
+    # without the options of the levels all but the portable one are empty
+    extension = build(
+        tmp_path, sorted((ROOT / "csrc").glob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"]
+    )
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch leave much to the end of the process
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "TMPDIR": str(tmp_path),
+    }
+    program = [sys.executable, ROOT / "tests" / "fuzz_python.py", extension, str(count), str(count)]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=3600)
+    assert result.returncode == 0, result.stderr[-5000:]
+    found = re.findall(r"(\w+): (\d+) refused, (\d+) accepted", result.stdout)
+    assert [name for name, _, _ in found] == ["state_dicts", "groups", "decode", "json_texts"]
+    for _, refused, accepted in found:
+        assert int(refused) > count / 50 and int(accepted) > count / 50
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")

@@ -185,14 +185,15 @@ class SparseQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.quantization_config.layers:
             return
-        devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
+        devices = _devices(device_map)
+        self._stays_dense = ""
         if "disk" in devices:
             raise ValueError('`device_map`: sparse layers cannot be offloaded to "disk"; allowed are "cpu" and GPUs.')
         if not ops.is_available():
             self._stays_dense = (
                 "the C++ extension with the sparse kernels is not there (`peft-elastic info` says how to get it)"
             )
-        elif devices != {"cpu"}:
+        elif devices - {"cpu"}:
             self._stays_dense = f"the sparse kernels run on the CPU alone, and device_map asks for {sorted(devices)}"
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -548,6 +549,18 @@ def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str)
     if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
         raise ValueError(f"quantization_config: the model has no layer {name!r}.")
     return None  # a head that this class does not have; transformers says so of its tensors
+
+
+def _devices(device_map: Any) -> set[str]:
+    """The kinds of devices that a `device_map` names. None while transformers has yet to work out what "auto" and its like come down
+    to; it asks again with the result."""
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return set()
+    kinds = set()
+    for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        name = f"accelerator {device}" if isinstance(device, int) else str(device)
+        kinds.add("cpu" if name.partition(":")[0] == "cpu" else name)
+    return kinds
 
 
 def _dense(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:

@@ -40,6 +40,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..addresses import is_plain
+
 
 __all__ = ["compress", "compress_int4", "decompress", "decompress_int4", "verify", "verify_int4"]
 
@@ -80,7 +82,7 @@ def compress(weight: torch.Tensor, dtype: str = "bf16") -> dict[str, torch.Tenso
     if dtype == "int8":
         scales = dense.abs().amax(dim=1) / 127
         # a row of zeros, or one so small that its scale underflows, has scale 0 and no values
-        divisor = torch.where(scales > 0, scales, 1.0)[:, None]
+        divisor = scales.masked_fill(scales == 0, 1.0)[:, None]
         # the clamp acts only where a subnormal scale is too coarse for the row's maximum
         rounded = (dense / divisor).round_().clamp_(-127, 127).to(torch.int8)
         tensors["weight_scales"] = scales
@@ -105,7 +107,7 @@ def decompress(
         dtype (`torch.dtype`): of the result; by default bfloat16, or float32 for int8 values.
     """
     mask = torch.from_numpy(np.unpackbits(bitmask.numpy(), axis=1, count=in_features, bitorder="little")).bool()
-    dense = torch.zeros(mask.shape, dtype=values.dtype)
+    dense = torch.zeros(mask.shape, dtype=values.dtype, device="cpu")
     dense[mask] = values
     if scales is not None:
         dense = dense.float() * scales[:, None]
@@ -175,8 +177,10 @@ def _take(name: str, tensors: dict[str, Any], key: str, dtype: torch.dtype, shap
         raise ValueError(f"{name}.{key} is missing; it has to be {dtype} {shape}.")
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"{name}.{key} is {tensor.dtype} {tuple(tensor.shape)}; it has to be {dtype} {shape}.")
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"{name}.{key} is on {tensor.device}; it has to be a dense tensor on the CPU.")
+    if not is_plain(tensor):
+        raise ValueError(
+            f"{name}.{key} is a {type(tensor).__name__} on {tensor.device}; it has to be an ordinary dense tensor on the CPU."
+        )
     return tensor
 
 
@@ -214,7 +218,7 @@ def compress_int4(
     check_int4(q, scales, zeros, g_idx, group_size)
     stored_scales = scales.detach().cpu().float()
     tensors: dict[str, torch.Tensor] = {}
-    groups_of = torch.arange(q.shape[1], dtype=torch.int32) // group_size
+    groups_of = groups_in_order(q.shape[1], group_size)
     if g_idx is not None:
         given = g_idx.detach().cpu().to(torch.int32)
         if not torch.equal(given, groups_of):
@@ -235,8 +239,8 @@ def check_int4(
     q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, group_size: int
 ) -> None:
     """ValueError unless these are what `compress_int4` takes."""
-    if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"`group_size` is {group_size!r}; it has to be a whole number from 1 up.")
+    if type(group_size) is not int or not 1 <= group_size < 2**62:
+        raise ValueError(f"`group_size` is {group_size!r}; it has to be a whole number from 1 up, below 2^62.")
     if q.dim() != 2 or 0 in q.shape or q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
         raise ValueError(
             f"`q` is {q.dtype} {tuple(q.shape)}; it has to be whole numbers (out, in), neither of them 0."
@@ -272,7 +276,8 @@ def int4_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(q, groups)` of tensors that `verify_int4` has passed: uint8 `(out, in)`, and the group of each column, `(in,)`."""
     zeros = tensors["weight_zeros"]
-    groups_of = tensors.get("weight_g_idx", torch.arange(in_features, dtype=torch.int32) // group_size)
+    groups_of = tensors.get("weight_g_idx")
+    groups_of = groups_in_order(in_features, group_size) if groups_of is None else groups_of
     if "weight_bitmask" not in tensors:
         count = zeros.shape[0] * in_features
         return _unpack_nibbles(tensors["weight_values"], count).view(zeros.shape[0], in_features), groups_of
@@ -338,6 +343,11 @@ def verify_int4(
         order_of_groups(f"{name}.weight_g_idx", g_idx, in_features, group_size)
 
 
+def groups_in_order(in_features: int, group_size: int) -> torch.Tensor:
+    """The group of each column where they are in order, int32 `(in,)`. `group_size` may be beyond any type of numbers."""
+    return torch.arange(in_features, dtype=torch.int32, device="cpu") // min(group_size, in_features)
+
+
 def order_of_groups(name: str, g_idx: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor | None:
     """The columns in the order of their groups, int32 `(in,)`, or None if they are in order.
 
@@ -351,7 +361,7 @@ def order_of_groups(name: str, g_idx: torch.Tensor, in_features: int, group_size
         or g_idx.dtype == torch.bool
     ):
         raise ValueError(f"{name} is {g_idx.dtype} {tuple(g_idx.shape)}; it has to be whole numbers ({in_features},).")
-    groups_of = torch.arange(in_features) // group_size
+    groups_of = groups_in_order(in_features, group_size).long()
     given = g_idx.detach().cpu().long()
     if torch.equal(given, groups_of):
         return None

@@ -40,6 +40,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from .. import _native
+from ..addresses import address, is_plain, is_watched
 from . import ops
 from .sparse_linear import SparseLinear
 
@@ -235,7 +236,8 @@ class _Room:
             self.buffers += [self._with_room(each.keys), self._with_room(each.values)]
             each.keys, each.values = (buffer.narrow(2, 0, self.length) for buffer in self.buffers[-2:])
         self.views = [view for each in cached for view in (each.keys, each.values)]
-        self.addresses = array("Q", [buffer.data_ptr() for buffer in self.buffers])
+        self.is_plain = all(map(is_plain, self.buffers))
+        self.addresses = array("Q", [buffer.data_ptr() for buffer in self.buffers] if self.is_plain else [])
 
     def _with_room(self, old: Tensor) -> Tensor:
         new = old.new_empty((*old.shape[:2], self.capacity, old.shape[3]))
@@ -265,14 +267,7 @@ class _Room:
 
 def _is_plain_tensor(tensor: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether C++ can read it by its address."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.shape == shape
-        and tensor.dtype in dtypes
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and tensor.is_contiguous()
-    )
+    return is_plain(tensor) and tensor.shape == shape and tensor.dtype in dtypes and tensor.is_contiguous()
 
 
 def _fits_linear(linear: Any, dtype: torch.dtype) -> bool:
@@ -402,6 +397,7 @@ class _FusedLayers:
             and hidden.shape == (batch, 1, self.hidden_size)
             and batch <= self.most_rows
             and room.buffers[0].dtype == self.dtype
+            and room.is_plain
             and room.buffers[0].shape == (batch, self.kv_heads, room.capacity, self.head_dim)
         )
 
@@ -415,11 +411,11 @@ class _FusedLayers:
             hidden.shape[0],
             room.length - 1,
             room.capacity,
-            hidden.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
+            address("hidden", hidden, self.dtype),
+            address("cos", cos, self.dtype),
+            address("sin", sin, self.dtype, tuple(cos.shape)),
             cos.shape[0] > 1,
-            0 if mask is None else mask.data_ptr(),
+            0 if mask is None else address("mask", mask, torch.bool, (hidden.shape[0], room.length)),
             room.addresses.buffer_info()[0],
             output.data_ptr(),
             torch.get_num_threads(),
@@ -528,10 +524,8 @@ class _DenseStep:
         return (
             _native._C is not None
             and not _is_special_mode()
-            and type(input) is Tensor
+            and is_plain(input)
             and input.dtype in (torch.float32, torch.bfloat16)
-            and input.device.type == "cpu"
-            and input.layout == torch.strided
             and input.dim() > 0
             and input.shape[-1] == self.linear.in_features
             and _fits_linear(self.linear, input.dtype)
@@ -540,13 +534,7 @@ class _DenseStep:
 
 def _is_special_mode() -> bool:
     """Whether torch watches or changes what is computed, so that it must see every operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched()
 
 
 class _DecodeStep:

@@ -16,15 +16,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _native
-from .format import order_of_groups
+from ..addresses import address, is_plain, is_transformed, is_watched
+from .format import groups_in_order, order_of_groups
 
 
 _C = _native._C
@@ -71,9 +76,13 @@ def _extension():
     return _C
 
 
-def _new_packed(size: int) -> Tensor:
-    # torch aligns to 64 bytes, as the kernels need.
-    return torch.empty(size, dtype=torch.uint8)
+def _new(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Memory for C++ to fill, on the CPU whatever the default device. torch aligns to 64 bytes, as the kernels need."""
+    if torch._C._get_tracing_state() is not None:
+        raise ValueError("torch.jit.trace cannot record how weights are packed and unpacked: do it before tracing.")
+    # real memory, and no tracer takes it for empty: what is done here is done once, not recorded
+    with _disable_current_modes():
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dim: int) -> None:
@@ -103,12 +112,12 @@ def pack(bitmask: Tensor, values: Tensor, in_features: int) -> Tensor:
     _check_matrix("values", values, _VALUE_DTYPES, 1)
     bitmask, values = bitmask.contiguous(), values.contiguous()
     kind, out_features = _VALUE_TYPES[values.dtype], bitmask.shape[0]
-    packed = _new_packed(extension.packed_bytes(kind, out_features, in_features, values.numel()))
+    packed = _new(extension.packed_bytes(kind, out_features, in_features, values.numel()))
     extension.pack_bitmask(
         kind,
-        bitmask.data_ptr(),
+        address("bitmask", bitmask, torch.uint8),
         bitmask.numel(),
-        values.data_ptr(),
+        address("values", values, values.dtype),
         values.numel(),
         out_features,
         in_features,
@@ -122,11 +131,10 @@ def pack_dense(weight: Tensor) -> Tensor:
     """As `pack`, from a dense weight [out_features, in_features] of bfloat16, or int8 that is quantised already."""
     extension = _extension()
     _check_matrix("weight", weight, _VALUE_DTYPES, 2)
-    if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
-        weight = weight.contiguous()
-    dense = (_VALUE_TYPES[weight.dtype], weight.data_ptr(), *weight.shape, weight.stride(0))
+    weight = weight.contiguous()
+    dense = (_VALUE_TYPES[weight.dtype], address("weight", weight, weight.dtype), *weight.shape, weight.shape[1])
     nnz = extension.count_nonzeros(*dense)
-    packed = _new_packed(extension.packed_bytes(dense[0], *weight.shape, nnz))
+    packed = _new(extension.packed_bytes(dense[0], *weight.shape, nnz))
     extension.pack_dense(*dense, packed.data_ptr(), packed.numel())
     return packed
 
@@ -134,8 +142,8 @@ def pack_dense(weight: Tensor) -> Tensor:
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """`(bitmask, values)`: the inverse of `pack`. ValueError if `packed` is damaged."""
     info = describe(packed)
-    bitmask = torch.empty(info.out_features, (info.in_features + 7) // 8, dtype=torch.uint8)
-    values = torch.empty(info.nnz, dtype=torch.bfloat16 if info.dtype == "bf16" else torch.int8)
+    bitmask = _new(info.out_features, (info.in_features + 7) // 8)
+    values = _new(info.nnz, dtype=torch.bfloat16 if info.dtype == "bf16" else torch.int8)
     _extension().unpack(packed.data_ptr(), packed.numel(), bitmask.data_ptr(), values.data_ptr())
     return bitmask, values
 
@@ -174,15 +182,15 @@ def pack_int4(tensors: dict[str, Tensor], in_features: int, group_size: int) -> 
         scales.shape[0],
         in_features,
         group_size,
-        0 if bitmask is None else bitmask.data_ptr(),
+        0 if bitmask is None else address("weight_bitmask", bitmask, torch.uint8),
         0 if bitmask is None else bitmask.numel(),
-        values.data_ptr(),
+        address("weight_values", values, torch.uint8),
         values.numel(),
-        scales.data_ptr(),
-        zeros.data_ptr(),
-        0 if order is None else order.data_ptr(),
+        address("weight_scales", scales, torch.float32),
+        address("weight_zeros", zeros, torch.uint8),
+        0 if order is None else address("weight_g_idx", order, torch.int32),
     )
-    packed = _new_packed(extension.packed_int4_bytes(source))
+    packed = _new(extension.packed_int4_bytes(source))
     extension.pack_int4(source, packed.data_ptr(), packed.numel())
     return packed
 
@@ -195,13 +203,13 @@ def unpack_int4(packed: Tensor) -> dict[str, Tensor]:
     out_features, groups = info.out_features, -(-info.in_features // info.group_size)
     count = info.nnz if info.has_bitmask else out_features * info.in_features
     tensors = {
-        "weight_values": torch.empty((count + 1) // 2, dtype=torch.uint8),
-        "weight_scales": torch.empty(out_features, groups, dtype=torch.float32),
-        "weight_zeros": torch.empty(out_features, groups, dtype=torch.uint8),
+        "weight_values": _new((count + 1) // 2),
+        "weight_scales": _new(out_features, groups, dtype=torch.float32),
+        "weight_zeros": _new(out_features, groups),
     }
     if info.has_bitmask:
-        tensors["weight_bitmask"] = torch.empty(out_features, (info.in_features + 7) // 8, dtype=torch.uint8)
-    order = torch.empty(info.in_features if info.has_order else 0, dtype=torch.int32)
+        tensors["weight_bitmask"] = _new(out_features, (info.in_features + 7) // 8)
+    order = _new(info.in_features if info.has_order else 0, dtype=torch.int32)
     _extension().unpack_int4(
         packed.data_ptr(),
         packed.numel(),
@@ -211,7 +219,7 @@ def unpack_int4(packed: Tensor) -> dict[str, Tensor]:
     )
     if info.has_order:
         tensors["weight_g_idx"] = torch.empty_like(order)
-        tensors["weight_g_idx"][order.long()] = torch.arange(info.in_features, dtype=torch.int32) // info.group_size
+        tensors["weight_g_idx"][order.long()] = groups_in_order(info.in_features, info.group_size)
     return tensors
 
 
@@ -219,7 +227,7 @@ def describe(packed: Tensor) -> PackedInfo:
     """What the header says; ValueError if it does not fit the length of the tensor."""
     _check_matrix("packed", packed, (torch.uint8,), 1)
     kind, out_features, in_features, nnz, group_size, has_order = _extension().describe(
-        packed.data_ptr(), packed.numel()
+        address("packed", packed, torch.uint8), packed.numel()
     )
     return PackedInfo(out_features, in_features, nnz, _VALUE_NAMES[kind], group_size, kind != _INT4_DENSE, has_order)
 
@@ -230,11 +238,11 @@ def to_dense(
     """Rows of the weight, dense: [rows, in_features] of `dtype` (float32, bfloat16 or float16); -1: all from `first_row`."""
     info = describe(packed)
     rows = info.out_features - first_row if rows < 0 else rows
-    dense = torch.empty(rows, info.in_features, dtype=dtype)
+    dense = _new(rows, info.in_features, dtype=dtype)
     _extension().dense_rows(
         packed.data_ptr(),
         packed.numel(),
-        0 if scales is None else scales.data_ptr(),
+        0 if scales is None else address("scales", scales, torch.float32, (info.out_features,)),
         first_row,
         rows,
         dense.data_ptr(),
@@ -242,6 +250,34 @@ def to_dense(
         torch.get_num_threads(),
     )
     return dense
+
+
+def linear(
+    x: Tensor, packed: Tensor, scales: Optional[Tensor], bias: Optional[Tensor], out_features: int, in_features: int
+) -> Tensor:
+    """`sparse_linear` by the shortest way that there is: what layers call.
+
+    Straight to the kernel where nothing but numbers is asked for, as the way through the operator takes longer than a small
+    layer. Else the operator, which torch sees and differentiates; under forward-mode differentiation and the transforms of
+    torch.func an ordinary product with the expanded weight, which these know everything about.
+
+    Raises:
+        ValueError: as `sparse_linear`.
+    """
+    if not is_watched():
+        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            y = _by_address(x, packed, scales, bias, out_features, in_features, "float")
+            if y is not None:
+                return y
+        if x.dtype not in _FLOAT_TYPES or not x.is_cpu or not x.dim() or x.shape[-1] != in_features:
+            raise ValueError(
+                f"`x` must be float32, bfloat16 or float16 [..., {in_features}] on the CPU, got {x.dtype} {tuple(x.shape)} on "
+                f"{x.device}."
+            )
+    elif is_transformed():
+        expand = functools.partial(sparse_linear_weight, in_features=in_features)
+        return _forward_dense(x, packed, scales, bias, out_features, in_features, expand)
+    return sparse_linear(x, packed, scales, bias, out_features)
 
 
 def forward(
@@ -252,29 +288,68 @@ def forward(
     out_features: int,
     activations: str = "float",
 ) -> Tensor:
-    """The product itself, without gradients, for tensors that are in order: what `sparse_linear` comes down to."""
-    in_features = x.shape[-1]
+    """The product itself, without gradients: what `sparse_linear` comes down to. ValueError on tensors that are not plain."""
+    y = _by_address(x, packed, scales, bias, out_features, x.shape[-1], activations)
+    if y is None:
+        given = [tensor for tensor in (x, packed, scales, bias) if tensor is not None]
+        raise ValueError(
+            "`x`, `packed`, `scales` and `bias` must be plain CPU tensors, and all but `x` contiguous, got "
+            f"{[(type(each).__name__, each.dtype, tuple(each.shape), str(each.device)) for each in given]}."
+        )
+    return y
+
+
+def _by_address(
+    x: Tensor,
+    packed: Tensor,
+    scales: Optional[Tensor],
+    bias: Optional[Tensor],
+    out_features: int,
+    in_features: int,
+    activations: str,
+) -> Optional[Tensor]:
+    """The product, or None if one of the tensors is not as C++ needs it. That sizes fit the packed weight, C++ sees to."""
+    kind, shape = _FLOAT_TYPES.get(x.dtype), x.shape
+    if kind is None or not is_plain(x) or not shape or shape[-1] != in_features:
+        return None
+    # `packed` and `scales` are of our own making, never a view of something: what can have become of them since takes less to see
+    if type(packed) is not Tensor or not packed.is_cpu or not packed.is_contiguous():
+        return None
+    scales_at = bias_at = bias_kind = 0
+    if scales is not None:
+        if type(scales) is not Tensor or not scales.is_cpu or not scales.is_contiguous():
+            return None
+        if scales.dtype != torch.float32 or scales.numel() != out_features:
+            return None
+        scales_at = scales.data_ptr()
+    if bias is not None:
+        bias_kind = _FLOAT_TYPES.get(bias.dtype, -1)
+        if bias_kind < 0 or not is_plain(bias) or bias.numel() != out_features or not bias.is_contiguous():
+            return None
+        bias_at = bias.data_ptr()
     rows = x.numel() // in_features if in_features else 0
     if rows >= DENSE_ROWS and activations == "float":
-        return _forward_dense(x, packed, scales, bias, out_features)
-    flat = x.reshape(rows, in_features)
-    if flat.stride(1) != 1 and in_features > 1:
-        flat = flat.contiguous()
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+        return _forward_dense(x, packed, scales, bias, out_features, in_features)
+    y = x.new_empty((*shape[:-1], out_features))
     if rows == 0:
         return y
-    kind = _FLOAT_TYPES[x.dtype]
+    stride = in_features
+    if not x.is_contiguous():
+        x = x.reshape(rows, in_features)
+        if x.stride(1) != 1 and in_features > 1:
+            x = x.contiguous()
+        stride = x.stride(0) if rows > 1 else in_features
     _C.linear(  # type: ignore[union-attr]
         packed.data_ptr(),
         packed.numel(),
-        flat.data_ptr(),
+        x.data_ptr(),
         kind,
         rows,
         in_features,
-        flat.stride(0) if rows > 1 else in_features,
-        0 if scales is None else scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _FLOAT_TYPES[bias.dtype],
+        stride,
+        scales_at,
+        bias_at,
+        bias_kind,
         y.data_ptr(),
         kind,
         out_features,
@@ -285,15 +360,21 @@ def forward(
 
 
 def _forward_dense(
-    x: Tensor, packed: Tensor, scales: Optional[Tensor], bias: Optional[Tensor], out_features: int
+    x: Tensor,
+    packed: Tensor,
+    scales: Optional[Tensor],
+    bias: Optional[Tensor],
+    out_features: int,
+    in_features: int,
+    expand: Callable[..., Tensor] = to_dense,
 ) -> Tensor:
-    panel = max(16, _PANEL_BYTES // (x.element_size() * x.shape[-1]) // 16 * 16)
+    panel = max(16, _PANEL_BYTES // (x.element_size() * in_features) // 16 * 16)
     bias = None if bias is None else bias.to(x.dtype)
     parts = []
     for first in range(0, out_features, panel):
         rows = min(panel, out_features - first)
         part_bias = None if bias is None else bias[first : first + rows]
-        parts.append(torch.nn.functional.linear(x, to_dense(packed, scales, x.dtype, first, rows), part_bias))
+        parts.append(torch.nn.functional.linear(x, expand(packed, scales, x.dtype, first, rows), part_bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -317,14 +398,16 @@ def sparse_linear(
         activations: "float", or "int8" (int8 weights only): each row of x is rounded to int8, symmetric.
 
     Returns:
-        [..., out_features] of the type of x. Differentiable with respect to x and bias; W has no gradient.
+        [..., out_features] of the type of x. Differentiable, twice too, with respect to x and bias; W has no gradient.
 
     Raises:
         ValueError: if a type, a shape or the packed weight does not fit.
+        NotImplementedError: on a dual tensor, whose tangent an operator cannot take along; `linear` can.
     """
     _extension()
     if x.dtype not in _FLOAT_TYPES:
         raise ValueError(f"`x` must be float32, bfloat16 or float16, got {x.dtype}.")
+    packed = _ordinary(packed)
     info = describe(packed)
     if x.dim() == 0 or x.shape[-1] != info.in_features or out_features != info.out_features:
         raise ValueError(
@@ -339,19 +422,49 @@ def sparse_linear(
         raise ValueError(f"`scales` must be float32 [{out_features}], got {scales.dtype} {tuple(scales.shape)}.")
     if bias is not None and (bias.dtype not in _FLOAT_TYPES or bias.shape != (out_features,)):
         raise ValueError(f"`bias` must be a float tensor [{out_features}], got {bias.dtype} {tuple(bias.shape)}.")
+    _refuse_tangents(x, bias)
     return forward(
-        x,
+        x.as_subclass(Tensor),
         packed,
-        None if scales is None else scales.contiguous(),
-        None if bias is None else bias.contiguous(),
+        None if scales is None else _ordinary(scales),
+        None if bias is None else _ordinary(bias),
         out_features,
         activations,
     )
 
 
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A contiguous tensor without its Python class, which torch has done with where a kernel is called."""
+    return tensor.as_subclass(Tensor).contiguous()
+
+
+def _refuse_tangents(*tensors: Optional[Tensor]) -> None:
+    # an operator written in Python is not told of them, and would drop them silently
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "torch.ops.peft_elastic.sparse_linear has no forward-mode derivative: call SparseLinear, which has one."
+            )
+
+
 @sparse_linear.register_fake
 def _(x, packed, scales, bias, out_features, activations="float"):
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@sparse_linear.register_vmap
+def _(info, in_dims, x, packed, scales, bias, out_features, activations="float"):
+    if any(dim is not None for dim in in_dims[1:3]):
+        raise ValueError("`packed` and `scales` cannot be mapped over by torch.vmap.")
+    if in_dims[0] is None:
+        x = x.expand(info.batch_size, *x.shape)
+    else:
+        x = x.movedim(in_dims[0], 0)
+    if in_dims[3] is None:
+        return sparse_linear(x, packed, scales, bias, out_features, activations), 0
+    bias = bias.movedim(in_dims[3], 0).to(x.dtype)
+    bias = bias.view(len(bias), *([1] * (x.dim() - 2)), out_features)
+    return sparse_linear(x, packed, scales, None, out_features, activations) + bias, 0
 
 
 def _setup_context(ctx, inputs, output):
@@ -380,7 +493,7 @@ def sparse_linear_backward(grad: Tensor, packed: Tensor, scales: Optional[Tensor
     """The gradient of `sparse_linear` with respect to x: grad W, [..., in_features]; panels of W are expanded in turn."""
     info = describe(packed)
     panel = max(16, _PANEL_BYTES // (grad.element_size() * in_features) // 16 * 16)
-    result = torch.zeros((*grad.shape[:-1], in_features), dtype=torch.float32)
+    result = torch.zeros((*grad.shape[:-1], in_features), dtype=torch.float32, device="cpu")
     for first in range(0, info.out_features, panel):
         rows = min(panel, info.out_features - first)
         result += grad[..., first : first + rows] @ to_dense(packed, scales, grad.dtype, first, rows)
@@ -392,7 +505,32 @@ def _(grad, packed, scales, in_features):
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
+def _setup_second_context(ctx, inputs, output):
+    grad, packed, scales, _ = inputs
+    ctx.save_for_backward(packed, *(() if scales is None else (scales,)))
+    ctx.out_features = grad.shape[-1]
+
+
+def _second_backward(ctx, grad):
+    packed, *rest = ctx.saved_tensors
+    return sparse_linear(grad, packed, rest[0] if rest else None, None, ctx.out_features), None, None, None
+
+
 sparse_linear.register_autograd(_backward, setup_context=_setup_context)
+sparse_linear_backward.register_autograd(_second_backward, setup_context=_setup_second_context)
+
+
+@torch.library.custom_op("peft_elastic::sparse_linear_weight", mutates_args=(), device_types="cpu")
+def sparse_linear_weight(
+    packed: Tensor, scales: Optional[Tensor], dtype: torch.dtype, first_row: int, rows: int, in_features: int
+) -> Tensor:
+    """`to_dense` as an operator, with the number of columns, which a fake weight does not tell."""
+    return to_dense(_ordinary(packed), None if scales is None else _ordinary(scales), dtype, first_row, rows)
+
+
+@sparse_linear_weight.register_fake
+def _(packed, scales, dtype, first_row, rows, in_features):
+    return packed.new_empty((rows, in_features), dtype=dtype)
 
 
 def _share_threads_of_torch() -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..addresses import is_plain
+from ..parameters import check_parameters
 from . import ops
 from .format import compress, compress_int4, decompress, int4_codes, verify, verify_int4
 
@@ -34,7 +36,7 @@ class SparseLinear(nn.Module):
     frozen.
 
     Its state dict holds the tensors of `peft_elastic.deploy.format`; `packed` is their form for the kernels. Casts such as
-    `.bfloat16()` change the bias alone: the weight keeps its precision, and the output has the type of the input.
+    `.bfloat16()` change the bias alone: the weight keeps its precision, and the output has the type of the input, or of autocast.
 
     Attributes:
         in_features, out_features, nnz (`int`), sparsity (`float`, share of zeros), nbytes (`int`, of the packed weight).
@@ -55,7 +57,9 @@ class SparseLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def _set_weight(self, packed: torch.Tensor, scales: torch.Tensor | None) -> None:
-        self.packed, self.scales = packed, scales
+        # a copy, in one piece: scales come from state dicts, whose tensors others hold, or are views of larger ones
+        self.packed = packed
+        self.scales = None if scales is None else scales.detach().clone(memory_format=torch.contiguous_format)
         info = ops.describe(packed)
         self.out_features, self.in_features, self.nnz, self.value_dtype = info[:4]
         self.group_size, self.has_bitmask = info.group_size, info.has_bitmask
@@ -71,6 +75,7 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: on any other layer or `dtype`, weights that are not finite, or without the C++ extension.
         """
+        check_parameters({"": linear})
         if not isinstance(linear, (nn.Linear, Conv1D)) or type(linear) not in (nn.Linear, Conv1D):
             raise ValueError(
                 f"`linear` must be an nn.Linear or transformers' Conv1D itself, got {type(linear).__name__}."
@@ -187,19 +192,14 @@ class SparseLinear(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        arguments = (x, self.packed, self.scales, self.bias, self.out_features)
-        if not torch.compiler.is_compiling():
-            if x.shape[-1] != self.in_features or x.dtype not in ops.FLOAT_DTYPES or x.device.type != "cpu":
-                raise ValueError(
-                    f"`x` must be float32, bfloat16 or float16 [..., {self.in_features}] on the CPU, got {x.dtype} "
-                    f"{tuple(x.shape)} on {x.device}."
-                )
-            # Without gradients straight to the kernel: the way through the operator takes longer than a small layer.
-            if not (
-                torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
-            ):
-                return ops.forward(*arguments)
-        return ops.sparse_linear(*arguments)
+        if torch.is_autocast_enabled("cpu") and x.dtype in ops.FLOAT_DTYPES:
+            x = x.to(torch.get_autocast_dtype("cpu"))  # as it does for nn.Linear
+        # past the slow lookup of modules; a bias that is pruned or parametrized is no parameter
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        return ops.linear(x, self.packed, self.scales, bias, self.out_features, self.in_features)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _Scriptable(self)  # what torch.jit.script compiles in place of this
 
     def extra_repr(self) -> str:
         dense = 2 * self.out_features * self.in_features
@@ -210,7 +210,7 @@ class SparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
-        device = fn(torch.empty(0)).device
+        device = fn(torch.empty(0, device="cpu")).device
         if device.type != "cpu":
             raise ValueError(
                 f"SparseLinear runs on the CPU alone and cannot move to {device}; use `.to_linear()` first."
@@ -251,8 +251,9 @@ class SparseLinear(nn.Module):
             verify(name, tensors, out_features=out_features, in_features=in_features, nnz=nnz, dtype=self.value_dtype)
             return ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
         bitmask = tensors.get("weight_bitmask")  # its population count says how many values there are
-        if bitmask is not None and bitmask.dtype == torch.uint8:
-            nnz = min(int(np.bitwise_count(bitmask.cpu().numpy()).sum(dtype=np.int64)), out_features * in_features)
+        # else `verify_int4` says what is wrong with it
+        if bitmask is not None and is_plain(bitmask) and bitmask.dtype == torch.uint8:
+            nnz = min(int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64)), out_features * in_features)
         verify_int4(
             name,
             tensors,
@@ -266,3 +267,17 @@ class SparseLinear(nn.Module):
             return ops.pack_int4(tensors, in_features, self.group_size)
         except ValueError as error:
             raise ValueError(f"{name}.weight_values: {error}") from None
+
+
+class _Scriptable(nn.Module):
+    """A `SparseLinear` in the part of Python that torch.jit.script understands."""
+
+    def __init__(self, layer: SparseLinear) -> None:
+        super().__init__()
+        self.register_buffer("packed", layer.packed)
+        self.register_buffer("scales", layer.scales)
+        self.bias = layer.bias
+        self.out_features: int = layer.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.peft_elastic.sparse_linear(x, self.packed, self.scales, self.bias, self.out_features, "float")

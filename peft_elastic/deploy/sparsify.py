@@ -27,10 +27,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..parameters import check_parameters
 from ..quantization import QuantizedLinear
 from ..quantization.saving import GridQuantizer, unguard_saving
+from ..structure.modules import linear_layers, routers
 from . import checkpoint, ops, timing
-from .format import check_dtype, check_int4
+from .format import check_dtype, check_int4, groups_in_order
 from .sparse_linear import SparseLinear
 
 
@@ -155,7 +157,7 @@ def sparsify_linears(
     from `min_sparsity` on.
 
     Left dense: weights that several modules share (such as an lm_head that is tied to the embedding), the output
-    embedding unless `lm_head`, and what the model keeps in float32.
+    embedding unless `lm_head`, the routers of mixtures of experts, and what the model keeps in float32.
 
     Args:
         model (`nn.Module`): any model on the CPU, without adapters (merge or unload them first). Layers that are
@@ -173,7 +175,8 @@ def sparsify_linears(
 
     Raises:
         ValueError: on a wrong argument, an entry of `skip` that matches nothing, a model with adapters, one that another
-            method has quantized, or without the C++ extension. Nothing is changed then.
+            method has quantized, one with a weight that torch.nn.utils (prune, parametrize, weight_norm) computes anew in each forward
+            pass, or without the C++ extension. Nothing is changed then.
     """
     check_dtype("dtype", dtype)
     if when not in ("faster", "always"):
@@ -182,7 +185,7 @@ def sparsify_linears(
         raise ValueError(f"`min_sparsity` is {min_sparsity!r}; allowed is 0 to 1.")
     if isinstance(skip, str):
         raise ValueError(f"`skip` is the string {skip!r}; it has to be a list of strings.")
-    obstacle = find_obstacle(model)
+    obstacle = find_obstacle(model, skip)
     if obstacle:
         raise ValueError(f"`sparsify_linears` cannot work on this model: {obstacle}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -213,7 +216,7 @@ def sparsify_linears(
     return SwapReport(tuple(decisions), dtype, ops.level(), torch.get_num_threads())
 
 
-def find_obstacle(model: nn.Module) -> str:
+def find_obstacle(model: nn.Module, skip: Collection[str] = ()) -> str:
     """Why no layer of `model` can be swapped, whatever its weights; empty if nothing stands against it."""
     if not ops.is_available():
         return "the C++ extension is not there (`peft-elastic info` says how to get it)"
@@ -226,6 +229,13 @@ def find_obstacle(model: nn.Module) -> str:
         )
     if not any(parameter.device.type == "cpu" for parameter in model.parameters()):
         return "it is not on the CPU"
+    layers = {name: each for name, each in linear_layers(model).items() if isinstance(each, (nn.Linear, Conv1D))}
+    try:
+        check_parameters(
+            {name: each for name, each in layers.items() if not any(_matches(name, entry) for entry in skip)}
+        )
+    except ValueError as error:
+        return str(error).removeprefix("model: ").removesuffix(".")
     return ""
 
 
@@ -282,15 +292,18 @@ def _not_asked(
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    choosing = set(routers(model))
     reasons = {}
     for name, linear in linears:
-        shared = [owner for owner in owners[id(linear.weight)] if owner != f"{name}.weight"]
+        shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != f"{name}.weight"]
         if shared:
             reasons[name] = f"its weight is also {shared[0]}"
         elif linear is output and not lm_head:
             reasons[name] = "the output embedding, left out without `lm_head=True`"
         elif any(_matches(name, entry) for entry in skip):
             reasons[name] = "in `skip`"
+        elif name in choosing:
+            reasons[name] = "the router of a mixture of experts"
         elif kept.intersection(name.split(".")):
             reasons[name] = "the model keeps it in float32"
         elif linear.weight.device.type != "cpu":
@@ -350,7 +363,7 @@ def _share_of_zeros(grid: dict[str, Any]) -> float:
     """Of the weights of a quantized layer."""
     q, zeros, g_idx = grid["q"], grid["zeros"], grid["g_idx"]
     if g_idx is None:
-        g_idx = torch.arange(q.shape[1]) // grid["group_size"]
+        g_idx = groups_in_order(q.shape[1], grid["group_size"])
     return int((q == zeros[:, g_idx.long()]).sum()) / q.numel()
 
 

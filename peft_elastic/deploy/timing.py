@@ -184,10 +184,10 @@ def _time(
     group_size: int | None,
     rows: int,
 ) -> Timing:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator)
-    weight *= torch.rand(out_features, in_features, generator=generator) >= sparsity
-    x = torch.randn(rows, in_features, generator=generator).to(linear_dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator, device="cpu")
+    weight *= torch.rand(out_features, in_features, generator=generator, device="cpu") >= sparsity
+    x = torch.randn(rows, in_features, generator=generator, device="cpu").to(linear_dtype)
     scales = None
     if value_dtype in ("bf16", "int8"):
         tensors = compress(weight, value_dtype)
@@ -195,8 +195,8 @@ def _time(
         scales = tensors.get("weight_scales")
     else:
         assert group_size is not None
-        groups = torch.full((out_features, -(-in_features // group_size)), 8)
-        codes = torch.where(weight == 0, 8, torch.randint(9, 16, weight.shape, generator=generator))
+        groups = torch.full((out_features, -(-in_features // group_size)), 8, device="cpu")
+        codes = torch.randint(9, 16, weight.shape, generator=generator, device="cpu").masked_fill_(weight == 0, 8)
         tensors = compress_int4(codes, groups.float(), groups, None, group_size, sparse=value_dtype == "int4")
         packed = ops.pack_int4(tensors, in_features, group_size)
 
@@ -227,14 +227,19 @@ def _time(
 
 @torch.no_grad()
 def _time_dense(layers: list[DenseLayer]) -> list[float]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     pools = {}
     for dtype in {layer.dtype for layer in layers}:
         largest = max(layer.out_features * layer.in_features for layer in layers if layer.dtype == dtype)
-        block = torch.randn(2**20, generator=generator).to(dtype)
+        block = torch.randn(2**20, generator=generator, device="cpu").to(dtype)
         pools[dtype] = block.repeat(-(-max(_wanted_bytes() // block.element_size(), largest) // len(block)))
-    inputs = [torch.randn(layer.rows, layer.in_features, generator=generator).to(layer.dtype) for layer in layers]
-    biases = [torch.zeros(layer.out_features, dtype=layer.dtype) if layer.bias else None for layer in layers]
+    inputs = [
+        torch.randn(layer.rows, layer.in_features, generator=generator, device="cpu").to(layer.dtype)
+        for layer in layers
+    ]
+    biases = [
+        torch.zeros(layer.out_features, dtype=layer.dtype, device="cpu") if layer.bias else None for layer in layers
+    ]
     seconds: list[list[float]] = [[] for _ in layers]
     at = dict.fromkeys(pools, 0)
     now = clock()

@@ -62,7 +62,7 @@ class PruningConfig:
         target_modules (`list[str]` or `str`, *optional*):
             Which linear layers (`nn.Linear`, or `Conv1D` of transformers) to prune: a list of names or name suffixes, or a
             regular expression that the full name must match, as in peft. By default every linear layer inside the
-            transformer blocks, so neither the embeddings nor the output head.
+            transformer blocks, so neither the embeddings nor the output head, but for the routers of mixtures of experts.
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers not to prune, in the same notation.
 

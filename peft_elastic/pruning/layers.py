@@ -22,11 +22,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..parameters import check_parameters
 from ..structure.modules import (
     enclosing_names,
     find_stacks,
     linear_layers,
     output_head,
+    routers,
     weight_matrix,
     zero_fraction,
 )
@@ -73,7 +75,8 @@ def select_layers(
     model: nn.Module, target_modules: list[str] | str | None, exclude_modules: list[str] | str | None
 ) -> dict[str, nn.Module]:
     """
-    The layers a pruning config means (see `PruningConfig`), in the order of the model's modules.
+    The layers a pruning config means (see `PruningConfig`), in the order of the model's modules. Without `target_modules` the
+    routers of mixtures of experts are none of them.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left.
@@ -90,6 +93,7 @@ def select_layers(
             for name, layer in layers.items()
             if (not blocks.isdisjoint(enclosing_names(name)) if blocks else layer is not head)
         }
+        chosen -= set(routers(model))
     if exclude_modules is not None:
         chosen -= _select(list(layers), exclude_modules, "exclude_modules")
     if not chosen:
@@ -122,6 +126,7 @@ def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, 
         ValueError: a weight is quantised, shared with another module, computed from other parameters, not in memory or not
             finite, or an adapter is merged into it.
     """
+    check_parameters(layers)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     merged = {
         id(module.get_base_layer())

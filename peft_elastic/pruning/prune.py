@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from ..structure.modules import weight_matrix, zero_fraction
+from ..structure.modules import routers, weight_matrix, zero_fraction
 from .config import MagnitudeConfig, PruningConfig, WandaConfig
 from .layers import check_prunable, select_layers, warn_of_fused_experts
 from .magnitude import prune_magnitude
@@ -85,4 +85,5 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
         }
         for name, layer in layers.items()
     ]
-    return PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens)
+    left_out = [name for name in routers(model) if name not in layers]
+    return PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens, left_out)

@@ -37,6 +37,7 @@ class PruningReport:
         seconds: wall time.
         calibration_tokens: tokens (for images: patches) that entered the first pruned layer, padding not counted; 0 for a
             method without data.
+        routers: the layers by which mixtures of experts choose, which are left alone unless `target_modules` names them.
     """
 
     method: str
@@ -44,6 +45,7 @@ class PruningReport:
     layers: list[dict[str, Any]] = field(repr=False)
     seconds: float
     calibration_tokens: int = 0
+    routers: list[str] = field(default_factory=list, repr=False)
 
     @property
     def sparsity(self) -> float:
@@ -61,7 +63,7 @@ class PruningReport:
     def __str__(self) -> str:
         lines = layer_table(self.layers, ("before", "after"), _summary)
         tokens = f", {self.calibration_tokens:,} calibration tokens" if self.calibration_tokens else ""
-        return "\n".join([f"{self.method}: {self.seconds:.1f} s{tokens}", *lines])
+        return "\n".join([f"{self.method}: {self.seconds:.1f} s{tokens}", *lines, *routers_line(self.routers)])
 
 
 def layer_table(
@@ -94,6 +96,15 @@ def layer_table(
             cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
         )
         for cells in table
+    ]
+
+
+def routers_line(routers: list[str]) -> list[str]:
+    """What a report says of the routers that were left out."""
+    if not routers:
+        return []
+    return [
+        f"left alone: {len(routers)} routers of mixtures of experts, such as {routers[0]} (`target_modules` can name them)"
     ]
 
 

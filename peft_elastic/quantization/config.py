@@ -40,7 +40,7 @@ class QuantizationConfig:
         target_modules (`list[str]` or `str`, *optional*):
             Which linear layers (`nn.Linear`, or `Conv1D` of transformers) to quantise: a list of names or name suffixes, or a
             regular expression that the full name must match, as in peft. By default every linear layer inside the
-            transformer blocks, so neither the embeddings nor the output head.
+            transformer blocks, so neither the embeddings nor the output head, but for the routers of mixtures of experts.
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers not to quantise, in the same notation.
 

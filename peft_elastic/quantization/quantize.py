@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..pruning.layers import check_changeable, select_layers, warn_of_fused_experts
 from ..structure.calibration import calibration_batches, calibration_mode
 from ..structure.inputs import InputCollector, is_encoder_decoder
-from ..structure.modules import replace_layers, weight_matrix
+from ..structure.modules import replace_layers, routers, weight_matrix
 from ..structure.sequential import BlockWalker
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .gptq import Rounded, gptq, output_error
@@ -88,7 +88,8 @@ def quantize(
     start = time.perf_counter()
     rows, tokens = _METHODS[type(config)](model, layers, config, calibration, progress)
     ordered = [rows[name] for name in layers]
-    return QuantizationReport(config.method, asdict(config), ordered, time.perf_counter() - start, tokens)
+    left_out = [name for name in routers(model) if name not in layers]
+    return QuantizationReport(config.method, asdict(config), ordered, time.perf_counter() - start, tokens, left_out)
 
 
 _Rows = dict[str, dict[str, Any]]

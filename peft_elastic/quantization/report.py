@@ -19,7 +19,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..pruning.report import layer_table, mean_over_weights
+from ..pruning.report import layer_table, mean_over_weights, routers_line
 from ..utils import atomic_write_text
 
 
@@ -37,6 +37,7 @@ class QuantizationReport:
             that were zero, and are) and `zeros` (share of zeros among the rounded weights).
         seconds: wall time.
         calibration_tokens: tokens that entered the first layer, padding not counted; 0 for a method without data.
+        routers: the layers by which mixtures of experts choose, which are left alone unless `target_modules` names them.
     """
 
     method: str
@@ -44,6 +45,7 @@ class QuantizationReport:
     layers: list[dict[str, Any]] = field(repr=False)
     seconds: float
     calibration_tokens: int = 0
+    routers: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above, ready for JSON."""
@@ -57,7 +59,11 @@ class QuantizationReport:
         columns = ("bits", "group", "zero", "rounded to 0", "weight error", "output error")
         tokens = f", {self.calibration_tokens:,} calibration tokens" if self.calibration_tokens else ""
         return "\n".join(
-            [f"{self.method}: {self.seconds:.1f} s{tokens}", *layer_table(self.layers, columns, _summary)]
+            [
+                f"{self.method}: {self.seconds:.1f} s{tokens}",
+                *layer_table(self.layers, columns, _summary),
+                *routers_line(self.routers),
+            ]
         )
 
 

@@ -218,7 +218,7 @@ class Removed(nn.Module):
         # Where this package is not imported, transformers would make up the weights of what was removed. An empty tensor in
         # the place of one lets it fail. A model on the meta device, though, is being loaded, and expects nothing here.
         if self.absent and not any(isinstance(t, torch.Tensor) and t.is_meta for t in destination.values()):
-            destination[f"{prefix}{self.absent}"] = torch.empty(0)
+            destination[f"{prefix}{self.absent}"] = torch.empty(0, device="cpu")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is loaded, and the empty tensor is expected."""

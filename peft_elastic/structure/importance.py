@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..parameters import check_parameters
 from .bitsandbytes import is_bitsandbytes
 from .blocks import KINDS, Slot, Structure, Width, layer_at, layer_sizes
 from .calibration import calibration_batches, calibration_mode
@@ -152,6 +153,7 @@ def check_sortable(model: nn.Module, widths: list[Width]) -> None:
     for width in widths:
         for slot in width.slots:
             layer = layer_at(model, slot.path)
+            check_parameters({slot.path: layer})
             weight = layer._parameters.get("weight")
             if is_bitsandbytes(layer) or weight is None or not weight.is_floating_point():
                 raise ValueError(

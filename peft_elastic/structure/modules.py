@@ -24,6 +24,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..parameters import check_parameters
+
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
@@ -54,7 +56,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def weight_matrix(layer: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as (out, in), whatever its storage order: a view, so writing to it changes the layer."""
+    """The weight of a linear layer as (out, in), whatever its storage order: a view, so writing to it changes the layer.
+
+    Raises:
+        ValueError: the weight is computed from other parameters (`check_parameters`).
+    """
+    check_parameters({"": layer})
     weight = layer.get_parameter("weight").detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
@@ -112,6 +119,43 @@ def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
             stacks.append(blocks)
             found += (f"{name}.",) if name else ("",)
     return stacks
+
+
+def routers(model: nn.Module) -> list[str]:
+    """
+    The linear layers by which mixtures of experts choose, by name: those with one output for each expert, or a single one (a gate
+    of shared experts), in a module of a transformer block that holds experts.
+
+    Experts are a list or dict of modules of one class with linear layers in them, or a module with a three-dimensional parameter.
+    They are found by that, not by what they are called.
+    """
+    found: dict[str, None] = {}
+    for stack in find_stacks(model):
+        for block_name, block in stack.items():
+            linears = linear_layers(block)
+            for name, module in block.named_modules():
+                experts = {key: count for key, child in module.named_children() if (count := _expert_count(child)) > 1}
+                prefix = f"{name}." if name else ""
+                for path, layer in linears.items() if experts else ():
+                    first = path.removeprefix(prefix).partition(".")[0]
+                    if path.startswith(prefix) and first not in experts and _outputs(layer) in (1, *experts.values()):
+                        found[f"{block_name}.{path}"] = None
+    return list(found)
+
+
+def _expert_count(module: nn.Module) -> int:
+    """How many experts a module holds itself; 0 if it is something else."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        children = [child for child in module.children() if linear_layers(child)]  # there may be a dropout beside them
+        return len(children) if len({type(child) for child in children}) == 1 else 0
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 0
+    sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _outputs(layer: nn.Module) -> int:
+    return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)  # type: ignore[arg-type]
 
 
 def enclosing_names(name: str) -> list[str]:

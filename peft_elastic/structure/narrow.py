@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..parameters import check_parameters
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import dequantize, is_bitsandbytes
 from .blocks import Block, Ranges, Width, keep_places, layer_at, main_first
@@ -172,6 +173,7 @@ def _mixin(layer: nn.Module) -> type | None:
 
 def check_narrowable(layer: nn.Module, name: str) -> None:
     """ValueError if this layer cannot compute with a part of its features."""
+    check_parameters({name: layer})
     if _mixin(layer) is None:
         known = ", ".join(sorted(cls.__name__ for cls in _MIXINS))
         raise ValueError(

@@ -42,6 +42,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...deploy.format import check_dtype
 from ...deploy.sparsify import find_obstacle, sparsify_linears
+from ...parameters import check_parameters
 from ...quantization import QuantizedLinear
 from ...quantization.gptqmodel import is_gptqmodel
 from ...structure.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
@@ -976,8 +977,9 @@ class ElasticLoraModel(LoraModel):
         return check_tied_weights(self.model, adapter_names)
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
-        """Raise a ValueError if merging into this layer would change what the model computes."""
+        """Raise a ValueError if merging into this layer would change what the model computes, or be lost."""
         base_layer = layer.get_base_layer()
+        check_parameters({path: base_layer})
         if isinstance(base_layer, QuantizedLinear) or is_gptqmodel(base_layer):
             raise ValueError(
                 f"{path!r} is quantised and adapter {adapter_name!r} is not quantisation-aware, so the merged weight would be "

@@ -32,6 +32,7 @@ import torch
 import torch.utils.checkpoint
 
 from ... import _native
+from ...addresses import address, is_plain, is_watched
 from ...quantization import Grid
 
 
@@ -291,9 +292,8 @@ class _Update:
         weight, grid = self.weight, self.grid
         return (
             _native._C is not None
-            and not torch.compiler.is_compiling()
-            and type(weight) in (torch.Tensor, torch.nn.Parameter)
-            and weight.device.type == "cpu"
+            and not is_watched()
+            and is_plain(weight)
             and weight.dtype in _KERNEL_DTYPES
             and self.dtype == torch.float32
             and weight.stride(1) == 1
@@ -309,17 +309,18 @@ class _Update:
         scales = zeros = None
         if grid is not None:
             scales, zeros = grid.scales[rows].float().contiguous(), grid.zeros[rows].float().contiguous()
+            groups = weight.shape[0], weight.shape[1] // grid.group_size
         _native._C.effective_panel(  # type: ignore[union-attr]
             weight.data_ptr(),
             _KERNEL_DTYPES[weight.dtype],
             *weight.shape,
             weight.stride(0),
-            panel.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
+            address("panel", panel, torch.float32, weight.shape),
+            0 if slopes is None else address("slopes", slopes, torch.float32, weight.shape),
             self.masked,
             adds,
-            0 if scales is None else scales.data_ptr(),
-            0 if zeros is None else zeros.data_ptr(),
+            0 if scales is None else address("scales", scales, torch.float32, groups),
+            0 if zeros is None else address("zeros", zeros, torch.float32, groups),
             0 if grid is None else grid.group_size,
             0 if grid is None else 2**grid.bits - 1,
             torch.get_num_threads(),

@@ -24,6 +24,7 @@ from peft.utils.other import transpose
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...parameters import check_parameters
 from ...quantization import Grid, QuantizedLinear, fit_grid
 from ...quantization.gptqmodel import is_gptqmodel, to_quantized_linear
 from ...quantization.grid import check_group_size
@@ -309,6 +310,7 @@ def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> Non
             "Conv1D and their quantised forms in bitsandbytes, GPTQModel and peft_elastic. Leave it out of "
             "`target_modules`, or use `ElasticLoraConfig`."
         )
+    check_parameters({name: layer})
     if not config.quantization_aware:
         return
     if base.is_bitsandbytes(layer):
