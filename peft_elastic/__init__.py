@@ -14,9 +14,11 @@
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
 from .deploy import (
+    GenerationReport,
     SparseLinear,
     SwapReport,
     densify_linears,
+    explain_generation,
     optimize_generation,
     restore_generation,
     sparsify_linears,
@@ -65,6 +67,7 @@ __all__ = [
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "GPTQConfig",
+    "GenerationReport",
     "LatencyModel",
     "MagnitudeConfig",
     "MultiPrunerConfig",
@@ -90,6 +93,7 @@ __all__ = [
     "WidthPrunerConfig",
     "__version__",
     "densify_linears",
+    "explain_generation",
     "load_gptq",
     "merge_and_requantize",
     "optimize_generation",
