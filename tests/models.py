@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ from torch import nn
 
 
 VOCABULARY = 96
+# What the forwards of the installed transformers call their key-value cache.
+CACHE = next(
+    name
+    for name, parameter in inspect.signature(transformers.LlamaModel.forward).parameters.items()
+    if "Cache" in str(parameter.annotation)
+)
 
 
 def build(model_cls: type, config_cls: type, seed: int = 0, **settings: Any) -> Any:

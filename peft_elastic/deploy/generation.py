@@ -80,9 +80,7 @@ _FEW_ROWS = 4  # with more torch multiplies dense layers faster than the C++ ste
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 _SILU = (nn.SiLU, SiLUActivation)
 # The field of the output that holds the cache has had two names so far; what it is annotated with has not changed.
-_OUTPUT_CACHE = next(
-    field.name for field in dataclasses.fields(BaseModelOutputWithPast) if "Cache" in str(field.type)
-)
+_OUTPUT_CACHE = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if "Cache" in str(field.type))
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
@@ -310,9 +308,10 @@ class _Watch:
 
     def what_is_not_plain(self) -> str:
         """The first module for which `is_plain` does not hold, in words."""
-        for place in self.places:
-            if not _Watch([place]).is_plain():
-                return f"{place[1]} of a {type(place[0]).__name__} has a hook or a forward of its own"
+        for owner, name in self.places:
+            if not _Watch([(owner, name)]).is_plain():
+                kind = type(owner._modules[name]).__name__
+                return f"the {kind} at {name!r} of a {type(owner).__name__} has a hook or a forward of its own"
         return "a module was replaced"
 
 
@@ -479,7 +478,9 @@ class _FusedLayers:
                     )
             width = attention.q_proj.in_features
             norms = [(layer, "input_layernorm", width), (layer, "post_attention_layernorm", width)]
-            norms += [(attention, name, attention.head_dim) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+            norms += [
+                (attention, name, attention.head_dim) for name in ("q_norm", "k_norm") if hasattr(attention, name)
+            ]
             for owner, name, size in norms:
                 if not _is_plain_tensor(getattr(owner, name).weight, (size,), (dtype,)):
                     return f"the weight of {name} of layer {index} is no plain contiguous {dtype} tensor ({size},) on the CPU"
@@ -683,20 +684,18 @@ class _Call:
         self.config: Any = step.base.config
         given = dict(zip(step.names, args)) | kwargs
         self.given = {name: value for name, value in given.items() if value is not None}
-        self.caches = [value for value in self.given.values() if isinstance(value, Cache)]
-        self.cache: Any = self.caches[0] if self.caches else None
+        self.caches: list[Any] = []
+        self.unknown: list[str] = []  # names of arguments that ask for something that the step does not do
+        for name, value in self.given.items():
+            if name not in _KNOWN:
+                if isinstance(value, Cache):
+                    self.caches.append(value)
+                elif value is not False:
+                    self.unknown.append(name)
+        self.cache = self.caches[0] if self.caches else None
         self.input_ids: Any = self.given.get("input_ids")
         self.attention_mask: Any = self.given.get("attention_mask")
         self.position_ids: Any = self.given.get("position_ids")
-
-    @property
-    def unknown(self) -> list[str]:
-        """The names of the arguments that ask for something that the step does not do."""
-        return [
-            name
-            for name, value in self.given.items()
-            if name not in _KNOWN and value is not False and not isinstance(value, Cache)
-        ]
 
     @cached_property
     def layers(self) -> _Layers | None:
@@ -782,10 +781,12 @@ _MODEL_CONDITIONS = (
     ),
     # dropout is the one thing in a layer that a training mode of its own would change
     _Condition(
-        lambda call: not (
-            call.layers is not None
-            and call.config.attention_dropout
-            and any(layer.self_attn.training for layer in call.layers.modules)
+        lambda call: (
+            not (
+                call.layers is not None
+                and call.config.attention_dropout
+                and any(layer.self_attn.training for layer in call.layers.modules)
+            )
         ),
         lambda call: "an attention with dropout is in training mode",
     ),
@@ -804,7 +805,11 @@ _CALL_CONDITIONS = (
         lambda call: f"no `input_ids` among the arguments, or others in their place: {sorted(call.given)}",
     ),
     _Condition(
-        lambda call: call.given.get("use_cache", getattr(call.config, "use_cache", True)) is not False,
+        lambda call: "use_cache" in call.given or getattr(call.config, "use_cache", True),
+        lambda call: "use_cache is False, in the model's config",
+    ),
+    _Condition(
+        lambda call: call.given.get("use_cache") is not False,
         lambda call: "use_cache is False",
     ),
     _Condition(
@@ -860,7 +865,7 @@ _CALL_CONDITIONS = (
         lambda call: f"the keys and values in the cache are not all of one shape and {call.dtype} like the model",
     ),
 )
-_CONDITIONS = _CALL_CONDITIONS[:5] + _MODEL_CONDITIONS + _CALL_CONDITIONS[5:]
+_CONDITIONS = _MODEL_CONDITIONS + _CALL_CONDITIONS
 
 
 class _DecodeStep:
