@@ -680,10 +680,11 @@ class _Call:
     """
 
     def __init__(self, step: _DecodeStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.step, self.base = step, step.base
-        self.config: Any = step.base.config
+        self.step = step
+        self.base: Any = step.base
+        self.config: Any = self.base.config
         given = dict(zip(step.names, args)) | kwargs
-        self.given = {name: value for name, value in given.items() if value is not None}
+        self.given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.caches: list[Any] = []
         self.unknown: list[str] = []  # names of arguments that ask for something that the step does not do
         for name, value in self.given.items():
@@ -692,7 +693,7 @@ class _Call:
                     self.caches.append(value)
                 elif value is not False:
                     self.unknown.append(name)
-        self.cache = self.caches[0] if self.caches else None
+        self.cache: Any = self.caches[0] if self.caches else None
         self.input_ids: Any = self.given.get("input_ids")
         self.attention_mask: Any = self.given.get("attention_mask")
         self.position_ids: Any = self.given.get("position_ids")
@@ -872,11 +873,11 @@ class _DecodeStep:
     """Stands in for the forward of a decoder: takes the steps it knows itself, and leaves the others to the decoder."""
 
     def __init__(self, base: nn.Module) -> None:
-        self.base = base
+        self.base: Any = base
         self.__signature__ = inspect.signature(type(base).forward.__get__(base))
         self.names = list(self.__signature__.parameters)
         self.layers: _Layers | None = None
-        self.no_layers = ""  # why there are none
+        self.no_layers: str = ""  # why there are none
         self.rooms: weakref.WeakKeyDictionary[DynamicLayer, _Room] = weakref.WeakKeyDictionary()  # by the first layer
         self.steps = self.steps_in_cpp = 0
         self.own: Counter[str] = Counter()  # calls that the decoder ran, by the reason
