@@ -64,7 +64,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, TrainerState
 
 import peft_elastic
 from peft_elastic import (
@@ -197,7 +197,7 @@ def make_step(variant: str, model: nn.Module, batch: dict[str, torch.Tensor]) ->
     callback = SubnetSamplingCallback() if variant == "elastic-sampled" else None
     args = SimpleNamespace(seed=SEED)
     if callback is not None:
-        callback.on_train_begin(args, None, None, model=model)
+        callback.on_train_begin(args, TrainerState(max_steps=sys.maxsize), None, model=model)
 
     def step(number: int) -> float:
         state = SimpleNamespace(global_step=number)
