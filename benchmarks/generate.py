@@ -53,12 +53,12 @@ import torch
 from _support import RESULTS, Worker, describe_machine, log, machine, summarize, table, usable_cores, write, write_into
 from _support.gguf_file import write_gguf
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
 
 from peft_elastic import MagnitudeConfig, _native, assets, prune, sparsify_linears
 from peft_elastic.deploy.generation import optimize_generation, restore_generation
+from peft_elastic.utils import progress_bar
 
 
 MODELS = {"smollm2": "SmolLM2-135M", "llama": "Llama shape"}
@@ -259,7 +259,9 @@ def measure_model(name: str, args: argparse.Namespace, folder: Path) -> list[dic
             for step in ((False, True) if configuration.dtype else (False,))
             for threads in args.threads
         }
-        progress = tqdm(total=len(runs) * (args.rounds + 1), desc=f"{name}, group {number + 1} of {len(groups)}")
+        progress = progress_bar(
+            total=len(runs) * (args.rounds + 1), desc=f"{name}, group {number + 1} of {len(groups)}"
+        )
         for current in range(-1, args.rounds):
             for (configuration, step, threads), answers in runs.items():
                 asked = {"prompt": prompt, "new_tokens": args.new_tokens, "threads": threads, "step": step}

@@ -13,6 +13,7 @@
 # limitations under the License.
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
+from . import _process  # noqa: F401, before all that imports torch
 from .deploy import (
     GenerationReport,
     SparseLinear,

@@ -58,6 +58,7 @@ SCRIPTS = {
         ["--out", "--smoke", "--parts", "methods", "speed", "--methods", "block-only"],
         [SMOLLM2, REVIEWS],
     ),
+    "threads": (["--out", "--smoke", "--threads", "1"], []),
     "training": (["--model", "tiny", "--steps", "1", "--memory-runs", "1", "--seq", "8", "--device", "cpu"], [PROC]),
     "widths": (["--out", "--smoke"], [SMOLLM2, MINILM]),
 }
