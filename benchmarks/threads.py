@@ -34,10 +34,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _support import RESULTS, describe_machine, machine, summarize, table, usable_cores
-
-from peft_elastic.utils import atomic_write_text
-
 
 SETTINGS: dict[str, dict[str, str]] = {
     "as it is": {},
@@ -50,22 +46,19 @@ CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "GOMP_CPU_AFFIN
 
 
 def train(seconds: float, threads: int) -> float:
-    """Steps a second of a small Llama with LoRA, as the quickstart trains."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Steps a second of a small transformer, of the size that the quickstart trains."""
+    import torch  # alone: every process starts anew
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_key_value_heads=2, **sizes))
-    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(2048, (4, 32))
+    layers = [torch.nn.TransformerEncoderLayer(256, 4, 768, dropout=0.0, batch_first=True) for _ in range(6)]
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    inputs = torch.randn(4, 32, 256)
     steps = 0
     begin = last = time.perf_counter()
     while steps < 2 or last - begin < seconds:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(inputs).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
@@ -84,7 +77,9 @@ def measure(setting: str, seconds: float, threads: int) -> float:
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    # it ends with its parent, whatever ends that
+    script = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(count)]
     try:
         yield
     finally:
@@ -94,6 +89,8 @@ def busy(count: int) -> Iterator[None]:
 
 
 def report(results: dict[str, Any]) -> str:
+    from _support import describe_machine, summarize, table
+
     lines = []
     for setting in SETTINGS:
         line = [setting]
@@ -112,6 +109,13 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if argv is None and sys.argv[1:2] == ["--train"]:  # in its process, without the imports below
+        print(train(float(sys.argv[2]), int(sys.argv[3])))
+        return
+    from _support import RESULTS, machine, usable_cores
+
+    from peft_elastic.utils import atomic_write_text
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: all usable cores")
     parser.add_argument("--busy", type=int, default=1, help="processes beside it, default 1")
@@ -121,11 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, default=RESULTS, help="folder of threads.json and .md, default %(default)s"
     )
     parser.add_argument("--smoke", action="store_true", help="no time at all: the figures mean nothing")
-    parser.add_argument("--train", nargs=2, metavar=("SECONDS", "THREADS"), help=argparse.SUPPRESS)  # in its process
     args = parser.parse_args(argv)
-    if args.train:
-        print(train(float(args.train[0]), int(args.train[1])))
-        return
     if args.smoke:
         args.rounds, args.seconds = 1, 0.0
     places = {"alone": 0, f"beside {args.busy} busy": args.busy}

@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import peft_elastic
 import peft_elastic.cli
@@ -65,6 +66,24 @@ def test_without_a_compiler_a_required_extension_is_an_error(tmp_path):
     pytest.importorskip("pybind11")
     done = build_ext(tmp_path, PEFT_ELASTIC_REQUIRE_EXT="1", **NO_COMPILER)
     assert done.returncode != 0
+
+
+def test_the_lower_bounds_are_those_that_are_tested():
+    bound = re.compile(r'^ +"([\w-]+)>=([\w.]+)",$', re.MULTILINE)
+    pyproject = (REPOSITORY / "pyproject.toml").read_text()
+    required = pyproject[
+        pyproject.index("\ndependencies = [") : pyproject.index("\n]", pyproject.index("\ndependencies = ["))
+    ]
+    bounds = dict(bound.findall(required))
+    assert len(bounds) == required.count(">=") > 10
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (REPOSITORY / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    extra = re.search(r'^gguf = \["gguf>=([\w.]+)"\]$', pyproject, re.MULTILINE)
+    assert pins == bounds | {"gguf": extra[1]}
+    for name, version in re.findall(
+        r"^([\w-]+)==([\w.]+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE
+    ):
+        if name in bounds:
+            assert Version(version) >= Version(bounds[name])
 
 
 @needs_extension
