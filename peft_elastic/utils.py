@@ -39,10 +39,9 @@ class _Lines(plain_tqdm):
         rare = {"mininterval": seconds, "maxinterval": seconds, "delay": seconds, "ncols": 0}
         super().__init__(*args, **kwargs | rare)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None and time.monotonic() >= self._next:
             self._say()
-        return False
 
     def clear(self, nolock: bool = False) -> None:
         pass  # lines stay
