@@ -31,11 +31,11 @@ from ._process import SECONDS_BETWEEN_LINES
 
 
 class _Lines(plain_tqdm):
-    """A progress bar where there is no terminal to draw it on: a line of text now and then, and a last one if there was any."""
+    """A progress bar where there is no terminal to draw it on: a line of text now and then, and a last one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         seconds = SECONDS_BETWEEN_LINES
-        self._has_said, self._next = False, time.monotonic() + seconds
+        self._said, self._next = -1, time.monotonic() + seconds
         rare = {"mininterval": seconds, "maxinterval": seconds, "delay": seconds, "ncols": 0}
         super().__init__(*args, **kwargs | rare)
 
@@ -47,18 +47,18 @@ class _Lines(plain_tqdm):
         pass  # lines stay
 
     def close(self) -> None:
-        if not self.disable and self._has_said:
+        if not self.disable and self._said != self.n:
             self._say()
         super().close()
 
     def _say(self) -> None:
-        self._has_said, self._next = True, time.monotonic() + SECONDS_BETWEEN_LINES
+        self._said, self._next = self.n, time.monotonic() + SECONDS_BETWEEN_LINES
         self.fp.write(f"{self}\n")
         self.fp.flush()
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
-    """tqdm's progress bar, on a terminal or in a notebook; elsewhere, in a log file, a line every half minute.
+    """tqdm's progress bar, on a terminal or in a notebook; elsewhere, in a log file, a line every half minute and one at the end.
 
     Args:
         iterable: to go through, if `total` is not given.
