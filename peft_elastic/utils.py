@@ -35,7 +35,8 @@ class _Lines(plain_tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         seconds = SECONDS_BETWEEN_LINES
-        self._said, self._next = -1, time.monotonic() + seconds
+        self._said: float = -1  # the position that was written last
+        self._next = time.monotonic() + seconds
         rare = {"mininterval": seconds, "maxinterval": seconds, "delay": seconds, "ncols": 0}
         super().__init__(*args, **kwargs | rare)
 
@@ -68,6 +69,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     stream = options.get("file") or sys.stderr
     if in_notebook or (stream is not None and stream.isatty()):
         return tqdm(iterable, **options)
+    if stream is None:  # a program without a console
+        options["disable"] = True
     return _Lines(iterable, **options | {"leave": False})
 
 
