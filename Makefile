@@ -3,30 +3,36 @@
 #   make quickstart [ARGS="--model NAME_OR_PATH --dataset NAME_OR_PATH"]
 #   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
 #   make test-gptq                   tests/gptq, which need GPTQModel: in $(VENV_GPTQ), with a torch of several GB
+#   make test-oldest                 the quick tests with the oldest versions admitted: in $(VENV_OLDEST), PYTHON_OLDEST
 #   make style                       reformat the code      make lint       what CI checks: ruff, mypy
 #   make fuzz                        under ASan and UBSan: 200,000 damaged weights, 100,000 damaged inputs from Python
 #   make bench [BENCH="training"]    benchmarks/*.py        make wheel      a wheel and a source archive in dist/
 #   make clean                       remove what was made, all but the cache of models (see `peft-elastic info`)
 #
 # Variables: PYTHON (python3), VENV (.venv), ARGS, CONSTRAINTS (constraints.txt; empty for the newest versions), and for
-# test-gptq VENV_GPTQ (.venv-gptq), CONSTRAINTS_GPTQ (constraints-gptq.txt).
+# test-gptq VENV_GPTQ (.venv-gptq), CONSTRAINTS_GPTQ (constraints-gptq.txt), and for test-oldest PYTHON_OLDEST (python3.10),
+# VENV_OLDEST (.venv-oldest), CONSTRAINTS_OLDEST (constraints-oldest.txt).
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_GPTQ ?= .venv-gptq
+PYTHON_OLDEST ?= python3.10
+VENV_OLDEST ?= .venv-oldest
 CONSTRAINTS ?= constraints.txt
 CONSTRAINTS_GPTQ ?= constraints-gptq.txt
+CONSTRAINTS_OLDEST ?= constraints-oldest.txt
 ARGS ?=
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_GPTQ := $(VENV_GPTQ)/.installed
+INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 SOURCES := peft_elastic tests benchmarks examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq wheel
+.PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq test-oldest wheel
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -56,6 +62,18 @@ $(INSTALLED_GPTQ): pyproject.toml setup.py $(CONSTRAINTS_GPTQ) peft_elastic/vers
 test-gptq: $(INSTALLED_GPTQ)
 	OMP_NUM_THREADS=1 $(VENV_GPTQ)/bin/python -m pytest tests/gptq $(ARGS)
 
+# What the tests themselves need is the newest that these versions go with. torch of PyPI is one with CUDA, of several GB;
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has smaller ones.
+$(INSTALLED_OLDEST): pyproject.toml setup.py $(CONSTRAINTS_OLDEST) peft_elastic/version.py $(wildcard csrc/*)
+	@echo "Installing into $(VENV_OLDEST), which takes a few minutes."
+	@test -x $(VENV_OLDEST)/bin/python || $(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
+	@$(VENV_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS_OLDEST) \
+		-e ".[gguf]" hypothesis pybind11 pytest pytest-xdist scikit-learn "setuptools>=77.0.3"
+	@touch $@
+
+test-oldest: $(INSTALLED_OLDEST)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
 fuzz: $(INSTALLED)
 	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/test_levels.py -k fuzzing
 
@@ -75,6 +93,6 @@ wheel: $(INSTALLED)
 	PEFT_ELASTIC_REQUIRE_EXT=1 $(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) $(VENV_GPTQ) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_GPTQ) $(VENV_OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f peft_elastic/_C.*
 	find peft_elastic tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

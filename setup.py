@@ -6,6 +6,7 @@ The extension is optional: without a C++17 compiler the package installs all the
 
 import os
 import platform
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,11 @@ LEVEL_FLAGS = {
     "level_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "level_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
+
+
+# The extension carries what it was built from, and peft_elastic/_native.py refuses one that is not its own.
+VERSION = runpy.run_path("peft_elastic/version.py")["__version__"]
+FINGERPRINT = runpy.run_path("peft_elastic/_build.py")["fingerprint"](Path("csrc"))
 
 
 class BuildExt(build_ext):
@@ -74,7 +80,8 @@ setup(
         Pybind11Extension(
             "peft_elastic._C",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            depends=["setup.py", "peft_elastic/version.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))],
+            define_macros=[("PEFT_ELASTIC_VERSION", VERSION), ("PEFT_ELASTIC_FINGERPRINT", FINGERPRINT)],
             # -O3 whatever Python was built with. gcc 12 takes the undefined operands in its own AVX512 header for mistakes.
             extra_compile_args=[]
             if os.name == "nt"

@@ -53,12 +53,12 @@ import torch
 from _support import RESULTS, Worker, describe_machine, log, machine, summarize, table, usable_cores, write, write_into
 from _support.gguf_file import write_gguf
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
 
 from peft_elastic import MagnitudeConfig, _native, assets, prune, sparsify_linears
 from peft_elastic.deploy.generation import optimize_generation, restore_generation
+from peft_elastic.utils import progress_bar
 
 
 MODELS = {"smollm2": "SmolLM2-135M", "llama": "Llama shape"}
@@ -160,34 +160,43 @@ class Clock(BaseStreamer):
         pass
 
 
+class Served:
+    """A model that is loaded, and generates when it is asked to."""
+
+    def __init__(self, path: str, dtype: str) -> None:
+        before = resident("VmRSS")
+        start = time.perf_counter()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self.about = {"load_seconds": time.perf_counter() - start, "resident_before": before}
+        self.model.generation_config.eos_token_id = None  # every run has the same length
+        self.model.generation_config.pad_token_id = 0
+        self.optimized = False
+
+    def ask(self, prompt: list[int], new_tokens: int, threads: int, step: bool) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        if step != self.optimized:
+            self.optimized = step
+            (optimize_generation if step else restore_generation)(self.model)
+        ids = torch.tensor([prompt])
+        clock = Clock()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        return {"tokens": clock.tokens, "seconds": clock.seconds, "peak_bytes": resident("VmHWM")}
+
+
 def serve(path: str, dtype: str) -> None:
     """Loads a model and generates on command, as _peers/llama_cpp_generate.py does."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    before = resident("VmRSS")
-    start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-    answers.write(json.dumps({"load_seconds": time.perf_counter() - start, "resident_before": before}) + "\n")
-    model.generation_config.eos_token_id = None  # every run has the same length
-    model.generation_config.pad_token_id = 0
-    optimized = False
+    served = Served(path, dtype)
+    answers.write(json.dumps(served.about) + "\n")
     for line in sys.stdin:
-        command = json.loads(line)
-        torch.set_num_threads(command["threads"])
-        if command["step"] != optimized:
-            optimized = command["step"]
-            (optimize_generation if optimized else restore_generation)(model)
-        prompt = torch.tensor([command["prompt"]])
-        clock = Clock()
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=command["new_tokens"],
-            do_sample=False,
-            streamer=clock,
-        )
-        answer = {"tokens": clock.tokens, "seconds": clock.seconds, "peak_bytes": resident("VmHWM")}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(served.ask(**json.loads(line))) + "\n")
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -250,7 +259,9 @@ def measure_model(name: str, args: argparse.Namespace, folder: Path) -> list[dic
             for step in ((False, True) if configuration.dtype else (False,))
             for threads in args.threads
         }
-        progress = tqdm(total=len(runs) * (args.rounds + 1), desc=f"{name}, group {number + 1} of {len(groups)}")
+        progress = progress_bar(
+            total=len(runs) * (args.rounds + 1), desc=f"{name}, group {number + 1} of {len(groups)}"
+        )
         for current in range(-1, args.rounds):
             for (configuration, step, threads), answers in runs.items():
                 asked = {"prompt": prompt, "new_tokens": args.new_tokens, "threads": threads, "step": step}

@@ -38,13 +38,12 @@ from typing import Any
 import torch
 from _support import describe_machine, machine, table
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from peft_elastic import assets, sort_by_importance
 from peft_elastic.structure import Structure
 from peft_elastic.structure.space import activate
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 ORDERS = ("activation", "gradient", "magnitude", "none", "random")
@@ -153,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows = []
     dense = perplexity(model, test)
     runs = [(order, seed) for order in args.orders for seed in range(args.seeds if order in REPEATED else 1)]
-    for order, seed in tqdm(runs, desc="orders"):
+    for order, seed in progress_bar(runs, desc="orders"):
         draw = random.Random(seed).sample(pool, min(args.calibration, len(pool)))
         sorted_model = copy.deepcopy(model)
         sort(sorted_model, order, draw, seed)

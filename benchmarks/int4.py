@@ -33,12 +33,11 @@ import torch
 from _support import RESULTS, DenseKernel, dense_kernel_of, describe_machine, machine, summarize, table, write_into
 from _support.kernels import READ, Case, check, copies, dense_cases, rotating
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from peft_elastic import _native
 from peft_elastic.deploy import format as weight_format
 from peft_elastic.deploy import ops
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "576x1536")  # out_features x in_features
@@ -118,7 +117,7 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = cases_of(weight, rank, torch.randn(1, ins, generator=generator), args.levels, args.group_sizes)
     seconds: list[list[float]] = [[] for _ in cases]
     order = np.random.default_rng(SEED)
-    for number in tqdm(range(-1, args.rounds), desc=f"{name}: rounds of {len(cases)} cases"):
+    for number in progress_bar(range(-1, args.rounds), desc=f"{name}: rounds of {len(cases)} cases"):
         for index in order.permutation(len(cases)):
             value = cases[index].sample(1)
             if number >= 0:  # the round before the first warms up

@@ -49,12 +49,11 @@ from _support import describe_machine, machine, table
 from peft import PeftModel, get_peft_model
 from scipy import stats
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, SearchResult, assets, search_subnet
 from peft_elastic.search import hypervolume_of
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -303,7 +302,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
 
     runs = [(method, seed) for seed in seeds for method in args.methods]
-    for method, seed in tqdm(runs, desc="training"):
+    for method, seed in progress_bar(runs, desc="training"):
         out = args.out / f"{method}-{seed}"
         if not (out / "adapter_config.json").exists():
             train(folder, tokenizer, training, method, seed, args, out)
@@ -311,7 +310,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return {}
 
     rows = []
-    for method, seed in tqdm(runs, desc="search"):
+    for method, seed in progress_bar(runs, desc="search"):
         out = args.out / f"{method}-{seed}"
         model = load(folder, seed, out)
         result = search_subnet(
@@ -342,7 +341,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     volumes = []
     model = load(folder, seeds[0], args.out / f"{args.methods[0]}-{seeds[0]}")
-    for seed in tqdm(range(args.hypervolume_seeds), desc="hypervolume"):
+    for seed in progress_bar(range(args.hypervolume_seeds), desc="hypervolume"):
         for algorithm in ("nsga2", "random"):
             result = search_subnet(
                 model,

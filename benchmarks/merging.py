@@ -36,11 +36,10 @@ import torch
 from _support import describe_machine, machine, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 from training import LINEAR_LAYERS, load_dense, resident
 
 from peft_elastic import MagnitudeConfig, QuantizedLinear, SparseQALoraConfig, prune
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 VARIANTS = ("lora", "sparse", "qa")
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     rows = []
     models = [args.model] if args.model else [None, "7b-block"]
-    for model, variant in tqdm([(model, variant) for model in models for variant in VARIANTS]):
+    for model, variant in progress_bar([(model, variant) for model in models for variant in VARIANTS]):
         command = [sys.executable, __file__, "--variant", variant, *([] if model is None else ["--model", model])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])

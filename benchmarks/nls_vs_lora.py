@@ -52,7 +52,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy import stats
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -69,7 +68,7 @@ from transformers import (
 
 import peft_elastic
 from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback, WandaConfig, assets, prune
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 @dataclass(frozen=True)
@@ -531,7 +530,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     done = {(row["method"], row["seed"]) for row in runs}
     wanted = list(schedule(args))
-    bar = tqdm([key for key in wanted if key not in done], desc="runs")
+    bar = progress_bar([key for key in wanted if key not in done], desc="runs")
     for name, seed in bar:
         row = run(name, seed, {True: pruned, False: source}, task, args)
         runs.append(row)

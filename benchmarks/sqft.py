@@ -48,7 +48,6 @@ from _support import describe_machine, machine, table
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_elastic import (
@@ -63,7 +62,7 @@ from peft_elastic import (
 )
 from peft_elastic.pruning import measure_sparsity
 from peft_elastic.search import MultipleChoiceEvaluator
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 CHOICES = [" negative", " positive"]
@@ -140,7 +139,7 @@ def train(model: nn.Module, tokenizer: Any, data: list[Example], args: argparse.
     order = random.Random(seed)
     seconds = []
     model.train()
-    for _ in tqdm(range(args.steps), desc="train", leave=False):
+    for _ in progress_bar(range(args.steps), desc="train", leave=False):
         start = time.perf_counter()
         loss = model(**encode(tokenizer, order.sample(data, args.batch))).loss
         loss.backward()

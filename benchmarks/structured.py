@@ -48,7 +48,7 @@ import torch
 from _support import describe_machine, machine, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, LlamaConfig, LlamaForCausalLM, set_seed
 
 from peft_elastic import (
     BlockPrunerConfig,
@@ -255,10 +255,12 @@ def speed(model: Any, rows: Rows, args: argparse.Namespace) -> None:
     @torch.no_grad()
     def decode(model: Any) -> float:
         step = model(prompt, use_cache=True)
+        # versions of transformers give it different names
+        name, cache = next((name, value) for name, value in step.items() if isinstance(value, Cache))
         start = time.perf_counter()
         for _ in range(args.tokens):
             token = step.logits[:, -1:].argmax(-1)
-            step = model(token, past_key_values=step.past_key_values, use_cache=True)
+            step = model(token, **{name: cache}, use_cache=True)
         return (time.perf_counter() - start) / args.tokens
 
     for round_ in range(args.rounds + 1):

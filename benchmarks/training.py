@@ -63,8 +63,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, TrainerState
 
 import peft_elastic
 from peft_elastic import (
@@ -75,7 +74,7 @@ from peft_elastic import (
     assets,
     prune,
 )
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 VARIANTS = ("lora", "lora-again", "elastic-max", "elastic-sampled", "sparse", "qa", "naive")
@@ -197,7 +196,7 @@ def make_step(variant: str, model: nn.Module, batch: dict[str, torch.Tensor]) ->
     callback = SubnetSamplingCallback() if variant == "elastic-sampled" else None
     args = SimpleNamespace(seed=SEED)
     if callback is not None:
-        callback.on_train_begin(args, None, None, model=model)
+        callback.on_train_begin(args, TrainerState(max_steps=sys.maxsize), None, model=model)
 
     def step(number: int) -> float:
         state = SimpleNamespace(global_step=number)
@@ -240,7 +239,7 @@ def measure_time(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
     batch = make_batch(base, args)
     seconds: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
     rng = np.random.default_rng(SEED)
-    progress = tqdm(total=2 * args.warmup + args.steps, desc="rounds")
+    progress = progress_bar(total=2 * args.warmup + args.steps, desc="rounds")
     # What is built first is a percent or two faster, whatever it is: so half of the rounds with the order reversed.
     for order, rounds in ((VARIANTS, args.steps - args.steps // 2), (VARIANTS[::-1], args.steps // 2)):
         models = {variant: build(variant, base, args.rank) for variant in order}
@@ -308,7 +307,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, list[dict[str, int]]]:
     for name in ("model", "batch", "seq", "rank", "device", "threads"):
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
-    for variant in tqdm(VARIANTS * args.memory_runs, desc="memory"):
+    for variant in progress_bar(VARIANTS * args.memory_runs, desc="memory"):
         result = subprocess.run([*command, "--memory-of", variant], stdout=subprocess.PIPE, text=True, check=True)
         rows[variant].append(json.loads(result.stdout.splitlines()[-1]))
     return rows

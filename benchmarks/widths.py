@@ -45,7 +45,6 @@ import torch
 from _support import describe_machine, machine, table
 from peft import PeftModel, get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from peft_elastic import (
@@ -59,7 +58,7 @@ from peft_elastic import (
     assets,
     prune,
 )
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 SHARES = (0.84, 0.76)
@@ -121,7 +120,7 @@ def training_steps(model: PeftModel, name: str, rounds: int) -> dict[str, Any]:
     subnets = {"whole": model.search_space.max, "half": half_width(model.search_space)}
     seconds: dict[str, list[float]] = {key: [] for key in subnets}
     model.train()
-    for number in tqdm(range(rounds + 2), desc=f"{name}: training"):
+    for number in progress_bar(range(rounds + 2), desc=f"{name}: training"):
         for key, subnet in subnets.items():
             start = time.perf_counter()
             model.sample_subnet(subnet)
@@ -180,7 +179,7 @@ def speed_ups(
     size = count(whole)
     rows: list[list[dict[str, float]]] = [[] for _ in latencies]
     subnets = [(share, s) for share in SHARES for s in subnets_near(space, total, share, args.subnets_per_share)]
-    for share, subnet in tqdm(subnets, desc="speed-up"):
+    for share, subnet in progress_bar(subnets, desc="speed-up"):
         small = model.extract_subnet(subnet, sparse_kernel=kernel_of(latencies)).eval()
         for latency, found in zip(latencies, rows):
             steps = [latency.stepper(whole), latency.stepper(small)]
@@ -200,7 +199,7 @@ def speed_ups(
 def predictions(model: PeftModel, latencies: list[LatencyModel], args: argparse.Namespace) -> list[dict[str, Any]]:
     """For each workload, predicted and measured seconds of random subnets."""
     found: list[dict[str, Any]] = [{"predicted": [], "measured": []} for _ in latencies]
-    for seed in tqdm(range(args.random_subnets), desc="prediction"):
+    for seed in progress_bar(range(args.random_subnets), desc="prediction"):
         subnet = model.search_space.sample(1000 + seed)
         small = model.extract_subnet(subnet, sparse_kernel=kernel_of(latencies)).eval()
         for latency, row in zip(latencies, found):
@@ -312,7 +311,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         trained = None if name == "sparse" else training_steps(model, name, args.rounds)
         found: dict[str, Any] = {"training": trained, "workloads": []}
         latencies = []
-        for mode, (batch, tokens) in tqdm(WORKLOADS[name], desc=f"{name}: measuring"):
+        for mode, (batch, tokens) in progress_bar(WORKLOADS[name], desc=f"{name}: measuring"):
             inputs = {"input_ids": (batch, 8 if args.smoke else tokens)}
             kernel = "auto" if name == "sparse" else "dense"
             latencies.append(LatencyModel(model, inputs, mode, kernel, seconds=1 if args.smoke else 20))

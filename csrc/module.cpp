@@ -35,6 +35,10 @@
 #include "pack.h"
 #include "threads.h"
 
+// What this is built from, given by setup.py without quotes.
+#define PEFT_ELASTIC_TEXT_OF(x) #x
+#define PEFT_ELASTIC_TEXT(x) PEFT_ELASTIC_TEXT_OF(x)
+
 namespace py = pybind11;
 
 namespace {
@@ -353,6 +357,8 @@ void effective_panel(Address weight, int weight_type, std::int64_t rows, std::in
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ extension of peft_elastic. Use it through peft_elastic._native.";
+  m.attr("__version__") = PEFT_ELASTIC_TEXT(PEFT_ELASTIC_VERSION);
+  m.attr("fingerprint") = PEFT_ELASTIC_TEXT(PEFT_ELASTIC_FINGERPRINT);
   m.def("cpu_report", &cpu_report, "What this processor can do and the operating system allows.");
 
   m.def("levels", &levels, "The levels (instruction sets) of the kernels, best first.");

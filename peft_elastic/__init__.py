@@ -13,10 +13,13 @@
 # limitations under the License.
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
+from . import _process  # noqa: F401, before all that imports torch
 from .deploy import (
+    GenerationReport,
     SparseLinear,
     SwapReport,
     densify_linears,
+    explain_generation,
     optimize_generation,
     restore_generation,
     sparsify_linears,
@@ -65,6 +68,7 @@ __all__ = [
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "GPTQConfig",
+    "GenerationReport",
     "LatencyModel",
     "MagnitudeConfig",
     "MultiPrunerConfig",
@@ -90,6 +94,7 @@ __all__ = [
     "WidthPrunerConfig",
     "__version__",
     "densify_linears",
+    "explain_generation",
     "load_gptq",
     "merge_and_requantize",
     "optimize_generation",

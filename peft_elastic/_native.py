@@ -16,8 +16,36 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ._build import fingerprint
+from .version import __version__
+
+
+def _check(extension: ModuleType, package: Path) -> None:
+    """Refuse an extension of another version, and, in a checkout, one of other sources. It gets memory as addresses, so
+    that a changed argument would not be an error but anything at all.
+
+    Raises:
+        ImportError: that says how to build it again. That is not `IMPORT_ERROR`: whoever built an extension wants to use it.
+    """
+    sources = package.parent / "csrc"
+    is_checkout = (sources / "module.cpp").is_file()
+    found = [getattr(extension, name, "unknown") for name in ("__version__", "fingerprint")]
+    expected = [__version__, fingerprint(sources) if is_checkout else found[1]]
+    if found != expected:
+        raise ImportError(
+            f"The C++ extension {extension.__file__} is of peft-elastic {found[0]}, sources {found[1]}, and the Python code "
+            f"beside it of {expected[0]}, sources {expected[1]}. Build it again: "
+            + (
+                f"`pip install --no-deps -e .` in {package.parent}"
+                if is_checkout
+                else "`pip install --force-reinstall --no-deps --no-cache-dir --no-binary peft-elastic peft-elastic`"
+            )
+            + ", or delete that file to do without it."
+        )
 
 
 _C: ModuleType | None
@@ -29,6 +57,8 @@ try:
 except ImportError as error:
     _C = None
     IMPORT_ERROR = error
+if _C is not None:
+    _check(_C, Path(__file__).parent)
 
 
 def is_built() -> bool:

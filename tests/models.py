@@ -15,18 +15,34 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import peft
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 
 VOCABULARY = 96
+# For `model.add_adapter` of transformers, which may ask for a peft that is not out yet, as 5.24.0 does.
+TRANSFORMERS_ADAPTERS = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} takes adapters of peft {MIN_PEFT_VERSION} or newer alone",
+)
+# What the forwards of the installed transformers call their key-value cache.
+CACHE = next(
+    name
+    for name, parameter in inspect.signature(transformers.LlamaModel.forward).parameters.items()
+    if "Cache" in str(parameter.annotation)
+)
 
 
 def build(model_cls: type, config_cls: type, seed: int = 0, **settings: Any) -> Any:

@@ -21,7 +21,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import VOCABULARY, tiny_llama
+from models import TRANSFORMERS_ADAPTERS, VOCABULARY, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch.utils.checkpoint import CheckpointError
@@ -512,6 +512,7 @@ def test_inference_does_not_warn(tmp_path):
 # -- other ways to an elastic model ---------------------------------------------------------------------------------
 
 
+@TRANSFORMERS_ADAPTERS
 def test_transformers_add_adapter(tmp_path):
     model = base_llama()
     model.add_adapter(elastic_config())

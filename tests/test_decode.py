@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import CACHE
 from test_generation import MODELS, assert_same, make, prompt, run
 from torch import nn
 from transformers import DynamicCache
@@ -34,7 +35,7 @@ if not _native.is_built():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
 from peft_elastic.deploy import SparseLinear, generation, ops
-from peft_elastic.deploy.generation import optimize_generation, restore_generation
+from peft_elastic.deploy.generation import explain_generation, optimize_generation, restore_generation
 
 
 ROOT = Path(__file__).parents[1]
@@ -145,8 +146,8 @@ def test_bfloat16_is_as_close_to_float64_as_the_models_own_code(name, values, fu
     def logits(model):
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            model(ids[:, :8], past_key_values=cache)
-            out = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 40)]
+            model(ids[:, :8], **{CACHE: cache})
+            out = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(8, 40)]
         return torch.cat(out).double()
 
     reference = logits(densify(model))
@@ -169,7 +170,7 @@ def test_float64(dtype, fused):
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         for first, last in [(0, 8), *[(i, i + 1) for i in range(8, 30)]]:
             got, expected = (
-                each(ids[:, first:last], past_key_values=cache).logits[:, -1].double()
+                each(ids[:, first:last], **{CACHE: cache}).logits[:, -1].double()
                 for each, cache in zip((model, exact), caches, strict=True)
             )
             assert (got - expected).norm() < (1e-5 if dtype == torch.float32 else 0.03) * expected.norm()
@@ -203,8 +204,8 @@ def test_position_that_sees_nothing(fused):
     def logits():
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
-            return model(ids[:, :1], past_key_values=cache, attention_mask=mask).logits
+            model(ids, **{CACHE: cache})
+            return model(ids[:, :1], **{CACHE: cache}, attention_mask=mask).logits
 
     expected = logits()
     optimize_generation(model)
@@ -241,8 +242,8 @@ def test_long_contexts_on_several_threads(dtype, threads, fused):
     def logits(model):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(ids[:, :2480], past_key_values=cache)
-            return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(2480, 2500)], 1)
+            model(ids[:, :2480], **{CACHE: cache})
+            return torch.cat([model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(2480, 2500)], 1)
 
     expected = logits(reference)
     optimize_generation(model)
@@ -269,7 +270,7 @@ def test_cache_that_is_cropped_reordered_copied_and_leaves_inference_mode(fused)
         cache, out = DynamicCache(config=model.config), []
 
         def feed(part, cache):
-            out.append(model(part, past_key_values=cache, use_cache=True).logits)
+            out.append(model(part, **{CACHE: cache}, use_cache=True).logits)
 
         with torch.inference_mode():
             feed(tokens[:, :5], cache)
@@ -392,11 +393,11 @@ def test_changes_between_steps(change, taken, fused):
         torch.manual_seed(9)
         tokens, cache = prompt(1, 12), DynamicCache(config=model.config)
         with torch.no_grad():
-            model(tokens[:, :5], past_key_values=cache)
+            model(tokens[:, :5], **{CACHE: cache})
             for i in range(5, 12):
                 if i == 8:
                     change(model.model.layers[1], model)
-                yield model(tokens[:, i : i + 1], past_key_values=cache).logits
+                yield model(tokens[:, i : i + 1], **{CACHE: cache}).logits
 
     expected = torch.stack(list(walk(make_sparse("qwen3"), change)))
     got = torch.stack(list(walk(optimize_generation(make_sparse("qwen3")), change)))
@@ -486,7 +487,7 @@ def test_dense_layers_among_them(dtype, name, share, threads, fused):
         with torch.no_grad():
             for first, last in [(0, 8), *[(i, i + 1) for i in range(8, 12)]]:
                 got, expected = (
-                    each(ids[:, first:last], past_key_values=cache).logits[:, -1].double()
+                    each(ids[:, first:last], **{CACHE: cache}).logits[:, -1].double()
                     for each, cache in zip((model, exact), caches, strict=True)
                 )
                 assert (got - expected).norm() < (1e-5 if dtype == torch.float32 else 0.03) * expected.norm()
@@ -551,9 +552,9 @@ def test_weights_that_do_not_fit_go_to_torch(fused):
         with pytest.raises((RuntimeError, NotImplementedError)), torch.no_grad():
             cache = DynamicCache(config=model.config)
             layer.mlp.down_proj = good
-            model(prompt(), past_key_values=cache)
+            model(prompt(), **{CACHE: cache})
             layer.mlp.down_proj = bad
-            model(prompt(1, 1), past_key_values=cache)
+            model(prompt(1, 1), **{CACHE: cache})
     assert not fused
 
 
@@ -575,6 +576,33 @@ def test_shapes_that_do_not_fit_are_refused():
         wrong[position] = (64, 96) if fitting[position] != (64, 96) else (64, 32)
         with pytest.raises(ValueError, match="expected|do not divide"):
             add(wrong)
+
+
+def test_reasons_for_steps_in_torch(fused, monkeypatch):
+    def reason_of(model, batch=1):
+        before = len(fused)
+        run(optimize_generation(model), prompt(batch))
+        report = explain_generation(model)
+        assert report.steps == 11 and report.steps_in_cpp == len(fused) - before == 0
+        ((reason, count),) = report.own_in_torch.items()
+        assert count == 11 and reason in str(report)
+        return reason, report.obstacles_in_cpp
+
+    model = make_sparse()
+    model.model.layers[1].mlp.up_proj = nn.Linear(64, 96, dtype=torch.float64).to(torch.float32).requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.data = model.model.layers[1].mlp.up_proj.weight.data.T.contiguous().T
+    reason, now = reason_of(model)
+    assert "up_proj of layer 1 is a Linear" in reason and now == (reason,)
+    model = make_sparse()
+    model.model.layers[2].mlp.act_fn = nn.GELU()
+    reason, now = reason_of(model)
+    assert "the MLP of layer 2 is a LlamaMLP with GELU" in reason and now == (reason,)
+    reason, now = reason_of(make(), batch=7)
+    assert "more than 4 sequences at once" in reason and now == ()
+    with monkeypatch.context() as patch:
+        patch.setattr(_native, "_C", None)
+        reason, now = reason_of(make())
+        assert "the C++ extension is not built" in reason and now == (reason,)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

@@ -15,9 +15,12 @@
 
 import copy
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
+from models import CACHE
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -35,7 +39,7 @@ from transformers import (
 )
 
 from peft_elastic.deploy import generation
-from peft_elastic.deploy.generation import optimize_generation, restore_generation
+from peft_elastic.deploy.generation import explain_generation, optimize_generation, restore_generation
 
 
 MODELS = {
@@ -169,7 +173,7 @@ def test_cache_that_is_continued_cropped_copied_and_leaves_inference_mode(steps)
         cache, out = DynamicCache(config=model.config), []
 
         def feed(part, cache):
-            out.append(model(part, past_key_values=cache, use_cache=True).logits)
+            out.append(model(part, **{CACHE: cache}, use_cache=True).logits)
 
         with torch.inference_mode():
             feed(tokens[:, :5], cache)
@@ -205,8 +209,8 @@ def test_bfloat16_is_as_close_to_float32_as_the_models_own_code(steps):
     def errors(model):
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            model(ids[:, :8], past_key_values=cache)
-            out = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 40)]
+            model(ids[:, :8], **{CACHE: cache})
+            out = [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(8, 40)]
         return torch.cat(out).double()
 
     reference = errors(exact)
@@ -282,8 +286,8 @@ def test_training_is_untouched(steps):
     model.eval()
     model.zero_grad()
     cache = DynamicCache(config=model.config)
-    model(prompt(), past_key_values=cache)
-    model(prompt(1, 1), past_key_values=cache).logits.sum().backward()
+    model(prompt(), **{CACHE: cache})
+    model(prompt(1, 1), **{CACHE: cache}).logits.sum().backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
     assert not steps
 
@@ -315,8 +319,10 @@ def test_sliding_window_takes_the_models_own_code(steps):
     model = make("mistral", sliding_window=5)
     expected = run(model, prompt())
     optimize_generation(model)
-    assert_same(run(model, prompt()), expected)
+    with pytest.warns(UserWarning, match="its own code generates: the model looks back through a sliding window"):
+        assert_same(run(model, prompt()), expected)
     assert not steps
+    assert explain_generation(model).obstacles == ("the model looks back through a sliding window",)
 
 
 def test_window_with_a_cache_that_knows_no_window(steps):
@@ -325,9 +331,9 @@ def test_window_with_a_cache_that_knows_no_window(steps):
         "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     }.items():
         model = make(name, sliding_window=5, **settings)
-        expected = run(model, prompt(), past_key_values=DynamicCache())
+        expected = run(model, prompt(), **{CACHE: DynamicCache()})
         optimize_generation(model)
-        assert_same(run(model, prompt(), past_key_values=DynamicCache()), expected)
+        assert_same(run(model, prompt(), **{CACHE: DynamicCache()}), expected)
     assert not steps
 
 
@@ -377,22 +383,22 @@ def test_parts_that_are_replaced_between_steps(steps):
         layers = model.model.layers
         norm, attention, layer = layers[0].input_layernorm, layers[1].self_attn, layers[2]
         with torch.no_grad():
-            model(tokens[:, :5], past_key_values=cache)
-            yield model(tokens[:, 5:6], past_key_values=cache).logits
+            model(tokens[:, :5], **{CACHE: cache})
+            yield model(tokens[:, 5:6], **{CACHE: cache}).logits
             layers[0].input_layernorm = Twice(norm)
-            yield model(tokens[:, 6:7], past_key_values=cache).logits
+            yield model(tokens[:, 6:7], **{CACHE: cache}).logits
             layers[0].input_layernorm = norm
             attention.k_norm = Twice(attention.k_norm)
-            yield model(tokens[:, 7:8], past_key_values=cache).logits
+            yield model(tokens[:, 7:8], **{CACHE: cache}).logits
             attention.k_norm = attention.k_norm.inner
             layer.input_layernorm.forward = lambda x: 3 * x
-            yield model(tokens[:, 8:9], past_key_values=cache).logits
+            yield model(tokens[:, 8:9], **{CACHE: cache}).logits
             del layer.input_layernorm.forward
-            yield model(tokens[:, 9:10], past_key_values=cache).logits
+            yield model(tokens[:, 9:10], **{CACHE: cache}).logits
             norm.weight = nn.Parameter(norm.weight * 1.5)
-            yield model(tokens[:, 10:11], past_key_values=cache).logits
+            yield model(tokens[:, 10:11], **{CACHE: cache}).logits
             norm.weight.data = norm.weight.data / 1.5
-            yield model(tokens[:, 11:12], past_key_values=cache).logits
+            yield model(tokens[:, 11:12], **{CACHE: cache}).logits
 
     got = list(walk())
     assert len(steps) == 4
@@ -415,12 +421,12 @@ def test_cache_of_another_type_than_the_model(steps):
     tokens = prompt(1, 8)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens[:, :6], past_key_values=cache)
+        model(tokens[:, :6], **{CACHE: cache})
         for cached in cache.layers:
             cached.keys, cached.values = cached.keys.bfloat16(), cached.values.bfloat16()
-        model(tokens[:, 6:7], past_key_values=cache)  # torch.cat makes it float32 again
+        model(tokens[:, 6:7], **{CACHE: cache})  # torch.cat makes it float32 again
         assert not steps
-        model(tokens[:, 7:8], past_key_values=cache)
+        model(tokens[:, 7:8], **{CACHE: cache})
     assert len(steps) == 1
 
 
@@ -429,11 +435,11 @@ def test_compiled_model(steps):
     cache = DynamicCache(config=model.config)
     tokens = prompt(1, 8)
     with torch.no_grad():
-        model(tokens[:, :7], past_key_values=cache)
-        expected = model(tokens[:, 7:], past_key_values=copy.deepcopy(cache)).logits
+        model(tokens[:, :7], **{CACHE: cache})
+        expected = model(tokens[:, 7:], **{CACHE: copy.deepcopy(cache)}).logits
         optimize_generation(model)
         compiled = torch.compile(model, backend="eager")
-        got = compiled(tokens[:, 7:], past_key_values=copy.deepcopy(cache)).logits
+        got = compiled(tokens[:, 7:], **{CACHE: copy.deepcopy(cache)}).logits
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
         assert not steps
         assert_same(run(model, prompt()), run(restore_generation(copy.deepcopy(model)), prompt()))
@@ -457,3 +463,155 @@ def test_refusals():
     with pytest.raises(ValueError, match="layer 1 is made of .*Identity"):
         optimize_generation(model)
     assert "forward" not in model.model.__dict__
+
+
+# -- names that change from one version of transformers to the next, and reasons ------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "memory"])
+@pytest.mark.parametrize("by_position", [False, True])
+def test_the_cache_is_found_whatever_it_is_called(name, by_position, monkeypatch, steps):
+    original = LlamaModel.forward
+    # as decoders of transformers are written, with another name in the fourth place
+    source = f"""
+def forward(self, input_ids=None, attention_mask=None, position_ids=None, {name}=None, inputs_embeds=None,
+            use_cache=None, **kwargs):
+    return original(self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, {CACHE}={name},
+                    inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+"""
+    space = {"original": original}
+    exec(source, space)
+    decoder, tokens = make().model, prompt(2, 9)
+
+    def walk():
+        cache = DynamicCache(config=decoder.config)
+        with torch.no_grad():
+            for first, last in [(0, 6), (6, 7), (7, 8), (8, 9)]:
+                given = (None, None, cache) if by_position else ()
+                out = decoder(tokens[:, first:last], *given, **({} if by_position else {name: cache}))
+                assert out[1] is cache and out[CACHE] is cache
+                yield out.last_hidden_state
+
+    monkeypatch.setattr(LlamaModel, "forward", space["forward"])
+    expected = list(walk())
+    optimize_generation(decoder)
+    for got, reference in zip(walk(), expected, strict=True):
+        torch.testing.assert_close(got, reference, atol=2e-4, rtol=1e-4)
+    assert len(steps) == 3
+
+
+def test_arguments_of_tomorrow_take_the_models_own_code(monkeypatch, steps):
+    original, seen = LlamaModel.forward, []
+
+    def forward(self, input_ids=None, *, tomorrow=None, **kwargs):
+        seen.append(tomorrow)
+        return original(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    decoder = optimize_generation(make()).model
+    cache = DynamicCache(config=decoder.config)
+    with torch.no_grad(), pytest.warns(UserWarning, match="does not know: .'tomorrow'"):
+        for i in range(3):
+            decoder(prompt()[:, i : i + 1], **{CACHE: cache}, tomorrow=i)
+    assert not steps and seen == [0, 1, 2]
+    assert any("tomorrow" in reason for reason in explain_generation(decoder).own)
+
+
+def test_generate_makes_no_warning_of_ours(recwarn):
+    run(optimize_generation(make()), prompt())
+    assert not [w for w in recwarn if CACHE in str(w.message) or "peft_elastic" in w.filename]
+
+
+def of_cache(change):
+    """Settings of `run` with a cache that was filled by the prompt and changed."""
+
+    def settings(model):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prompt()[:, :-1], **{CACHE: cache})
+        change(cache)
+        return {CACHE: cache}
+
+    return settings
+
+
+def add_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)  # allowed
+    model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda *_: None)
+
+
+# what is done to the model, what `generate` is asked for, and the reason that is to be given
+REASONS = {
+    "training": (lambda model: model.train(), {}, "training mode"),
+    "eager": (lambda model: model.set_attn_implementation("eager"), {}, "'eager'; allowed is 'sdpa'"),
+    "hook": (add_hook, {}, "LlamaRMSNorm at 'post_attention_layernorm' of a LlamaDecoderLayer has a hook"),
+    "replaced": (
+        lambda model: setattr(model.model.layers[2], "input_layernorm", nn.RMSNorm(64)),
+        {},
+        "layer 2 is made of .*, 'RMSNorm', .*allowed are",
+    ),
+    "attentions": (None, {"output_hidden_states": True}, "does not know: .'output_hidden_states'"),
+    "static": (
+        None,
+        {"cache_implementation": "static", "disable_compile": True},
+        "StaticCache; allowed is the DynamicC",
+    ),
+    "other layers": (
+        None,
+        of_cache(lambda cache: setattr(cache.layers[1], "__class__", type("Own", (type(cache.layers[1]),), {}))),
+        "layers of another class than DynamicLayer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons(case, steps):
+    change, settings, reason = REASONS[case]
+    model = make()
+    settings = settings(model) if callable(settings) else settings
+    optimize_generation(model)
+    if change is not None:
+        change(model)
+    with pytest.warns(UserWarning, match=reason) as found:
+        run(model, prompt(), **settings)
+        run(model, prompt())
+    assert len([w for w in found if "its own code generates" in str(w.message)]) == 1
+    report = explain_generation(model)
+    assert report.optimized and report.steps == len(steps)
+    assert sum(report.own.values()) == 24 - report.steps
+    pattern = f"(?s).*{reason}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "warn", None)  # explaining warns of nothing
+        assert any(re.match(pattern, each) for each in report.own), str(report)
+        # what the model is, and not what the call was, stands there beforehand
+        assert bool(report.obstacles) == (change is not None)
+        assert re.match(pattern, str(report))
+
+
+def test_explanation_before_and_after(steps):
+    model = make()
+    report = explain_generation(model)
+    assert not report.optimized and not report.obstacles and "call `optimize_generation`" in str(report)
+    assert "forward" not in model.model.__dict__
+    optimize_generation(model)
+    run(model, prompt())
+    report = explain_generation(model)
+    assert report.steps == len(steps) == 11 and not report.obstacles
+    assert list(report.own.values()) == [1] and "prompt" in next(iter(report.own))
+    # without a cache nothing is to be sped up: no warning, but the reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(optimize_generation(model := make()), prompt(), use_cache=False)
+    assert explain_generation(model).own == {"use_cache is False": 12}
+    assert explain_generation(nn.Linear(2, 2)).obstacles[0].startswith("`model` (Linear) has no decoder")
+    assert "'eager'" in explain_generation(make(attn_implementation="eager")).obstacles[0]
+
+
+def test_a_step_is_not_asked_for_under_gradients():
+    model = optimize_generation(make())
+    cache = DynamicCache(config=model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(prompt(), **{CACHE: cache})
+        model(prompt(1, 1), **{CACHE: cache})
+    assert list(explain_generation(model).own.values()) == [2]

@@ -31,6 +31,8 @@ from peft_elastic import _native
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LEVELS = [level["name"] for level in _native.levels() if level["usable"]]
+# Figures are written with six digits each, so the quotient of two is off by up to 1e-5 of itself.
+SIX_DIGITS = 2e-5
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,12 +72,13 @@ def test_kernels(tmp_path):
     at = {"shape": "64x96", "batch": 1, "threads": 1}
     mine = find(engine="sparse", level=LEVELS[0], values="bf16", sparsity=0.5, activations="fp32", **at)
     seconds = mine["seconds"]["median"]
-    assert mine["gigabytes_per_s"] == pytest.approx(mine["weight_bytes"] / seconds / 1e9)
+    assert mine["gigabytes_per_s"] == pytest.approx(mine["weight_bytes"] / seconds / 1e9, rel=SIX_DIGITS)
     peer = find(engine="torch bf16", **at)
-    assert mine["speed_up_over"]["torch bf16"] == pytest.approx(peer["seconds"]["median"] / seconds)
+    assert mine["speed_up_over"]["torch bf16"] == pytest.approx(peer["seconds"]["median"] / seconds, rel=SIX_DIGITS)
     assert find(engine="torch CSR", sparsity=0.7, **at)["values"] == "fp32"
     if "own dense bf16" in engines:
-        assert mine["share_of_bandwidth"] == pytest.approx(mine["weight_bytes"] / seconds / results["bandwidth"]["1"])
+        share = mine["weight_bytes"] / seconds / results["bandwidth"]["1"]
+        assert mine["share_of_bandwidth"] == pytest.approx(share, rel=SIX_DIGITS)
         bar = next(bar for bar in results["bars"] if "own dense bf16" in bar["bar"] and bar["level"] == LEVELS[0])
         assert bar["cases"]["64x96, bf16 50%, batch 1, fp32 activations"] == mine["speed_up_over"]["own dense bf16"]
     for bar in results["bars"]:

@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import peft_elastic
 import peft_elastic.cli
@@ -65,6 +66,89 @@ def test_without_a_compiler_a_required_extension_is_an_error(tmp_path):
     pytest.importorskip("pybind11")
     done = build_ext(tmp_path, PEFT_ELASTIC_REQUIRE_EXT="1", **NO_COMPILER)
     assert done.returncode != 0
+
+
+def test_the_lower_bounds_are_those_that_are_tested():
+    bound = re.compile(r'^ +"([\w-]+)>=([\w.]+)",$', re.MULTILINE)
+    pyproject = (REPOSITORY / "pyproject.toml").read_text()
+    required = pyproject[
+        pyproject.index("\ndependencies = [") : pyproject.index("\n]", pyproject.index("\ndependencies = ["))
+    ]
+    bounds = dict(bound.findall(required))
+    assert len(bounds) == required.count(">=") > 10
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (REPOSITORY / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    extra = re.search(r'^gguf = \["gguf>=([\w.]+)"\]$', pyproject, re.MULTILINE)
+    assert pins == bounds | {"gguf": extra[1]}
+    for name, version in re.findall(
+        r"^([\w-]+)==([\w.]+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE
+    ):
+        if name in bounds:
+            assert Version(version) >= Version(bounds[name])
+
+
+@needs_extension
+class TestStaleExtension:
+    """The extension that is built here, beside Python code and sources that it is not of."""
+
+    @pytest.fixture
+    def checkout(self, tmp_path):
+        shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
+        return tmp_path / "peft_elastic"
+
+    def test_its_own_sources(self, checkout):
+        _native._check(_native._C, checkout)
+        for file in checkout.parent.joinpath("csrc").iterdir():  # as git writes them on Windows
+            file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+        checkout.parent.joinpath("csrc", "notes.txt").write_text("not compiled")
+        _native._check(_native._C, checkout)
+
+    @pytest.mark.parametrize("change", ["one more", "one less", "one changed", "one renamed"])
+    def test_other_sources(self, change, checkout):
+        sources = checkout.parent / "csrc"
+        if change == "one more":
+            (sources / "new.cpp").write_text("")
+        elif change == "one less":
+            (sources / "pack.cpp").unlink()
+        elif change == "one changed":
+            with (sources / "layout.h").open("a") as file:
+                file.write(" ")
+        else:
+            (sources / "pack.cpp").rename(sources / "packs.cpp")
+        with pytest.raises(ImportError, match="Build it again: `pip install --no-deps -e .` in ") as error:
+            _native._check(_native._C, checkout)
+        assert str(checkout.parent) in str(error.value) and _native._C.__file__ in str(error.value)
+
+    @pytest.mark.parametrize("version", ["0.0.9", "9.1.0.dev2+local"])
+    def test_another_version(self, version, tmp_path, monkeypatch):
+        _native._check(_native._C, tmp_path)  # installed: without sources beside it
+        monkeypatch.setattr(_native, "__version__", version)
+        with pytest.raises(ImportError, match=f"beside it of {re.escape(version)}.*pip install --force-reinstall"):
+            _native._check(_native._C, tmp_path)
+
+    def test_from_before_it_had_a_version(self, tmp_path):
+        with pytest.raises(ImportError, match="is of peft-elastic unknown"):
+            _native._check(argparse.Namespace(__file__="_C.so"), tmp_path)
+
+
+@needs_extension
+@pytest.mark.slow
+def test_a_stale_extension_is_refused_by_the_import(tmp_path):
+    shutil.copytree(REPOSITORY / "peft_elastic", tmp_path / "peft_elastic")
+    version = tmp_path / "peft_elastic" / "version.py"
+    version.write_text(re.sub(r"__version__ = .*", '__version__ = "9.9"', version.read_text()))
+
+    def imported():
+        # without the finder of an editable install, which would supply the extension of the checkout
+        script = "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]; "
+        command = [sys.executable, "-c", script + "import peft_elastic; print(peft_elastic._native.is_built())"]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = imported()
+    assert done.returncode != 0 and "ImportError: The C++ extension" in done.stderr and "Build it again" in done.stderr
+    for file in tmp_path.glob("peft_elastic/_C.*"):
+        file.unlink()
+    assert imported().stdout.split() == ["False"]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from models import TRANSFORMERS_ADAPTERS
 from peft import LoraConfig, get_peft_model
 from pymoo.indicators.hv import HV
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -1358,6 +1359,7 @@ def test_search_of_a_peft_model(tmp_path):
     assert search_subnet(model, evaluate, n_evals=20, held_out=evaluate, progress=False) == result
 
 
+@TRANSFORMERS_ADAPTERS
 def test_search_of_a_model_with_an_adapter_from_transformers():
     model = tiny_llama()
     model.add_adapter(

@@ -21,7 +21,7 @@ import sys
 
 import pytest
 import torch
-from models import default_dtype, net, outputs, randomize, tiny_llama, tokens
+from models import TRANSFORMERS_ADAPTERS, default_dtype, net, outputs, randomize, tiny_llama, tokens
 from peft import PeftModel, get_layer_status, get_model_status, get_peft_model, get_peft_model_state_dict
 from sparse_qa import (
     ALL_KINDS,
@@ -461,6 +461,7 @@ def test_the_grid_travels_with_the_adapter(tmp_path, case, dtype, low_cpu_mem_us
             assert merged.get_submodule(path).weight[weights[path] == 0].eq(0).all()
 
 
+@TRANSFORMERS_ADAPTERS
 @pytest.mark.parametrize("case", ["groups", "act-order"])
 def test_transformers_own_integration(tmp_path, case):
     model = QUANTISED_BASES[case](pruned(tiny_llama()))

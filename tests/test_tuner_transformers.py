@@ -20,7 +20,17 @@ import warnings
 
 import pytest
 import torch
-from models import OddLora, outputs, randomize, tiny_bert, tiny_gemma, tiny_llama, tiny_mixtral, tokens
+from models import (
+    TRANSFORMERS_ADAPTERS,
+    OddLora,
+    outputs,
+    randomize,
+    tiny_bert,
+    tiny_gemma,
+    tiny_llama,
+    tiny_mixtral,
+    tokens,
+)
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft import set_peft_model_state_dict as set_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,7 +40,7 @@ from peft_elastic import ElasticLoraConfig
 from peft_elastic.supernet import get_elastic_host
 
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), TRANSFORMERS_ADAPTERS]
 
 QV = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 

@@ -46,11 +46,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from peft_elastic import _native
 from peft_elastic.deploy import format as weight_format
 from peft_elastic.deploy import ops
+from peft_elastic.utils import progress_bar
 
 from . import (
     RESULTS,
@@ -281,7 +281,7 @@ def measure_shape(name: str, args: argparse.Namespace, worker: Worker | None) ->
 
     seconds: dict[tuple[int, int], list[float]] = {(n, i): [] for n in args.threads for i in range(len(cases))}
     rng = np.random.default_rng(SEED)
-    for number in tqdm(range(-1, args.rounds), desc=f"{name}: rounds of {len(cases)} cases"):
+    for number in progress_bar(range(-1, args.rounds), desc=f"{name}: rounds of {len(cases)} cases"):
         for threads in args.threads:
             torch.set_num_threads(threads)
             for index in rng.permutation(len(cases)):

@@ -13,16 +13,18 @@
 # limitations under the License.
 """Deployment: compressed layers for a sparse CPU kernel, and their form on disk. Knows no tuner."""
 
-from .generation import optimize_generation, restore_generation
+from .generation import GenerationReport, explain_generation, optimize_generation, restore_generation
 from .sparse_linear import SparseLinear
 from .sparsify import SwapDecision, SwapReport, densify_linears, sparsify_linears
 
 
 __all__ = [
+    "GenerationReport",
     "SparseLinear",
     "SwapDecision",
     "SwapReport",
     "densify_linears",
+    "explain_generation",
     "optimize_generation",
     "restore_generation",
     "sparsify_linears",

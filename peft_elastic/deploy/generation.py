@@ -21,9 +21,14 @@ or sparse, with or without an adapter, are called as they are.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import warnings
 import weakref
 from array import array
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from itertools import repeat
 from operator import contains, is_
 from typing import Any, NamedTuple
@@ -32,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from transformers.activations import SiLUActivation
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -45,7 +50,7 @@ from . import ops
 from .sparse_linear import SparseLinear
 
 
-__all__ = ["optimize_generation", "restore_generation"]
+__all__ = ["GenerationReport", "explain_generation", "optimize_generation", "restore_generation"]
 
 
 class _Family(NamedTuple):
@@ -75,6 +80,8 @@ _FAMILIES = _families()
 _FEW_ROWS = 4  # with more torch multiplies dense layers faster than the C++ step does
 _FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 _SILU = (nn.SiLU, SiLUActivation)
+# The field of the output that holds the cache has had two names so far; what it is annotated with has not changed.
+_OUTPUT_CACHE = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if "Cache" in str(field.type))
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
@@ -96,6 +103,8 @@ def optimize_generation(model: nn.Module) -> nn.Module:
     It may be called before or after layers are swapped, adapters merged or weights moved, and does not change what is
     saved. A copy (`copy.deepcopy`) of the model is optimized too.
 
+    A model that generates and takes none of the faster steps warns once, with the reason; `explain_generation` has all of them.
+
     Args:
         model (`nn.Module`): a Llama, Mistral, Qwen2 or Qwen3 of transformers, whatever its head, or a wrapper around
             one, such as a PeftModel.
@@ -110,6 +119,16 @@ def optimize_generation(model: nn.Module) -> nn.Module:
     base: Any = _find(model)
     if isinstance(base.__dict__.get("forward"), _DecodeStep):
         return model
+    _check(base)
+    base.forward = _DecodeStep(base)
+    head = _output_embedding(model)
+    if type(head) is nn.Linear and "forward" not in head.__dict__:
+        head.forward = _DenseStep(head)  # type: ignore[method-assign]
+    return model
+
+
+def _check(base: Any) -> None:
+    """ValueError if the step cannot stand in for the forward of this decoder."""
     if "forward" in base.__dict__:
         raise ValueError(
             f"`model`: the forward of its {type(base).__name__} was replaced by {base.__dict__['forward']!r}; allowed "
@@ -127,11 +146,85 @@ def optimize_generation(model: nn.Module) -> nn.Module:
                 f"`model`: layer {index} is made of {[kind.__name__ for kind in found]}; allowed are "
                 f"{[kind.__name__ for kind in expected]} of transformers."
             )
-    base.forward = _DecodeStep(base)
-    head = _output_embedding(model)
-    if type(head) is nn.Linear and "forward" not in head.__dict__:
-        head.forward = _DenseStep(head)  # type: ignore[method-assign]
-    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationReport:
+    """What became of the calls of an optimized decoder; printing it gives the reasons as text.
+
+    Args:
+        optimized (`bool`): whether `optimize_generation` was called.
+        steps (`int`): calls that took the faster step, since then.
+        steps_in_cpp (`int`): those of them whose layers ran in C++.
+        own (`dict[str, int]`): calls that ran the model's own code, by the reason, the most frequent first. A prompt is one.
+        own_in_torch (`dict[str, int]`): steps whose layers ran in torch and not in C++, by the reason.
+        obstacles (`tuple[str, ...]`): what would keep the next call from the faster step, as the model is now.
+        obstacles_in_cpp (`tuple[str, ...]`): what would keep the layers of the next step from C++.
+    """
+
+    optimized: bool
+    steps: int
+    steps_in_cpp: int
+    own: dict[str, int]
+    own_in_torch: dict[str, int]
+    obstacles: tuple[str, ...]
+    obstacles_in_cpp: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.optimized:
+            head = "The model is not optimized" + ("." if self.obstacles else ": call `optimize_generation`.")
+        else:
+            head = f"{self.steps} steps of the faster kind, {self.steps_in_cpp} of them in C++."
+        lines = [head]
+        for title, reasons in (
+            ("Calls that ran the model's own code:", self.own),
+            ("Steps whose layers ran in torch:", self.own_in_torch),
+        ):
+            lines += [title, *(f"  {count:>6}  {reason}" for reason, count in reasons.items())] if reasons else []
+        for title, found in (
+            ("As the model is now, no faster step is taken:", self.obstacles),
+            ("As the model is now, the layers do not run in C++:", self.obstacles_in_cpp),
+        ):
+            lines += [title, *(f"  {reason}" for reason in found)] if found else []
+        return "\n".join(lines)
+
+
+def explain_generation(model: nn.Module) -> GenerationReport:
+    """Why the faster step of `optimize_generation` is taken or not; print it.
+
+    Before `optimize_generation` it says whether the model can be optimized. After it, it counts the calls of the decoder by
+    what became of them, and looks at the model as it is now.
+
+    Args:
+        model (`nn.Module`): any model; nothing about it is changed, and nothing is run.
+
+    Returns:
+        `GenerationReport`: counts and reasons.
+    """
+    try:
+        base: Any = _find(model)
+    except ValueError as error:
+        return GenerationReport(False, 0, 0, {}, {}, (str(error),), ())
+    step = base.__dict__.get("forward")
+    optimized = isinstance(step, _DecodeStep)
+    if not optimized:
+        try:
+            _check(base)
+        except ValueError as error:
+            return GenerationReport(False, 0, 0, {}, {}, (str(error),), ())
+        step = _DecodeStep(base)
+    call = _Call(step, (), {})
+    obstacles = tuple(condition.reason(call) for condition in _MODEL_CONDITIONS if not condition.holds(call))
+    in_cpp = None if call.layers is None else _FusedLayers.make(call.layers.modules, call.layers.family)
+    return GenerationReport(
+        optimized,
+        step.steps,
+        step.steps_in_cpp,
+        dict(step.own.most_common()),
+        dict(step.own_in_torch.most_common()),
+        obstacles,
+        (in_cpp,) if isinstance(in_cpp, str) else (),
+    )
 
 
 def restore_generation(model: nn.Module) -> nn.Module:
@@ -177,9 +270,10 @@ def _parts(layer: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def _kinds(layer: nn.Module, family: _Family) -> tuple[list[type], list[type]]:
     """The classes that a layer and its parts are of, and those that they should be of."""
-    if type(layer) is not family.layer or type(layer.self_attn) is not family.attention:
-        return [type(layer), type(getattr(layer, "self_attn", None))], [family.layer, family.attention]
-    norms = [type(getattr(owner, name)) for owner, name in _parts(layer)[1:]]
+    attention = getattr(layer, "self_attn", None)
+    if type(layer) is not family.layer or type(attention) is not family.attention:
+        return [type(layer), type(attention)], [family.layer, family.attention]
+    norms = [type(getattr(owner, name, None)) for owner, name in _parts(layer)[1:]]
     return [family.layer, family.attention, *norms], [family.layer, family.attention, *[family.norm] * len(norms)]
 
 
@@ -187,7 +281,7 @@ class _Watch:
     """Notices modules that were replaced, given another class or another forward, or hooked. Takes microseconds."""
 
     def __init__(self, places: Iterable[tuple[nn.Module, str]]) -> None:
-        places = list(places)
+        self.places = places = list(places)
         self.owners = [owner._modules for owner, _ in places]
         self.names = [name for _, name in places]
         self.modules: list[Any] = [owner._modules[name] for owner, name in places]
@@ -212,6 +306,14 @@ class _Watch:
             if hooks
             for hook in hooks.values()
         )
+
+    def what_is_not_plain(self) -> str:
+        """The first module for which `is_plain` does not hold, in words."""
+        for owner, name in self.places:
+            if not _Watch([(owner, name)]).is_plain():
+                kind = type(owner._modules[name]).__name__
+                return f"the {kind} at {name!r} of a {type(owner).__name__} has a hook or a forward of its own"
+        return "a module was replaced"
 
 
 def _normalize(hidden: Tensor, norm: Any) -> Tensor:
@@ -347,37 +449,44 @@ class _FusedLayers:
         self.entries.append((owner, name, owner.get(name)))
 
     @classmethod
-    def make(cls, layers: list[Any], family: _Family) -> _FusedLayers | None:
-        """None if the C++ step does not compute what these layers do."""
+    def make(cls, layers: list[Any], family: _Family) -> _FusedLayers | str:
+        """The reason if the C++ step does not compute what these layers do."""
         dtype = layers[0].input_layernorm.weight.dtype
-        if _native._C is None or dtype not in (torch.float32, torch.bfloat16):
-            return None
+        if _native._C is None:
+            return "the C++ extension is not built (`peft-elastic info` says how to get it)"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the norms are {dtype}; allowed are torch.float32 and torch.bfloat16"
         heads = set()
-        for layer in layers:
+        for index, layer in enumerate(layers):
             attention, mlp = layer.self_attn, layer.mlp
             if type(mlp) is not family.mlp or type(mlp.act_fn) not in _SILU:
-                return None
-            linears = [getattr(attention, name) for name in _ATTENTION_LINEARS]
-            linears += [getattr(mlp, name) for name in _MLP_LINEARS]
-            width = linears[0].in_features
-            norms = [(layer.input_layernorm, width), (layer.post_attention_layernorm, width)]
+                return (
+                    f"the MLP of layer {index} is a {type(mlp).__name__} with {type(getattr(mlp, 'act_fn', None)).__name__}; "
+                    f"allowed is a {family.mlp.__name__} with SiLU"
+                )
+            linears = [(attention, name) for name in _ATTENTION_LINEARS] + [(mlp, name) for name in _MLP_LINEARS]
+            for owner, name in linears:
+                if not _fits_linear(linear := getattr(owner, name), dtype):
+                    return (
+                        f"{name} of layer {index} is a {type(linear).__name__}; allowed are SparseLinear, and nn.Linear in "
+                        f"{dtype}, with plain contiguous tensors on the CPU"
+                    )
+            width = attention.q_proj.in_features
+            norms = [(layer, "input_layernorm", width), (layer, "post_attention_layernorm", width)]
             norms += [
-                (getattr(attention, name), attention.head_dim)
-                for name in ("q_norm", "k_norm")
-                if hasattr(attention, name)
+                (attention, name, attention.head_dim) for name in ("q_norm", "k_norm") if hasattr(attention, name)
             ]
-            if not all(_fits_linear(linear, dtype) for linear in linears) or not all(
-                _is_plain_tensor(norm.weight, (size,), (dtype,)) for norm, size in norms
-            ):
-                return None
-            heads.add((attention.head_dim, width, linears[1].out_features))
+            for owner, name, size in norms:
+                if not _is_plain_tensor(getattr(owner, name).weight, (size,), (dtype,)):
+                    return f"the weight of {name} of layer {index} is no plain contiguous {dtype} tensor ({size},) on the CPU"
+            heads.add((attention.head_dim, width, attention.k_proj.out_features))
         if len(heads) > 1:
-            return None
+            return "the layers differ in their head dimension, hidden size or number of key-value heads"
         try:
             fused = cls(layers, dtype)
-        except ValueError:  # layers that do not fit together: torch says so in its own words
-            return None
-        return fused if fused.watch.is_plain() else None
+        except ValueError as error:  # layers that do not fit together: torch says so in its own words
+            return f"the layers do not fit together: {error}"
+        return fused if fused.watch.is_plain() else fused.watch.what_is_not_plain()
 
     def is_current(self) -> bool:
         """Whether the modules and all tensors are still those that the addresses were taken from."""
@@ -387,19 +496,22 @@ class _FusedLayers:
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
-    def takes(self, hidden: Tensor, cos: Tensor, room: _Room) -> bool:
-        """Whether the tensors are as the C++ code expects."""
+    def refuses(self, hidden: Tensor, cos: Tensor, room: _Room) -> str | None:
+        """The reason, if the tensors are not as the C++ code expects."""
         batch = hidden.shape[0]
-        return (
+        if batch > self.most_rows:
+            return f"more than {self.most_rows} sequences at once, which torch multiplies faster"
+        if not (
             hidden.dtype == cos.dtype == self.dtype
             and len(room.buffers) == 2 * self.count
             and cos.shape in ((1, 1, self.head_dim), (batch, 1, self.head_dim))
             and hidden.shape == (batch, 1, self.hidden_size)
-            and batch <= self.most_rows
             and room.buffers[0].dtype == self.dtype
             and room.is_plain
             and room.buffers[0].shape == (batch, self.kv_heads, room.capacity, self.head_dim)
-        )
+        ):
+            return "the embedding, the rotary embedding or the cache is of another type or shape than the layers"
+        return None
 
     def run(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, room: _Room) -> Tensor:
         """What the layers make of `hidden` [batch, 1, hidden_size]; fills the last position of the room."""
@@ -466,26 +578,37 @@ class _Layers:
         self.fused: _FusedLayers | None = None
 
     @classmethod
-    def make(cls, base: Any, count: int) -> _Layers | None:
-        """None if one of the first `count` layers is another, or has a hook."""
+    def make(cls, base: Any, count: int) -> _Layers | str:
+        """The reason if one of the first `count` layers is another, or has a hook."""
         family, modules = _FAMILIES[type(base)], list(base.layers)[:count]
         places: list[tuple[nn.Module, str]] = [(base, "layers")]
         for index, layer in enumerate(modules):
             found, expected = _kinds(layer, family)
             if found != expected:
-                return None
+                return (
+                    f"layer {index} is made of {[kind.__name__ for kind in found]}; allowed are "
+                    f"{[kind.__name__ for kind in expected]} of transformers"
+                )
             places += [(base.layers, str(index)), *_parts(layer)]
         layers = cls(modules, _Watch(places), family)
-        return layers if layers.watch.is_plain() and 0 < count == len(set(layers.indices)) else None
+        if not layers.watch.is_plain():
+            return layers.watch.what_is_not_plain()
+        if not 0 < count == len(set(layers.indices)):
+            return "there are no layers, or two share a place in the cache (`layer_idx`)"
+        return layers
 
     def cached(self, cache: DynamicCache) -> list[DynamicLayer]:
         return [cache.layers[index] for index in self.indices]
 
-    def fused_if_possible(self) -> _FusedLayers | None:
+    def fused_if_possible(self) -> _FusedLayers | str:
+        """The reason if it is not."""
         fused = self.fused
         if fused is None or not fused.is_current():
             self.fused = None  # frees what it held
-            fused = self.fused = _FusedLayers.make(self.modules, self.family)
+            made = _FusedLayers.make(self.modules, self.family)
+            if isinstance(made, str):
+                return made
+            fused = self.fused = made
         return fused
 
 
@@ -537,13 +660,217 @@ def _is_special_mode() -> bool:
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched()
 
 
+class _Call:
+    """A call of a decoder's forward, and the decoder that it finds.
+
+    Versions of transformers give the same argument different names. The cache is known by its class, wherever it stands; and
+    an argument whose name the step does not know keeps it from being taken.
+    """
+
+    def __init__(self, step: _DecodeStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.step = step
+        self.base: Any = step.base
+        self.config: Any = self.base.config
+        given = dict(zip(step.names, args)) | kwargs
+        self.given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self.caches: list[Any] = []
+        self.unknown: list[str] = []  # names of arguments that ask for something that the step does not do
+        for name, value in self.given.items():
+            if name not in _KNOWN:
+                if isinstance(value, Cache):
+                    self.caches.append(value)
+                elif value is not False:
+                    self.unknown.append(name)
+        self.cache: Any = self.caches[0] if self.caches else None
+        self.input_ids: Any = self.given.get("input_ids")
+        self.attention_mask: Any = self.given.get("attention_mask")
+        self.position_ids: Any = self.given.get("position_ids")
+
+    @cached_property
+    def layers(self) -> _Layers | None:
+        return self.step.plain_layers()
+
+    @cached_property
+    def cached(self) -> list[DynamicLayer]:
+        """The layers of the cache that belong to the decoder's."""
+        return self.layers.cached(self.cache)  # type: ignore[union-attr]
+
+    @cached_property
+    def held(self) -> list[Tensor]:
+        return _held(self.cached)
+
+    def fits_the_layers(self) -> bool:
+        """Whether the tensors of all layers of the cache are of one shape, and of the model's type."""
+        room, held, dtype = self.step.rooms.get(self.cached[0]), self.held, self.dtype
+        if held[0].dtype != dtype:
+            return False
+        if room is not None and room.holds(held):
+            return True
+        return all(each.shape == held[0].shape and each.dtype == dtype for each in held)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers.modules[0].input_layernorm.weight.dtype  # type: ignore[union-attr]
+
+    def decodes(self) -> bool:
+        """Whether it looks like a step of generation, whatever it is that the faster step does not know about it."""
+        return self.cache is not None and not torch.is_grad_enabled() and int(self.cache.get_seq_length()) > 0
+
+
+# cache_position, which older versions pass, says what the length of the cache says
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "inputs_embeds",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+}
+
+
+class _Condition(NamedTuple):
+    holds: Callable[[_Call], bool]
+    reason: Callable[[_Call], str]  # why a call is left to the model's own code where it does not hold
+
+
+_SEVERAL = "several new positions for each sequence, or none, as in a prompt"
+_MODEL_CONDITIONS = (
+    _Condition(
+        lambda call: not call.base.training,
+        lambda call: "the decoder is in training mode (`model.eval()`)",
+    ),
+    _Condition(
+        lambda call: call.config._attn_implementation == "sdpa",
+        lambda call: f"attn_implementation is {call.config._attn_implementation!r}; allowed is 'sdpa'",
+    ),
+    _Condition(
+        lambda call: (
+            not call.config.output_hidden_states
+            and not call.config.output_attentions
+            and call.config.return_dict is not False
+        ),
+        lambda call: "the model's config asks for hidden states, attentions or tuples",
+    ),
+    # a cache made without the configuration holds all positions even where the model looks back through a window
+    _Condition(
+        lambda call: (
+            "sliding_attention" not in (getattr(call.config, "layer_types", None) or ())
+            and not (type(call.base) is modeling_mistral.MistralModel and call.config.sliding_window is not None)
+        ),
+        lambda call: "the model looks back through a sliding window",
+    ),
+    _Condition(
+        lambda call: not module_hooks._global_forward_hooks and not module_hooks._global_forward_pre_hooks,
+        lambda call: "torch has global forward hooks",
+    ),
+    _Condition(
+        lambda call: call.layers is not None,
+        lambda call: call.step.no_layers,
+    ),
+    # dropout is the one thing in a layer that a training mode of its own would change
+    _Condition(
+        lambda call: (
+            not (
+                call.layers is not None
+                and call.config.attention_dropout
+                and any(layer.self_attn.training for layer in call.layers.modules)
+            )
+        ),
+        lambda call: "an attention with dropout is in training mode",
+    ),
+)
+_CALL_CONDITIONS = (
+    _Condition(
+        lambda call: not torch.is_grad_enabled(),
+        lambda call: "gradients are enabled (allowed is under `torch.no_grad()` or `torch.inference_mode()`)",
+    ),
+    _Condition(
+        lambda call: not _is_special_mode(),
+        lambda call: "torch.compile, a tracer, autocast or a transform of torch.func is active",
+    ),
+    _Condition(
+        lambda call: isinstance(call.input_ids, Tensor) and "inputs_embeds" not in call.given,
+        lambda call: f"no `input_ids` among the arguments, or others in their place: {sorted(call.given)}",
+    ),
+    _Condition(
+        lambda call: "use_cache" in call.given or getattr(call.config, "use_cache", True),
+        lambda call: "use_cache is False, in the model's config",
+    ),
+    _Condition(
+        lambda call: call.given.get("use_cache") is not False,
+        lambda call: "use_cache is False",
+    ),
+    _Condition(
+        lambda call: call.input_ids.dim() == 2 and call.input_ids.shape[1] == 1,
+        lambda call: _SEVERAL,
+    ),
+    _Condition(
+        lambda call: call.input_ids.device.type == "cpu",
+        lambda call: f"`input_ids` are on {call.input_ids.device}; allowed is the CPU",
+    ),
+    _Condition(
+        lambda call: not call.unknown and call.given.get("return_dict") is not False,
+        lambda call: f"arguments that the step does not know: {call.unknown or ['return_dict=False']}",
+    ),
+    _Condition(
+        lambda call: call.position_ids is None or (call.position_ids.dim() == 2 and call.position_ids.shape[1] == 1),
+        lambda call: "`position_ids` are not one position for each sequence, or for all",
+    ),
+    _Condition(
+        lambda call: len(call.caches) == 1 and type(call.cache) is DynamicCache and not call.cache.offloading,
+        lambda call: (
+            f"the cache is {' and '.join(type(cache).__name__ for cache in call.caches) or 'absent'}; allowed is the "
+            "DynamicCache that `generate` uses by default, not offloaded"
+        ),
+    ),
+    _Condition(
+        lambda call: (
+            len(call.cache.layers) > max(call.layers.indices)  # type: ignore[union-attr]
+            and all(type(each) is DynamicLayer and each.is_initialized for each in call.cached)
+        ),
+        lambda call: "the cache is empty, or has layers of another class than DynamicLayer",
+    ),
+    _Condition(
+        lambda call: (
+            len(call.held[0].shape) == 4
+            and call.held[0].shape[0] == call.input_ids.shape[0]
+            and call.held[0].shape[2] > 0
+        ),
+        lambda call: "the cache is empty, or of another batch size than `input_ids`",
+    ),
+    _Condition(
+        lambda call: (
+            call.attention_mask is None
+            or (
+                isinstance(call.attention_mask, Tensor)
+                and call.attention_mask.shape == (call.held[0].shape[0], call.held[0].shape[2] + 1)
+            )
+        ),
+        lambda call: "`attention_mask` is not a tensor [batch, positions in the cache + 1]",
+    ),
+    _Condition(
+        lambda call: call.fits_the_layers(),
+        lambda call: f"the keys and values in the cache are not all of one shape and {call.dtype} like the model",
+    ),
+)
+_CONDITIONS = _MODEL_CONDITIONS + _CALL_CONDITIONS
+
+
 class _DecodeStep:
     """Stands in for the forward of a decoder: takes the steps it knows itself, and leaves the others to the decoder."""
 
     def __init__(self, base: nn.Module) -> None:
-        self.base = base
+        self.base: Any = base
+        self.__signature__ = inspect.signature(type(base).forward.__get__(base))
+        self.names = list(self.__signature__.parameters)
         self.layers: _Layers | None = None
+        self.no_layers: str = ""  # why there are none
         self.rooms: weakref.WeakKeyDictionary[DynamicLayer, _Room] = weakref.WeakKeyDictionary()  # by the first layer
+        self.steps = self.steps_in_cpp = 0
+        self.own: Counter[str] = Counter()  # calls that the decoder ran, by the reason
+        self.own_in_torch: Counter[str] = Counter()
+        self.has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
         return {"base": self.base}
@@ -551,94 +878,32 @@ class _DecodeStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["base"])  # type: ignore[misc]
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        layers = self.takes(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
-        if layers is not None:
-            hidden = self.step(layers, input_ids, attention_mask, position_ids, past_key_values)
-            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
-        return type(self.base).forward(
-            self.base,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            call = _Call(self, args, kwargs)
+            reason = self.refuses(call)
+            if reason is None:
+                layers: Any = call.layers
+                hidden = self.step(layers, call.input_ids, call.attention_mask, call.position_ids, call.cache)
+                return BaseModelOutputWithPast(**{"last_hidden_state": hidden, _OUTPUT_CACHE: call.cache})
+            self._note(call, reason)
+        return type(self.base).forward(self.base, *args, **kwargs)
 
-    def takes(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-        kwargs: dict[str, Any],
-    ) -> _Layers | None:
-        """The layers, if a call is a step of generation that `step` computes as the decoder would."""
-        base: Any = self.base
-        config = base.config
-        if _is_special_mode() or base.training or inputs_embeds is not None:
-            return None
-        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1 or input_ids.device.type != "cpu":
-            return None
-        if config._attn_implementation != "sdpa" or use_cache is False:
-            return None
-        if config.output_hidden_states or config.output_attentions or config.return_dict is False:
-            return None
-        for name, value in kwargs.items():
-            if name == "return_dict":
-                if value is False:
-                    return None
-            # cache_position, which older versions pass, says what the length of the cache says
-            elif value is not None and value is not False and name != "cache_position":
-                return None
-        # a cache made without the configuration holds all positions even where the model looks back through a window
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-            type(base) is modeling_mistral.MistralModel and config.sliding_window is not None
-        ):
-            return None
-        if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
-            return None
-        layers = self.plain_layers()
-        if layers is None:
-            return None
-        # dropout is the one thing in a layer that a training mode of its own would change
-        if config.attention_dropout and any(layer.self_attn.training for layer in layers.modules):
-            return None
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != 1):
-            return None
-        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= max(layers.indices):
-            return None
-        cached = layers.cached(cache)
-        if any(type(each) is not DynamicLayer or not each.is_initialized for each in cached):
-            return None
-        held = _held(cached)
-        batch, shape = input_ids.shape[0], held[0].shape
-        if len(shape) != 4 or shape[0] != batch or shape[2] == 0:
-            return None
-        if attention_mask is not None and (
-            not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, shape[2] + 1)
-        ):
-            return None
-        room = self.rooms.get(cached[0])
-        dtype = layers.modules[0].input_layernorm.weight.dtype
-        if held[0].dtype != dtype:
-            return None
-        if room is not None and room.holds(held):
-            return layers
-        return layers if all(each.shape == shape and each.dtype == dtype for each in held) else None
+    def refuses(self, call: _Call) -> str | None:
+        """The reason, if a call is not a step of generation that `step` computes as the decoder would."""
+        for condition in _CONDITIONS:
+            if not condition.holds(call):
+                return condition.reason(call)
+        return None
+
+    def _note(self, call: _Call, reason: str) -> None:
+        self.own[reason] += 1
+        if self.steps == 0 and not self.has_warned and reason is not _SEVERAL and call.decodes():
+            self.has_warned = True
+            warnings.warn(
+                f"The model is optimized for generation, but its own code generates: {reason}. "
+                "`print(peft_elastic.explain_generation(model))` says more."
+            )
 
     def plain_layers(self) -> _Layers | None:
         """The layers, if they are those of transformers and free of hooks."""
@@ -646,7 +911,9 @@ class _DecodeStep:
         count = min(len(base.layers), base.config.num_hidden_layers)
         layers = self.layers
         if layers is None or len(layers.modules) != count or not layers.watch.is_plain():
-            layers = self.layers = _Layers.make(base, count)
+            made = _Layers.make(base, count)
+            layers = self.layers = None if isinstance(made, str) else made
+            self.no_layers = made if isinstance(made, str) else ""
         return layers
 
     def step(
@@ -675,9 +942,13 @@ class _DecodeStep:
         cos, sin = base.rotary_emb(hidden, position_ids)  # [batch or 1, 1, head_dim]
         room.advance()
         fused = layers.fused_if_possible()
-        if fused is not None and fused.takes(hidden, cos, room):
+        reason = fused if isinstance(fused, str) else fused.refuses(hidden, cos, room)
+        if not isinstance(fused, str) and reason is None:
             hidden = fused.run(hidden, cos, sin, mask, room)
+            self.steps_in_cpp += 1
         else:
             hidden = _run_layers(layers.modules, hidden, cos, sin, mask, room)
+            self.own_in_torch[str(reason)] += 1
+        self.steps += 1
         room.hand_over(cached)
         return base.norm(hidden)

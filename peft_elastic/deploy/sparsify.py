@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +30,7 @@ from ..parameters import check_parameters
 from ..quantization import QuantizedLinear
 from ..quantization.saving import GridQuantizer, unguard_saving
 from ..structure.modules import linear_layers, routers
+from ..utils import progress_bar
 from . import checkpoint, ops, timing
 from .format import check_dtype, check_int4, groups_in_order
 from .sparse_linear import SparseLinear
@@ -199,7 +199,7 @@ def sparsify_linears(
 
     not_asked = _not_asked(model, linears, skip, lm_head)
     decisions = []
-    for name, linear in tqdm(linears, desc="Sparse layers", disable=not progressbar):
+    for name, linear in progress_bar(linears, desc="Sparse layers", disable=not progressbar):
         decision = _decide(name, linear, dtype, when, min_sparsity, not_asked.get(name))
         if decision.swapped:
             sparse = _swap(linear, decision.values)

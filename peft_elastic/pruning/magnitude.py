@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..structure.modules import weight_matrix
+from ..utils import progress_bar
 from .config import MagnitudeConfig
 from .masks import pruning_mask
 
@@ -30,7 +30,7 @@ def prune_magnitude(
 ) -> int:
     """Prunes `layers` in place (see `MagnitudeConfig`). Uses no data: returns 0 calibration tokens."""
     with torch.no_grad():
-        for layer in tqdm(layers.values(), desc="magnitude", unit="layer", disable=not progress):
+        for layer in progress_bar(layers.values(), desc="magnitude", unit="layer", disable=not progress):
             weight = weight_matrix(layer)
             weight.masked_fill_(pruning_mask(weight, weight.abs(), config.sparsity, config.n_of_m, config.scope), 0)
     return 0

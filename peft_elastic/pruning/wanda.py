@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..structure.calibration import calibration_batches, calibration_mode
 from ..structure.inputs import InputCollector, is_encoder_decoder
 from ..structure.modules import weight_matrix
 from ..structure.sequential import BlockWalker, Unit
+from ..utils import progress_bar
 from .config import WandaConfig
 from .masks import pruning_mask
 
@@ -35,7 +35,9 @@ def prune_wanda(
     batches = calibration_batches(calibration, config.max_samples)
     with calibration_mode(model):
         collector = InputNorms(batches, is_encoder_decoder(model))
-        for unit in tqdm(BlockWalker(model, batches, layers), desc="Wanda", unit="block", disable=not progress):
+        for unit in progress_bar(
+            BlockWalker(model, batches, layers), desc="Wanda", unit="block", disable=not progress
+        ):
             norms = collector.collect(unit)
             # All masks of a block before any change, so that an interrupted run leaves whole blocks and can be repeated.
             masks = {}

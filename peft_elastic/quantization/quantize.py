@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..pruning.layers import check_changeable, select_layers, warn_of_fused_experts
@@ -31,6 +30,7 @@ from ..structure.calibration import calibration_batches, calibration_mode
 from ..structure.inputs import InputCollector, is_encoder_decoder
 from ..structure.modules import replace_layers, routers, weight_matrix
 from ..structure.sequential import BlockWalker
+from ..utils import progress_bar
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .gptq import Rounded, gptq, output_error
 from .grid import Grid, check_group_size, fit_grid
@@ -99,7 +99,7 @@ def _quantize_rtn(
     model: nn.Module, layers: dict[str, nn.Module], config: RTNConfig, calibration: Any, progress: bool
 ) -> tuple[_Rows, int]:
     rows: _Rows = {}
-    for name, layer in tqdm(layers.items(), desc="RTN", unit="layer", disable=not progress):
+    for name, layer in progress_bar(layers.items(), desc="RTN", unit="layer", disable=not progress):
         rounded = _round_to_nearest(weight_matrix(layer), config)
         rows[name] = _row(name, weight_matrix(layer), rounded, None)
         _commit(model, {name: layer}, {name: rounded})
@@ -113,7 +113,7 @@ def _quantize_gptq(
     rows: _Rows = {}
     with calibration_mode(model):
         collector = InputGrams(batches, is_encoder_decoder(model))
-        for unit in tqdm(BlockWalker(model, batches, layers), desc="GPTQ", unit="block", disable=not progress):
+        for unit in progress_bar(BlockWalker(model, batches, layers), desc="GPTQ", unit="block", disable=not progress):
             weights = {name: _wide(weight_matrix(layer)) for name, layer in unit.layers.items()}
             rounded: dict[str, Rounded] = {}
             for names, hessian in _by_hessian(collector.collect(unit)):

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import Cache
+from transformers.utils import ModelOutput
 
 from ..deploy import ops, timing
 from ..deploy.format import check_dtype
@@ -388,12 +390,15 @@ class _Workload:
         inputs = dict(self._inputs)
         cache: Any = None
         if self._mode == "decode":
-            cache = model(**inputs, use_cache=True).past_key_values
+            output = model(**inputs, use_cache=True)
+            # under a name that depends on the version of transformers, by which the model takes it again
+            fields = output.items() if isinstance(output, ModelOutput) else ()
+            name, cache = next(((field, value) for field, value in fields if isinstance(value, Cache)), ("", None))
             if cache is None or not hasattr(cache, "crop"):
                 raise ValueError(
                     f"`mode='decode'` needs a model with a cache, {type(model).__name__} returned {cache!r}."
                 )
-            inputs = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": inputs["input_ids"][:, -1:], name: cache, "use_cache": True}
             if (mask := self._inputs.get("attention_mask")) is not None:
                 inputs["attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
 

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..supernet.host import ElasticHost, get_elastic_host
 from ..supernet.space import SearchSpace, Subnet
+from ..utils import progress_bar
 from .algorithms import ALGORITHMS, EVOLUTIONARY, reference_subnets
 from .constraints import Constraints, collect_bounds, is_number, resolve_bounds
 from .context import eval_mode, seeded, subnet_restored
@@ -187,7 +187,7 @@ def search_subnet(
         minimised_points = np.array([minimised(dict(zip(directions, point)), directions) for point in points])
     search = ALGORITHMS[algorithm](space, len(targets), population, seed, bounds, minimised_points)
     tracker = None
-    with subnet_restored(host), tqdm(total=limit, desc="search", disable=not progress) as bar:
+    with subnet_restored(host), progress_bar(total=limit, desc="search", disable=not progress) as bar:
         _say(bar, _profile({name: meter.costs(subnet) for subnet, name in named.items()}, bounds.bounds))
         if file is not None and file.n_rows:
             _say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
@@ -219,7 +219,7 @@ def search_subnet(
         if held_out is not None:
             reported = {e.index for e in result.pareto}
             reported |= {e.index for e in history if e.source in ("max", "heuristic")}
-            for index in tqdm(sorted(reported), desc="held-out", disable=not progress):
+            for index in progress_bar(sorted(reported), desc="held-out", disable=not progress):
                 values = _recall_or_measure(held_out_file, history[index], meter.held_out_values)
                 history[index] = dataclasses.replace(history[index], held_out=values)
     if save_dir is not None:
@@ -395,7 +395,7 @@ def _where(evaluation: Evaluation) -> str:
     return f"evaluation {evaluation.index}, {evaluation.source}, {evaluation.subnet!r}"
 
 
-def _say(bar: tqdm, text: str) -> None:
+def _say(bar: Any, text: str) -> None:
     """Above the progress bar, or to the log if there is none."""
     if bar.disable:
         logger.info(text)
@@ -442,7 +442,7 @@ def _begin_tracking(result: SearchResult) -> HypervolumeTracker:
     return tracker
 
 
-def _show(bar: tqdm, result: SearchResult, tracker: HypervolumeTracker | None) -> None:
+def _show(bar: Any, result: SearchResult, tracker: HypervolumeTracker | None) -> None:
     if bar.disable:
         return
     direction = result.objectives[result.metric]

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..parameters import check_parameters
+from ..utils import progress_bar
 from .bitsandbytes import is_bitsandbytes
 from .blocks import KINDS, Slot, Structure, Width, layer_at, layer_sizes
 from .calibration import calibration_batches, calibration_mode
@@ -377,7 +377,7 @@ def _input_squares(
     with calibration_mode(model):
         collector = _InputSquares(batches, is_encoder_decoder(model))
         walker = BlockWalker(model, batches, layers)
-        for unit in tqdm(walker, desc="importance", unit="block", disable=not progress):
+        for unit in progress_bar(walker, desc="importance", unit="block", disable=not progress):
             squares |= collector.collect(unit)
     for path, layer in layers.items():
         squares.setdefault(path, torch.zeros(layer_sizes(layer)[1]))
@@ -407,7 +407,7 @@ def _sensitivities(
         hooks.enter_context(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
         for path in units:
             hooks.enter_context(layer_at(model, path).register_forward_pre_hook(note(path), with_kwargs=True))
-        for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
+        for batch in progress_bar(batches, desc="importance", unit="batch", disable=not progress):
             inputs.clear()
             arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             loss = _loss(model, arguments)

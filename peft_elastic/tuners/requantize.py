@@ -23,12 +23,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..pruning.report import layer_table, mean_over_weights
 from ..quantization import Grid, QuantizedLinear, fit_grid
 from ..quantization.gptqmodel import leave_gptqmodel
 from ..quantization.saving import guard_saving
+from ..utils import progress_bar
 from .sparse_qa_lora import base_layer as base
 from .sparse_qa_lora.layer import SparseLoraLinear
 from .tied_weights import check_tied_weights, merged_once
@@ -115,7 +115,7 @@ def merge_and_requantize(
     twice = check_tied_weights(tuner.model, adapter_names)
 
     rows = []
-    for name, names in tqdm(todo.items(), desc="Rounding again", disable=not progressbar):
+    for name, names in progress_bar(todo.items(), desc="Rounding again", disable=not progressbar):
         merged, row = _merge(layers[name], names, refit)
         rows.append({"name": name, **row})
         parent, _, child = name.rpartition(".")

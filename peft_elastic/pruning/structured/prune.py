@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ...deploy.timing import clock
 from ...documents import FINITE, ListOf, Record, read_json
@@ -41,7 +40,7 @@ from ...structure.importance import (
 from ...structure.narrow import check_narrowable
 from ...structure.space import PARTS
 from ...supernet.host import HOST_ATTRIBUTE
-from ...utils import atomic_write_text
+from ...utils import atomic_write_text, progress_bar
 from .config import StructuredPruningConfig
 from .cost import Costs
 from .greedy import GreedyPruning, Stage, smallest_state
@@ -396,7 +395,7 @@ class _Progress:
         self, costs: Costs, target: float, metric: str, shown: Callable[[float | None], float | None], progress: bool
     ) -> None:
         self._whole, self._target, self._metric, self._shown = costs({}), target, metric, shown
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=100.0,
             desc="pruning",
             disable=not progress,
