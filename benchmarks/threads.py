@@ -109,8 +109,9 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if argv is None and sys.argv[1:2] == ["--train"]:  # in its process, without the imports below
-        print(train(float(sys.argv[2]), int(sys.argv[3])))
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--train"]:  # in its process, without the imports below
+        print(train(float(arguments[1]), int(arguments[2])))
         return
     from _support import RESULTS, machine, usable_cores
 

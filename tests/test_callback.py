@@ -551,6 +551,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("wrapped_by", ["user", "trl"])
 def test_trl_sft_trainer(tmp_path, tokenizer, wrapped_by):
+    pytest.importorskip("trl")
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

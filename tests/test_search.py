@@ -782,9 +782,9 @@ def test_load_refuses_other_files(model, tmp_path):
 def test_plot(tmp_path, objectives, n_layers, options):
     result = search(ElasticNet(n_layers, options), objectives=objectives)
     path = tmp_path / "new" / "pareto.png"
-    backend = matplotlib.get_backend(auto_select=False)
+    backend = matplotlib.get_backend()
     figure = result.plot(path)
-    assert matplotlib.get_backend(auto_select=False) == backend
+    assert matplotlib.get_backend() == backend
     if "matplotlib.pyplot" in sys.modules:
         assert not sys.modules["matplotlib.pyplot"].get_fignums()
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
