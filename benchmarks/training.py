@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "peak_bytes": median(peaks),
             "peak_bytes_range": [min(peaks), max(peaks)],
             "peak_ratio": median(peaks) / median(row["peak"] for row in memory["lora"]),
-            "peak_above_model_ratio": above[variant] / above["lora"],
+            "peak_above_model_ratio": above[variant] / max(above["lora"], 1),  # a tiny model adds nothing
             "all_seconds": seconds[variant].tolist(),
             "all_memory": memory[variant],
         }

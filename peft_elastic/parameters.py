@@ -34,7 +34,7 @@ def check_parameters(layers: Mapping[str, nn.Module]) -> None:
         ValueError: naming the first layer of which that is not so, by its key, and what makes its weight a parameter.
     """
     for name, layer in layers.items():
-        for tensor, call in _computed_tensors(layer).items():
+        for tensor, call in computed_tensors(layer).items():
             place = f"model.get_submodule({name!r})" if name else "layer"
             raise ValueError(
                 f"model: the {tensor} of {name or type(layer).__name__} is no parameter of its own, but computed from others in each "
@@ -42,7 +42,7 @@ def check_parameters(layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _computed_tensors(layer: nn.Module) -> dict[str, str]:
+def computed_tensors(layer: nn.Module) -> dict[str, str]:
     """The tensors of a layer that are computed from others, with the call that makes each of them a parameter."""
     found = {}
     if is_parametrized(layer):

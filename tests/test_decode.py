@@ -563,11 +563,14 @@ def test_shapes_that_do_not_fit_are_refused():
     linears = {
         shape: SparseLinear.from_linear(nn.Linear(*shape)).packed for shape in [(64, 64), (64, 32), (64, 96), (96, 64)]
     }
+    norm = torch.ones(64)
     fitting = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
 
     def add(shapes):
         model.add_layer(
-            [(s[1], s[0], linears[s].data_ptr(), linears[s].numel(), 0, 0, 0) for s in shapes], [(0, 0.0)] * 4, 1.0
+            [(s[1], s[0], linears[s].data_ptr(), linears[s].numel(), 0, 0, 0) for s in shapes],
+            [(norm.data_ptr(), 1e-6)] * 4,
+            1.0,
         )
 
     add(fitting)

@@ -171,7 +171,8 @@ def test_damaged_values_on_file_are_refused(tmp_path, value):
     search(ElasticNet(), save_dir=tmp_path, n_evals=4)
     path = tmp_path / "history.jsonl"
     header, first, *rest = path.read_text().splitlines()
-    first = json.dumps(json.loads(first) | {"metrics": {"accuracy": value, "macs": 1}})
-    path.write_text("\n".join([header, first, *rest]) + "\n")
-    with pytest.raises(ValueError, match="evaluation 0 in .* is damaged: 'accuracy' is"):
+    row = json.loads(first)
+    row["metrics"]["accuracy"] = value
+    path.write_text("\n".join([header, json.dumps(row), *rest]) + "\n")
+    with pytest.raises(ValueError, match="history.jsonl' is damaged: .*accuracy"):
         search(ElasticNet(), save_dir=tmp_path, n_evals=4)

@@ -21,7 +21,7 @@ import pickle
 import pytest
 import sparse_qa
 import torch
-from models import BLOCKS, default_dtype, outputs, randomize, tiny_gpt2, tiny_llama, tokens
+from models import BLOCKS, TRANSFORMERS_ADAPTERS, default_dtype, outputs, randomize, tiny_gpt2, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from structures import (
@@ -96,7 +96,7 @@ def test_less_is_computed(name):
             found = outputs(model, inputs)
         smaller = model.extract_subnet(sparse_kernel=False)
         with MatrixProducts() as expected:
-            close(outputs(smaller, inputs), found)
+            close(outputs(smaller, inputs), found, 3e-5)  # sums in other orders
         assert narrowed.of_base == expected.of_base and expected.of_base
     model.set_subnet("max")
     with MatrixProducts() as whole:
@@ -563,6 +563,7 @@ def test_add_weighted_adapter_of_narrowed_adapters(combination_type):
     close(*found, 1e-4)
 
 
+@TRANSFORMERS_ADAPTERS
 def test_transformers_own_integration():
     """It sets and disables adapters without a word to the tuner."""
     model = tiny_llama()

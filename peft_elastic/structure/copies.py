@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..parameters import computed_tensors
 from ..quantization.layer import QuantizedLinear
 from .bitsandbytes import is_bitsandbytes
 
@@ -59,8 +60,10 @@ def plain_module(module: nn.Module) -> tuple[nn.Module, type[nn.Module]]:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight in a form of its own."""
+    """Whether a linear layer keeps its weight in a form of its own, or computes it from others."""
     if isinstance(module, QuantizedLinear) or is_bitsandbytes(module) or hasattr(module, "qweight"):
+        return True
+    if isinstance(module, nn.Linear) and computed_tensors(module):
         return True
     weight = module._parameters.get("weight")
     is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -384,6 +384,7 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
     structure = _blueprint(model)
     by_path = {block.path: block for block in structure.blocks}
     widths = {(width.kind, width.name): width for width in structure.widths}
+    _adopt_tried_skips(structure, model)
     empty = set()
     for path, sizes in _at_home(model, structure, config.__dict__.get(BLOCKS_ATTRIBUTE)).items():
         block = by_path.get(path)
@@ -408,6 +409,13 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
                 raise ValueError(f"The configuration gives {path!r} {value!r} {kind}; allowed are {allowed}.")
             set_width(model, width, value)
     extract(model, structure, empty)
+
+
+def _adopt_tried_skips(structure: Structure, model: nn.Module) -> None:
+    """Let what is skipped return what was found out that the model goes on with."""
+    tried = {block.path: block.skips for block in Structure(model).blocks}
+    for block in structure.blocks:
+        block.skips |= tried.get(block.path, {})
 
 
 def _before_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -553,8 +561,8 @@ def _build(cls: type[PreTrainedModel], config: PreTrainedConfig, full: bool = Fa
 
 
 def _blueprint(model: nn.Module) -> Structure:
-    """The structure of a model without weights."""
-    return Structure(model)
+    """What the names of the layers say of a model without weights: its sizes. What is true of it was tried on the model itself."""
+    return Structure.by_names(model, {})
 
 
 def _creation() -> Any:

@@ -38,10 +38,12 @@ class Generations:
 
     def begin(self, args: Any, step: int) -> None:
         """A run begins, with optimizer step number `step`."""
-        length = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+        self._accumulation = getattr(
+            args, "gradient_accumulation_steps", 1
+        )  # loops of one's own may have other arguments
+        length = getattr(args, "steps_per_generation", None) or self._accumulation
         iterations = getattr(args, "num_iterations", None)
         self._every = 1 if iterations is None else iterations * length
-        self._accumulation = args.gradient_accumulation_steps
         # a run may end in the middle of a generation, and the next one of the same trainer goes on with that
         unfinished = self._firsts[-1:] if self._done % self._every else []
         self._firsts = unfinished or [step]
