@@ -25,10 +25,9 @@ from pathlib import Path
 
 _MARK = "_PEFT_ELASTIC_COMMAND"  # set for the children of the command line
 _SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-# About a fifth of a millisecond: longer than most pauses between two parallel regions, and far shorter than the time
-# for which another process takes a processor. libgomp's own 300,000 let the threads of one process keep the processors
-# that the others of them wait for: see benchmarks/threads.py.
-SPIN_COUNT = 10_000
+# Some tens of microseconds. On a quiet machine that costs nothing that could be measured, and beside one busy process training
+# makes 1.4 times the steps of libgomp's own setting; 10,000 and more are slower than that: benchmarks/results/threads.md.
+SPIN_COUNT = 1_000
 SECONDS_BETWEEN_LINES = 30
 
 
