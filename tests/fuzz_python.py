@@ -17,6 +17,7 @@ Run by test_levels.py in a process whose extension has sanitizers. Usage: fuzz_p
 """
 
 import copy
+import importlib.machinery
 import importlib.util
 import json
 import random
@@ -27,7 +28,9 @@ from collections import Counter
 from pathlib import Path
 
 
-spec = importlib.util.spec_from_file_location("peft_elastic._C", sys.argv[1])
+# whatever the name of the file ends in
+loader = importlib.machinery.ExtensionFileLoader("peft_elastic._C", sys.argv[1])
+spec = importlib.util.spec_from_loader(loader.name, loader)
 sys.modules["peft_elastic._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["peft_elastic._C"])
 
