@@ -792,3 +792,20 @@ def test_fields_of_a_plan_are_checked(four_blocks):
 def test_a_plan_that_nests_without_end():
     with pytest.raises(ValueError, match="not valid JSON|not a pruning plan"):
         PruningPlan.from_json('{"format":' + "[" * 100_000)
+
+
+def test_what_a_removed_attention_returns_is_found_out_again_when_a_model_is_loaded(tmp_path):
+    """That of LayoutLM does not return what the layout says that fits the names of its layers."""
+    config = transformers.LayoutLMConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
+    )
+    model = transformers.LayoutLMForMaskedLM(config).eval()
+    randomize(model)
+    structure = Structure(model)
+    activate(model, structure, {f"depth:{structure.blocks[1].path}.attention": 0})
+    with torch.no_grad():
+        expected = model(tokens(2, 7)).logits
+        extract_described(model)
+        model.save_pretrained(tmp_path)
+        loaded = transformers.LayoutLMForMaskedLM.from_pretrained(tmp_path).eval()
+        close(loaded(tokens(2, 7)).logits, expected)
