@@ -30,9 +30,9 @@ LEVEL_FLAGS = {
 }
 
 
-# The extension carries what it was built from, and peft_elastic/_native.py refuses one that is not its own.
+# The extension carries what it was built from, and peft_elastic/layers/extension.py refuses one that is not its own.
 VERSION = runpy.run_path("peft_elastic/version.py")["__version__"]
-FINGERPRINT = runpy.run_path("peft_elastic/_build.py")["fingerprint"](Path("csrc"))
+FINGERPRINT = runpy.run_path("peft_elastic/layers/fingerprint.py")["fingerprint"](Path("csrc"))
 
 
 class BuildExt(build_ext):

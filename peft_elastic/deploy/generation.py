@@ -44,10 +44,9 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from .. import _native
-from ..addresses import address, is_plain, is_watched
-from . import ops
-from .sparse_linear import SparseLinear
+from ..layers import extension, ops
+from ..layers.addresses import address, is_plain, is_watched
+from ..layers.sparse_linear import SparseLinear
 
 
 __all__ = ["GenerationReport", "explain_generation", "optimize_generation", "restore_generation"]
@@ -393,8 +392,9 @@ class _FusedLayers:
         self.count, self.dtype, self.head_dim = len(layers), dtype, first.head_dim
         self.hidden_size, self.kv_heads = first.q_proj.in_features, first.k_proj.out_features // first.head_dim
         self.most_rows = ops.DENSE_ROWS - 1
-        extension: Any = _native._C
-        self.model = extension.DecodeModel(_FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
+        self.model = extension._C.DecodeModel(  # type: ignore[union-attr]
+            _FLOAT_TYPES[dtype], self.hidden_size, self.head_dim
+        )
         self.entries: list[tuple[dict[str, Any], str, Any]] = []  # what was found where
         places: list[tuple[nn.Module, str]] = []
         for layer in layers:
@@ -452,7 +452,7 @@ class _FusedLayers:
     def make(cls, layers: list[Any], family: _Family) -> _FusedLayers | str:
         """The reason if the C++ step does not compute what these layers do."""
         dtype = layers[0].input_layernorm.weight.dtype
-        if _native._C is None:
+        if extension._C is None:
             return "the C++ extension is not built (`peft-elastic info` says how to get it)"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the norms are {dtype}; allowed are torch.float32 and torch.bfloat16"
@@ -518,7 +518,7 @@ class _FusedLayers:
         hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
         mask = None if mask is None else mask.contiguous()
         output = torch.empty_like(hidden)
-        _native._C.decode(  # type: ignore[union-attr]
+        extension._C.decode(  # type: ignore[union-attr]
             self.model,
             hidden.shape[0],
             room.length - 1,
@@ -629,7 +629,7 @@ class _DenseStep:
             return nn.Linear.forward(linear, input)
         x, weight, bias = input.contiguous(), linear.weight, linear.bias
         y = x.new_empty((*x.shape[:-1], linear.out_features))
-        _native._C.dense_linear(  # type: ignore[union-attr]
+        extension._C.dense_linear(  # type: ignore[union-attr]
             x.data_ptr(),
             rows,
             linear.out_features,
@@ -645,7 +645,7 @@ class _DenseStep:
     def takes(self, input: Tensor) -> bool:
         """Whether C++ computes what torch would."""
         return (
-            _native._C is not None
+            extension._C is not None
             and not _is_special_mode()
             and is_plain(input)
             and input.dtype in (torch.float32, torch.bfloat16)

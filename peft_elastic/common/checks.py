@@ -1,0 +1,23 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checks of arguments, and the one form of their errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_max_samples(max_samples: Any) -> None:
+    if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
+        raise ValueError(f"max_samples: got {max_samples!r}; it must be a whole number >= 1, or None.")

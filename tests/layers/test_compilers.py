@@ -1,0 +1,46 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The kernels with compilers other than the one that built the extension, where these are installed."""
+
+import platform
+import runpy
+import shutil
+import subprocess
+
+import pytest
+import setuptools
+from support.places import REPOSITORY
+
+
+SOURCES = sorted(path for path in (REPOSITORY / "csrc").glob("*.cpp") if path.name != "module.cpp")  # needs pybind11
+
+
+@pytest.fixture(scope="module")
+def level_flags():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        patch.chdir(REPOSITORY)
+        return runpy.run_path(str(REPOSITORY / "setup.py"))["LEVEL_FLAGS"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
+def test_compiles_without_warnings(compiler, source, level_flags, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    is_x86 = compiler == "clang++" and platform.machine() in ("x86_64", "AMD64")
+    flags = level_flags.get(source.name, []) if is_x86 else []
+    command = [compiler, "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", *flags, "-c", source]
+    run = subprocess.run([*command, "-o", tmp_path / "object.o"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,149 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The C++ of the kernels without Python: every level through a software model, fuzzing, and what the compiler made of it.
+
+Few machines have AMX or AVX512, so the sources of these levels are also compiled against SIMDe and a model of the AMX tiles
+(tests/csrc/software_model.h). That proves layout and arithmetic; the disassembly shows that the extension itself holds the
+instructions.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from support.places import REPOSITORY
+
+from peft_elastic.layers import extension
+
+
+LEVELS = ["level_portable", "level_avx2", "level_avx512", "level_avx512_bf16", "level_amx"]
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+def simde_headers():
+    try:
+        files = metadata.files("cmeel-simde") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("cmeel-simde is not installed")
+    header = next(file for file in files if file.as_posix().endswith("include/simde/x86/avx512.h"))
+    return Path(header.locate()).parents[2]
+
+
+def build(folder, sources, *options, link=()):
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-w",
+        *SANITIZE,
+        f"-I{REPOSITORY / 'csrc'}",
+        f"-I{REPOSITORY / 'tests' / 'csrc'}",
+        *options,
+    ]
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{source.stem}.o")
+        subprocess.run([COMPILER, *flags, "-c", source, "-o", objects[-1]], check=True)
+    program = folder / "program"
+    subprocess.run([COMPILER, *SANITIZE, *link, *objects, "-o", program], check=True)
+    return program
+
+
+def run(program, *arguments):
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=3600)
+
+
+@needs_compiler
+def test_every_level_in_the_software_model(tmp_path):
+    sources = [REPOSITORY / "csrc" / f"{name}.cpp" for name in [*LEVELS, "pack", "pack_int4"]] + [
+        REPOSITORY / "tests/csrc/test_levels.cpp"
+    ]
+    program = build(tmp_path, sources, "-DPEFT_ELASTIC_SOFTWARE_MODEL", f"-I{simde_headers()}")
+    for seed in range(2):
+        result = run(program, seed)
+        assert result.returncode == 0 and ", 0 failures" in result.stdout, result.stdout + result.stderr
+
+
+@needs_compiler
+def test_fuzzing(tmp_path):
+    """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000, and half as many inputs from Python."""
+    count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "5000"))
+    sources = [REPOSITORY / "csrc" / f"{name}.cpp" for name in ("pack", "pack_int4", "level_portable")]
+    program = build(tmp_path, [*sources, REPOSITORY / "tests/csrc/fuzz_pack.cpp"])
+    result = run(program, count, count)
+    assert result.returncode == 0, result.stderr
+    refused, accepted = map(int, re.findall(r"\d+", result.stdout))
+    assert refused + accepted == count and refused > count / 4 and accepted > count / 50
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_fuzzing_from_python(tmp_path):
+    """State dicts with strides, groups of int4, the decoding step and every kind of JSON, through an extension with sanitizers."""
+    count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "4000")) // 2
+    pybind11 = pytest.importorskip("pybind11")
+    runtimes = [
+        subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("the compiler has no shared libraries of the sanitizers, which Python would need to load")
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    # what the package may look at, so that it takes this build for its own
+    include += [f"-DPEFT_ELASTIC_VERSION={getattr(extension._C, '__version__', '')}"]
+    include += [f"-DPEFT_ELASTIC_FINGERPRINT={getattr(extension._C, 'fingerprint', '')}"]
+    # without the options of the levels all but the portable one are empty
+    built = build(
+        tmp_path,
+        sorted((REPOSITORY / "csrc").glob("*.cpp")),
+        "-fPIC",
+        "-fno-sanitize=vptr",
+        *include,
+        link=["-shared"],
+    )
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch leave much to the end of the process
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "TMPDIR": str(tmp_path),
+    }
+    program = [sys.executable, REPOSITORY / "tests" / "layers" / "fuzz_python.py", built, str(count), str(count)]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=3600)
+    assert result.returncode == 0, result.stderr[-5000:]
+    found = re.findall(r"(\w+): (\d+) refused, (\d+) accepted", result.stdout)
+    assert [name for name, _, _ in found] == ["state_dicts", "groups", "decode", "json_texts"]
+    for _, refused, accepted in found:
+        assert int(refused) > count / 50 and int(accepted) > count / 50
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_instructions_of_the_extension():
+    levels = {level["name"]: level["built"] for level in extension.levels()}
+    if not levels.get("amx"):
+        pytest.skip("the extension was built without the AMX level")
+    text = subprocess.run(["objdump", "-d", extension._C.__file__], capture_output=True, text=True, check=True).stdout
+    for instruction in ["ldtilecfg", "tileloadd", "tdpbf16ps", "tdpbssd", "tilerelease", "vpexpandw", "vpexpandb",
+                        "vdpbf16ps", "vpdpbusd", "vpshufb"]:  # fmt: skip
+        assert re.search(rf"\b{instruction}\b", text), instruction
