@@ -75,13 +75,21 @@ def machine() -> dict[str, str]:
         else None
     )
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = sorted({line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")})
+        entries = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {name.strip(): value.strip() for name, _, value in entries}
     except OSError:
-        cpu = [platform.processor()]
+        found = {"model name": platform.processor()}
+    # many virtual machines have one name for processors that differ
+    names = ("vendor_id", "model name", "cpu family", "model", "stepping", "flags")
+    cpu = hashlib.sha256(" ".join(found.get(name, "") for name in names).encode()).hexdigest()[:16]
     capability = torch.backends.cpu.get_cpu_capability()
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return {"level": str(level), "cpu": ", ".join(cpu), "torch capability": capability, **versions}
+    return {
+        "level": str(level),
+        "cpu": f"{found.get('model name')} {cpu}",
+        "torch capability": capability,
+        **versions,
+    }
 
 
 def input_ids() -> torch.Tensor:
@@ -236,6 +244,7 @@ def outcome(result: Any) -> dict[str, Any]:
         "best within a budget": result.best(budget=budget).to_dict(),
         "cheapest": result.best(max_drop=3.0).to_dict(),
         "hypervolume": result.hypervolume,
+        "sums": {name: sum(e.metrics[name] for e in result.history) for name in result.reference.metrics},
     }
 
 

@@ -93,7 +93,7 @@ _KEPT = {"__pycache__", "shared.py", "write.py", "write_api.py", "public_api.jso
 
 outputs: dict[str, torch.Tensor] = {}
 weights: dict[str, dict[str, str]] = {}
-counts: dict[str, int] = {}
+notes: dict[str, Any] = {"plans": {}}
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def main() -> None:
             path.unlink()
     save_file(outputs, STORED / "outputs.safetensors")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS}
-    note = {"commit": commit, "versions": versions, "machine": machine(), **counts, "weights": weights}
+    note = {"commit": commit, "versions": versions, "machine": machine(), **notes, "weights": weights}
     write_json(STORED / "written.json", note)
     print(sum(path.stat().st_size for path in STORED.rglob("*") if path.is_file() and path.name not in _KEPT), "bytes")
 
@@ -248,12 +248,13 @@ def write_plans() -> None:
         print(name, plan.values)
         assert plan.values
         note(f"plans/{name}", model)
+        notes["plans"][name] = {"text": str(plan), "plain block passes": plan.plain_block_passes}
     write_json(STORED / "plans/intel.json", to_pruning_config(plan, base()))
 
     with tempfile.TemporaryDirectory() as whole:
         again = prune_structured(base(), PRUNING_JOURNAL, calibration(), save_dir=whole, extract=False, progress=False)
         assert plan_outcome(again) == plan_outcome(PruningPlan.load(STORED / "plans/multi.json"))
-        counts["pruning rows"] = len((Path(whole) / "evaluations.jsonl").read_text().splitlines()) - 1
+        notes["pruning rows"] = len((Path(whole) / "evaluations.jsonl").read_text().splitlines()) - 1
     folder = STORED / "pruning-journal"
     with interrupted_after(9):
         prune_structured(base(), PRUNING_JOURNAL, calibration(), save_dir=folder, progress=False)
@@ -382,7 +383,10 @@ def write_adapter(name: str, model: Any, subnet: Any) -> None:
     assert model.active_subnet != model.search_space.max
     model.save_pretrained(STORED / "adapters" / name)
     note(f"adapters/{name}", merged(model))
-    keep(f"adapters/{name}, beside", logits(model), logits(densified(merged(model)).double()))
+    for subnet_name in ("beside", "max"):
+        keep(f"adapters/{name}, {subnet_name}", logits(model), logits(densified(merged(model)).double()))
+        model.set_subnet("max")
+    model.set_subnet(subnet)
 
 
 # -- search and training -------------------------------------------------------------------------------------------------
