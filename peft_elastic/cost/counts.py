@@ -46,7 +46,7 @@ class CostModel:
       that are on a grid after the merge take their bits, a float16 scale and a zero point for each row and group. Layers
       with at least 30% zeros that survive the merge (no adapter, or one that is masked by them) are stored sparse, as
       `merge_and_unload(sparse_kernel=True)` leaves them: a bitmap and bfloat16 or 4-bit values
-      (`peft_elastic.layers.format`). A narrowed layer is taken to have as large a share of zeros as the whole one.
+      (`layers/values/README.md`). A narrowed layer is taken to have as large a share of zeros as the whole one.
 
     Args:
         model (`nn.Module`): the model with its adapters, whatever subnet is active. A module below an attribute that starts

@@ -33,10 +33,11 @@ from torch import nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from ..common.checks import check_choice
 from ..common.documents import ANYTHING, FINITE, TEXT, Document, ListOf, MapOf, Record
 from ..common.writing import atomic_write_text
 from ..layers import ops
-from ..layers.format import check_dtype
+from ..layers.values import ROUNDED, grid_format, parse_values
 from ..supernet.context import eval_mode, subnet_restored
 from ..supernet.host import ElasticHost, get_elastic_host
 from ..supernet.space import LayerShape, SearchSpace, Subnet
@@ -107,7 +108,7 @@ class LatencyModel:
         host = get_elastic_host(model)
         linears = merged_linears(model)
         _check_arguments(model, linears, mode, kernel, seconds)
-        check_dtype("sparse_dtype", sparse_dtype)
+        check_choice("sparse_dtype", sparse_dtype, ROUNDED)
         self.space: SearchSpace = host.search_space
         self._run = _Workload(inputs, mode)
         self.workload: dict[str, Any] = {
@@ -279,7 +280,7 @@ class LatencyModel:
             return dense[_dense(linear, size, rows)]
 
         def measured(values: str, rows: int) -> timing.Timing:
-            group = linear.group_size if values.startswith("int4") else None
+            group = linear.group_size if parse_values(values)[0].is_grid else None
             return timing.measure(*size, linear.sparsity, values, linear.dtype, group, rows)
 
         if kernel == "sparse":
@@ -530,7 +531,8 @@ def _sparse_candidates(linear: MergedLinear, sparse_dtype: str) -> list[str]:
     """Values of the sparse layers that it can become, as `sparsify_linears` sees it."""
     sparse = linear.sparsity >= MIN_SPARSITY
     if linear.bits is not None:
-        return [] if linear.bits > 4 else ["int4", "int4 dense"] if sparse else ["int4 dense"]
+        value_format = grid_format(linear.bits)
+        return [] if value_format is None else value_format.variants(sparse)
     return [sparse_dtype] if sparse else []
 
 

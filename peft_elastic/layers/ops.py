@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import extension
 from .addresses import address, is_plain, is_transformed, is_watched
-from .format import groups_in_order, order_of_groups
+from .groups import groups_in_order, order_of_groups
 
 
 _C = extension._C
@@ -152,7 +152,7 @@ def pack_int4(tensors: dict[str, Tensor], in_features: int, group_size: int) -> 
     """The in-memory form of an int4 weight, scales, zeros and the order of its inputs included.
 
     Args:
-        tensors: as on disk (`peft_elastic.layers.format`): `weight_values`, `weight_scales`, `weight_zeros`, `weight_bitmask` unless
+        tensors: as on disk (`layers/values/README.md`): `weight_values`, `weight_scales`, `weight_zeros`, `weight_bitmask` unless
             all values are stored, `weight_g_idx` if the inputs are not in the order of their groups.
         in_features, group_size: of the weight.
 

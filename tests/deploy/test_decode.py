@@ -34,7 +34,8 @@ from peft_elastic.layers import extension
 if not extension.is_built():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
-from peft_elastic.deploy import SparseLinear, generation
+from peft_elastic.deploy import SparseLinear
+from peft_elastic.deploy.decode.in_cpp import DenseStep, FusedLayers
 from peft_elastic.deploy.generation import explain_generation, optimize_generation, restore_generation
 from peft_elastic.layers import ops
 
@@ -72,13 +73,13 @@ def densify(model):
 def fused(monkeypatch):
     """Counts the steps that the C++ code took."""
     count = []
-    original = generation._FusedLayers.run
+    original = FusedLayers.run
 
     def counting(self, *args):
         count.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(generation._FusedLayers, "run", counting)
+    monkeypatch.setattr(FusedLayers, "run", counting)
     return count
 
 
@@ -499,7 +500,7 @@ def test_dense_layers_among_them(dtype, name, share, threads, fused):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_output_embedding(dtype, out_features, in_features, with_bias, threads):
     head = nn.Linear(in_features, out_features, bias=with_bias, dtype=dtype)
-    step = generation._DenseStep(head)
+    step = DenseStep(head)
     exact = copy.deepcopy(head).double()
     for shape in [(1, 1), (4,), (2, 2), (5, 1), (1, 300), (0, 1), ()]:
         x = torch.randn(*shape, in_features, dtype=dtype)
@@ -532,7 +533,7 @@ def test_output_embedding_is_optimized_and_restored(fused):
     expected = run(model, prompt())
     plain = dict(model.lm_head.__dict__)
     optimize_generation(model)
-    assert isinstance(model.lm_head.forward, generation._DenseStep)
+    assert isinstance(model.lm_head.forward, DenseStep)
     twin = copy.deepcopy(model)
     assert twin.lm_head.forward.linear is twin.lm_head
     seen.clear()

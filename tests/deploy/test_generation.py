@@ -38,7 +38,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from peft_elastic.deploy import generation
+from peft_elastic.deploy.decode.step import DecodeStep
 from peft_elastic.deploy.generation import explain_generation, optimize_generation, restore_generation
 
 
@@ -81,13 +81,13 @@ def make(name="llama", dtype=torch.float32, **settings):
 def steps(monkeypatch):
     """Counts the steps that took the fast path."""
     count = []
-    original = generation._DecodeStep.step
+    original = DecodeStep.step
 
     def step(self, *args):
         count.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(generation._DecodeStep, "step", step)
+    monkeypatch.setattr(DecodeStep, "step", step)
     return count
 
 
