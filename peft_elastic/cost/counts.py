@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.names import has_suffix
 from ..structure.blocks import Removed
 from ..supernet.space import Choice, LayerShape, SearchSpace
 from .merged import base_modules, is_mergeable, merged_linears
@@ -146,7 +147,7 @@ def _find(layer: LayerShape, modules: Mapping[str, nn.Module]) -> str | None:
     """Path of a layer of the space, which is inside the base model, in the whole model."""
     if layer.name in modules:
         return layer.name
-    return next((path for path in modules if path.endswith(f".{layer.name}")), None)
+    return next((path for path in modules if has_suffix(path, layer.name)), None)
 
 
 def _linear_size(module: nn.Module) -> int:
@@ -210,5 +211,5 @@ def _looked_up(choice: Choice, embeddings: Mapping[str, nn.Embedding]) -> int:
         embedding.num_embeddings
         for path in choice.modules
         for name, embedding in embeddings.items()
-        if name == path or name.endswith(f".{path}")
+        if has_suffix(name, path)
     )

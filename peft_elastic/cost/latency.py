@@ -33,8 +33,10 @@ from torch import nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from ..common.checks import check_choice
+from ..common.checks import check_choice, is_finite, wrong
 from ..common.documents import ANYTHING, FINITE, TEXT, Document, ListOf, MapOf, Record
+from ..common.names import has_suffix
+from ..common.tables import text_table
 from ..common.writing import atomic_write_text
 from ..layers import ops
 from ..layers.values import ROUNDED, grid_format, parse_values
@@ -234,7 +236,7 @@ class LatencyModel:
         """Seconds of the linear layers that no choice changes, and of the others by name and size."""
         elastic: dict[str, LayerShape] = {}
         for layer in self.space.layers:
-            path = next((name for name in calls if name == layer.name or name.endswith(f".{layer.name}")), None)
+            path = next((name for name in calls if has_suffix(name, layer.name)), None)
             if path is not None:
                 elastic[path] = layer
         wanted: dict[str, list[tuple[int, int]]] = {}
@@ -353,9 +355,10 @@ class LatencyReport:
         return max(abs(error) for error in self.errors)
 
     def __str__(self) -> str:
-        lines = [f"{'subnet':>6}  {'predicted ms':>12}  {'measured ms':>12}  {'error':>7}"]
+        rows = [("subnet", "predicted ms", "measured ms", "error")]
         for i, (p, m, error) in enumerate(zip(self.predicted, self.measured, self.errors, strict=True)):
-            lines.append(f"{i:>6}  {1e3 * p:>12.3f}  {1e3 * m:>12.3f}  {error:>+7.1%}")
+            rows.append((str(i), f"{1e3 * p:.3f}", f"{1e3 * m:.3f}", f"{error:+.1%}"))
+        lines = text_table(rows, left=0)
         lines.append(
             f"relative error over {len(self.errors)}: median {self.median_error:.1%}, worst {self.worst_error:.1%}"
         )
@@ -472,14 +475,12 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
 def _check_arguments(
     model: nn.Module, linears: Mapping[str, MergedLinear], mode: Any, kernel: Any, seconds: Any
 ) -> None:
-    if mode not in _MODES:
-        raise ValueError(f"`mode` must be one of {list(_MODES)}, got {mode!r}.")
-    if kernel not in _KERNELS:
-        raise ValueError(f"`kernel` must be one of {list(_KERNELS)}, got {kernel!r}.")
+    check_choice("mode", mode, _MODES)
+    check_choice("kernel", kernel, _KERNELS)
     if kernel != "dense" and not ops.is_available():
         raise ValueError(f"`kernel={kernel!r}` needs the C++ extension (`peft-elastic info` says how to get it).")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
-        raise ValueError(f"`seconds` must be a number that is not negative, got {seconds!r}.")
+    if not is_finite(seconds) or seconds < 0:
+        raise wrong("seconds", "a number >= 0", seconds)
     elsewhere = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
     if elsewhere:
         raise ValueError(f"`model` must be on the CPU, it has parameters on {elsewhere}.")
@@ -575,15 +576,8 @@ def _calibration_subnets(space: SearchSpace) -> list[Subnet]:
 
 
 def _non_negative_least_squares(features: np.ndarray, values: np.ndarray) -> list[float]:
-    """Coefficients of the columns, of which those that would be negative are left out, the most negative one first."""
-    kept = list(range(features.shape[1]))
-    coefficients = np.zeros(features.shape[1])
+    """Coefficients of the columns, none of them negative."""
+    from scipy.optimize import nnls  # only now: scipy takes long to import
+
     scale = np.where(features.max(axis=0) > 0, features.max(axis=0), 1.0)
-    while kept:
-        # without a difference between two columns the shorter of the possible solutions, in units of the whole model
-        solution = np.linalg.lstsq(features[:, kept] / scale[kept], values, rcond=None)[0]
-        if solution.min() >= 0:
-            coefficients[kept] = solution / scale[kept]
-            break
-        kept.pop(int(solution.argmin()))
-    return coefficients.tolist()
+    return (nnls(features / scale, values, maxiter=1000)[0] / scale).tolist()

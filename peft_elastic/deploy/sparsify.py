@@ -30,6 +30,7 @@ from ..common.checks import check_choice, wrong
 from ..common.names import has_suffix
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
+from ..common.tables import text_table
 from ..cost import timing
 from ..layers import ops
 from ..layers.groups import groups_in_order
@@ -101,21 +102,13 @@ class SwapReport:
         for (kind, shape, values, swapped, reason), group in groups.items():
             answer = f"{'yes' if swapped else 'no'}: {reason}"
             table.append((kind, shape, str(len(group)), *_figures(group), values or "-", answer))
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column in (0, 1, 8, 9) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        ]
         before, now = (sum(getattr(d, name) for d in self.decisions) / 1e6 for name in ("dense_bytes", "bytes"))
         found = ", ".join(dict.fromkeys(decision.values for decision in self.decisions if decision.swapped))
         head = (
             f"{len(self.swapped)} of {len(self.decisions)} linear layers are sparse ({found or self.dtype}); their weights take "
             f"{now:,.1f} MB instead of {before:,.1f} MB. Kernel level {self.level}, {self.threads} thread(s)."
         )
-        return "\n".join([head, *lines])
+        return "\n".join([head, *text_table(table, left=(0, 1, 8, 9))])
 
 
 def _figures(group: list[SwapDecision]) -> tuple[str, str, str, str, str]:

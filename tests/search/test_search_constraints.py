@@ -35,7 +35,7 @@ from peft_elastic import ElasticLoraConfig, QuantizedLinear, SparseLinear, Spars
 from peft_elastic.layers import ops
 from peft_elastic.quantization import fit_grid
 from peft_elastic.search import ALGORITHMS, CostModel, Evaluation, SearchResult, hypervolume_of
-from peft_elastic.search.algorithms import reference_subnets
+from peft_elastic.search.proposals import reference_subnets
 from peft_elastic.supernet import Choice, SearchSpace
 from peft_elastic.supernet.space import LayerShape
 
