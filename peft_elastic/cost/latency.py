@@ -33,7 +33,7 @@ from torch import nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from ..common.checks import check_choice, is_finite, wrong
+from ..common.checks import check_choice, is_finite, is_whole, wrong
 from ..common.documents import ANYTHING, FINITE, TEXT, Document, ListOf, MapOf, Record
 from ..common.names import has_suffix
 from ..common.tables import text_table
@@ -375,7 +375,7 @@ class _Workload:
             )
         self._inputs: dict[str, Any] = {}
         for name, value in inputs.items():
-            if isinstance(value, (tuple, list)) and value and all(type(n) is int and n > 0 for n in value):
+            if isinstance(value, (tuple, list)) and value and all(is_whole(n) and n > 0 for n in value):
                 value = torch.ones(*value, dtype=torch.int64)
             if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
                 raise ValueError(f"`inputs[{name!r}]` must be a tensor on the CPU or a shape, got {value!r}.")
@@ -487,7 +487,7 @@ def _check_arguments(
     for name, module in base_modules(model):
         size = getattr(module, "in_features", None), getattr(module, "out_features", None)
         below_linear = name.rpartition(".")[0] in linears
-        if name not in linears and not below_linear and all(type(n) is int for n in size):
+        if name not in linears and not below_linear and all(map(is_whole, size)):
             raise ValueError(
                 f"`model` has packed weights ({name!r} is a {type(module).__name__}), whose latency after the merge is unknown; "
                 "load it in floating point."

@@ -39,6 +39,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..common.checks import is_whole
 from ..common.documents import COUNT, MapOf
 from ..layers import ops
 from ..layers.sparse_linear import SparseLinear
@@ -107,7 +108,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             if (
                 not isinstance(sums, dict)
                 or set(sums) != set(wanted)
-                or any(type(v) is not int for v in sums.values())
+                or any(not is_whole(v) for v in sums.values())
             ):
                 raise ValueError(f"{name}: crc32 must have a number for each of {wanted}, got {sums!r:.200}.")
 

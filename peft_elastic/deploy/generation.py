@@ -85,7 +85,7 @@ def _check(base: Any) -> None:
     attention = base.config._attn_implementation
     if attention != "sdpa":
         raise ValueError(
-            f"`model` has attn_implementation={attention!r}; allowed is 'sdpa' (`model.set_attn_implementation('sdpa')`)."
+            f"`model` must have attn_implementation 'sdpa' (`model.set_attn_implementation('sdpa')`), got {attention!r}."
         )
     for index, layer in enumerate(base.layers):
         found, expected = kinds_of(layer, FAMILIES[type(base)])

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..common.checks import check_choice, wrong
+from ..common.checks import check_choice, is_finite, wrong
 from ..common.names import has_suffix
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
@@ -174,7 +174,7 @@ def sparsify_linears(
     """
     check_choice("dtype", dtype, ROUNDED)
     check_choice("when", when, ("faster", "always"))
-    if isinstance(min_sparsity, bool) or not 0 <= min_sparsity <= 1:
+    if not is_finite(min_sparsity) or not 0 <= min_sparsity <= 1:
         raise wrong("min_sparsity", "a number from 0 to 1", min_sparsity)
     if isinstance(skip, str):
         raise wrong("skip", "a list of strings", skip)

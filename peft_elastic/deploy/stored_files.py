@@ -35,6 +35,7 @@ import torch
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..common.checks import is_whole
 from ..common.documents import parse_json
 from ..layers.values import STORED_NAMES
 
@@ -163,7 +164,7 @@ def check_safetensors(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [begin, end, *shape]
-            if any(type(number) is not int or number < 0 for number in numbers):
+            if any(not is_whole(number) or number < 0 for number in numbers):
                 raise ValueError("negative or no whole numbers")
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{tensor} in {name} is described wrongly: {entry!r:.200} ({error}).") from None

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..common.checks import wrong
 from ..common.documents import (
     ANYTHING,
     COUNT,
@@ -229,7 +230,7 @@ class SearchResult:
         for name, bound in (self.constraints if constrained else {}).items():
             limits[name] = min(bound, limits.get(name, math.inf))
         if max_drop is not None and (not is_number(max_drop) or max_drop < 0):
-            raise ValueError(f"`max_drop` must be a number that is not negative, got {max_drop!r}.")
+            raise wrong("max_drop", "a number >= 0", max_drop)
 
         def violation(evaluation: Evaluation) -> float:
             """The largest violation of a limit, as a share of it; not positive if all are kept."""
@@ -274,7 +275,7 @@ class SearchResult:
         limits = {}
         for name, bound in bounds.items():
             if name not in allowed:
-                raise ValueError(f"`budget` bounds {name!r}, allowed are {allowed}.")
+                raise wrong("budget", f"bounds on some of {allowed}", name)
             limits[name] = parse_bound(bound, self.reference.metrics[name])
             if not is_bound(limits[name]):
                 raise ValueError(

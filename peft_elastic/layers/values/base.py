@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...common.checks import is_whole
 from .. import ops
 from ..addresses import is_plain
 
@@ -106,7 +107,7 @@ def check_sizes(name: str, sizes: Sizes) -> None:
     """ValueError unless the shape and the number of values can be."""
     for key, least in (("out_features", 1), ("in_features", 1), ("nnz", 0)):
         number: Any = getattr(sizes, key)
-        if type(number) is not int or not least <= number < LIMIT:
+        if not is_whole(number) or not least <= number < LIMIT:
             raise ValueError(f"{name}: {key} must be a whole number >= {least}, got {number!r:.50}.")
     if sizes.nnz > sizes.out_features * sizes.in_features:
         raise ValueError(

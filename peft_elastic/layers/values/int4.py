@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from ...common.checks import wrong
+from ...common.checks import is_whole, wrong
 from .. import ops
 from ..groups import groups_in_order, order_of_groups
 from . import base
@@ -70,7 +70,7 @@ def _check(
     Raises:
         ValueError: naming the argument that is none of that.
     """
-    if type(group_size) is not int or not 1 <= group_size < LIMIT:
+    if not is_whole(group_size) or not 1 <= group_size < LIMIT:
         raise wrong("group_size", "a whole number >= 1, below 2^62", group_size)
     if q.dim() != 2 or 0 in q.shape or q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
         raise ValueError(f"`q` must be whole numbers (out, in), neither of them 0, got {q.dtype} {tuple(q.shape)}.")
@@ -120,7 +120,7 @@ def _verify(name: str, tensors: Tensors, sizes: Sizes) -> None:
     # that no stored value of a sparse weight is its zero, `pack` sees to
     base.check_sizes(name, sizes)
     out_features, in_features, nnz, group_size, sparse = sizes
-    if type(group_size) is not int or not 1 <= group_size < LIMIT:
+    if not is_whole(group_size) or not 1 <= group_size < LIMIT:
         raise ValueError(f"{name}: group_size must be a whole number >= 1, got {group_size!r:.50}.")
     if type(sparse) is not bool:
         raise ValueError(f"{name}: sparse must be true or false, got {sparse!r:.50}.")
