@@ -207,7 +207,7 @@ void linear(const LinearCall& call, const Kernels& kernels) {
   Pass pass{};
   pass.call = &call;
   if (call.int8_activations) {
-    pass.kernel = kernels.int8_int8 ? kernels.int8_int8 : portable_kernels()->int8_int8;
+    pass.kernel = kernels.int8_int8;
   } else if (w.type == ValueType::kInt8) {
     pass.kernel = kernels.int8_float;
   } else if (is_int4(w.type)) {

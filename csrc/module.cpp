@@ -275,8 +275,6 @@ void add_layer(peft_elastic::DecodeModel& model, const std::array<LinearAddresse
   model.layers.push_back(layer);
 }
 
-bool has_avx2() { return peft_elastic::selected_level() != "portable"; }  // every other level asks for AVX2 and FMA
-
 // keys_and_values: an array with the addresses of the keys and the values of each layer, in turn.
 void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int64_t length, std::int64_t capacity,
             Address hidden, Address cos, Address sin, bool rotary_per_row, Address mask, Address keys_and_values,
@@ -304,7 +302,6 @@ void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int
   call.values = values.data();
   call.output = at<void>(output);
   call.threads = threads;
-  call.avx2 = has_avx2();
   peft_elastic::decode(model, call, peft_elastic::selected_kernels());
 }
 
@@ -323,9 +320,8 @@ void dense_linear(Address x, std::int64_t rows, std::int64_t out_features, std::
   call.y = at<void>(y);
   call.type = float_type(type);
   call.threads = threads;
-  call.avx2 = has_avx2();
   if (call.type == peft_elastic::FloatType::kFloat16) throw std::invalid_argument("a dense layer in float16 is not provided for");
-  peft_elastic::dense_linear(call);
+  peft_elastic::dense_linear(call, peft_elastic::selected_kernels());
 }
 
 void effective_panel(Address weight, int weight_type, std::int64_t rows, std::int64_t columns, std::int64_t weight_stride,
@@ -348,9 +344,7 @@ void effective_panel(Address weight, int weight_type, std::int64_t rows, std::in
   call.group_size = group_size;
   call.top = top;
   call.threads = threads;
-  call.avx2 = has_avx2();
-  call.avx512 = call.avx2 && peft_elastic::selected_level() != "avx2";
-  peft_elastic::effective_panel(call);
+  peft_elastic::effective_panel(call, peft_elastic::selected_kernels());
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 import copy
 import os
 import pickle
+import platform
 import shutil
 import subprocess
 import threading
@@ -610,13 +611,17 @@ def test_reasons_for_steps_in_torch(fused, monkeypatch):
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_sanitizers(tmp_path):
-    sources = [
-        ROOT / "csrc" / f"{name}.cpp"
-        for name in ["decode", "linear", "pack", "pack_int4", "threads", "level_portable"]
-    ]
-    program = tmp_path / "program"
+    csrc, objects = ROOT / "csrc", []
+    sources = [csrc / f"{name}.cpp" for name in ("decode", "linear", "pack", "pack_int4", "threads", "levels/portable")]
+    sources += [csrc / "levels" / "avx2.cpp", ROOT / "tests/csrc/test_decode.cpp"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    options = ["-std=c++17", "-O1", "-g", "-w", *sanitize, f"-I{ROOT / 'csrc'}", "-pthread"]
-    subprocess.run([COMPILER, *options, *sources, ROOT / "tests/csrc/test_decode.cpp", "-o", program], check=True)
+    for source in sources:
+        objects.append(tmp_path / f"{source.stem}.o")
+        is_avx2 = source.stem == "avx2" and platform.machine() in ("x86_64", "AMD64")
+        options = ["-std=c++17", "-O1", "-g", "-w", *sanitize, f"-I{csrc}"]
+        options += ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt"] if is_avx2 else []
+        subprocess.run([COMPILER, *options, "-c", source, "-o", objects[-1]], check=True)
+    program = tmp_path / "program"
+    subprocess.run([COMPILER, *sanitize, "-pthread", *objects, "-o", program], check=True)
     result = subprocess.run([program, "40"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and "0 failures" in result.stdout, result.stdout + result.stderr

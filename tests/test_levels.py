@@ -33,7 +33,9 @@ from peft_elastic import _native
 
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ["level_portable", "level_avx2", "level_avx512", "level_avx512_bf16", "level_amx"]
+CSRC = ROOT / "csrc"
+LEVELS = sorted((CSRC / "levels").glob("*.cpp"))
+PACKERS = [CSRC / f"{name}.cpp" for name in ("pack", "pack_int4")]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -56,7 +58,7 @@ def build(folder, sources, *options, link=()):
         "-g",
         "-w",
         *SANITIZE,
-        f"-I{ROOT / 'csrc'}",
+        f"-I{CSRC}",
         f"-I{ROOT / 'tests' / 'csrc'}",
         *options,
     ]
@@ -75,9 +77,7 @@ def run(program, *arguments):
 
 @needs_compiler
 def test_every_level_in_the_software_model(tmp_path):
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in [*LEVELS, "pack", "pack_int4"]] + [
-        ROOT / "tests/csrc/test_levels.cpp"
-    ]
+    sources = [*LEVELS, *PACKERS, ROOT / "tests/csrc/test_levels.cpp"]
     program = build(tmp_path, sources, "-DPEFT_ELASTIC_SOFTWARE_MODEL", f"-I{simde_headers()}")
     for seed in range(2):
         result = run(program, seed)
@@ -88,8 +88,8 @@ def test_every_level_in_the_software_model(tmp_path):
 def test_fuzzing(tmp_path):
     """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000, and half as many inputs from Python."""
     count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "5000"))
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in ("pack", "pack_int4", "level_portable")]
-    program = build(tmp_path, [*sources, ROOT / "tests/csrc/fuzz_pack.cpp"])
+    sources = [*PACKERS, CSRC / "levels" / "portable.cpp", ROOT / "tests/csrc/fuzz_pack.cpp"]
+    program = build(tmp_path, sources)
     result = run(program, count, count)
     assert result.returncode == 0, result.stderr
     refused, accepted = map(int, re.findall(r"\d+", result.stdout))
@@ -114,7 +114,7 @@ def test_fuzzing_from_python(tmp_path):
     include += [f"-DPEFT_ELASTIC_FINGERPRINT={getattr(_native._C, 'fingerprint', '')}"]
     # without the options of the levels all but the portable one are empty
     extension = build(
-        tmp_path, sorted((ROOT / "csrc").glob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"]
+        tmp_path, sorted(CSRC.rglob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"]
     )
     environment = {
         **os.environ,

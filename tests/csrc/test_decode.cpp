@@ -202,8 +202,9 @@ double round_trip() {
 
   DecodeCall call{batch, length, capacity, input.data(), cos.data(), sin.data(), rotary_per_row,
                   masked ? mask.data() : nullptr, keys.data(), values.data(), output.data(),
-                  static_cast<int>(between(1, 4)), between(0, 1) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
-  decode(model, call, *portable_kernels());
+                  static_cast<int>(between(1, 4))};
+  const bool avx2 = avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && between(0, 1);
+  decode(model, call, avx2 ? *avx2_kernels() : *portable_kernels());
 
   double error = 0, size = 0;
   for (std::int64_t b = 0; b < batch; ++b) {

@@ -132,8 +132,11 @@ struct Level {
   const Kernels* kernels;
 };
 
-const Level kLevels[] = {{"portable", portable_kernels()}, {"avx2", avx2_kernels()}, {"avx512", avx512_kernels()},
-                         {"avx512_bf16", avx512_bf16_kernels()}, {"amx", amx_kernels()}};
+const Level kLevels[] = {
+#define LEVEL(name, features, needs_permission) {#name, name##_kernels()},
+    PEFT_ELASTIC_LEVELS(LEVEL)
+#undef LEVEL
+};
 
 void check_int4(std::int64_t out, std::int64_t in, std::int64_t group_size, double sparsity, bool dense, bool scattered,
                 std::mt19937& random) {

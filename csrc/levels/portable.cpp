@@ -17,6 +17,8 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "levels/attention.h"
+#include "levels/fill.h"
 
 namespace peft_elastic {
 namespace {
@@ -25,13 +27,6 @@ std::uint64_t load_bits(const std::uint8_t* p, int bytes) {
   std::uint64_t bits = 0;
   for (int i = 0; i < bytes; ++i) bits |= static_cast<std::uint64_t>(p[i]) << (8 * i);
   return bits;
-}
-
-float widen_bf16(std::uint16_t value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
 }
 
 struct Bf16 {
@@ -147,6 +142,9 @@ const Kernels* portable_kernels() {
       &multiply<Int8, std::int8_t, std::int32_t>,
       &multiply_int4<false>,
       &multiply_int4<true>,
+      &attend,
+      &multiply_dense,
+      &fill,
   };
   return &kKernels;
 }

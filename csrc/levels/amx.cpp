@@ -20,7 +20,7 @@
      defined(__AVX512BF16__)) ||                                                                          \
     defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
-#include "avx512_bf16.h"
+#include "levels/avx512_bf16.h"
 
 // The intrinsics say nothing to gcc about the memory that they read.
 #define PE_COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
@@ -177,6 +177,9 @@ const Kernels* amx_kernels() {
       &int8_int8,
       avx512_kernels()->int4_float,  // needs nothing that this level adds
       avx512_kernels()->int4_dense_float,
+      avx512_kernels()->attend,
+      avx512_kernels()->dense,
+      avx512_kernels()->fill,
   };
   return &kKernels;
 }
