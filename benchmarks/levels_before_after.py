@@ -71,7 +71,7 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 class Build:
-    """One build of the extension, called by what there is to do: the two may take their arguments differently."""
+    """One build of the extension, called by what there is to do. `Positional` are those up to commit dec2a92."""
 
     def __init__(self, path: Path, name: str):
         forget_pybind11()
@@ -82,13 +82,141 @@ class Build:
         self.path = path
 
     def float_type(self, name: str) -> Any:
+        return getattr(self.c.FloatType, name)
+
+    def pack(self, type_: str, dense: np.ndarray) -> np.ndarray:
+        out, columns = dense.shape
+        kind = getattr(self.c.ValueType, type_)
+        nonzeros = self.c.count_nonzeros(kind, at(dense), out, columns, columns)
+        packed = aligned(self.c.packed_dense_bytes(kind, out, columns, nonzeros))
+        self.c.pack_dense(kind, at(dense), out, columns, columns, at(packed), packed.size)
+        return packed
+
+    def pack_int4(self, source: dict[str, Any]) -> np.ndarray:
+        mask = source["bitmask"]
+        given = self.c.Source(
+            type=self.c.ValueType.int4_dense if mask is None else self.c.ValueType.int4,
+            out_features=source["out"],
+            in_features=source["in"],
+            group_size=GROUP_SIZE,
+            bitmask=at(mask),
+            bitmask_bytes=0 if mask is None else mask.size,
+            values=at(source["values"]),
+            value_bytes=source["values"].size,
+            scales=at(source["scales"]),
+            zeros=at(source["zeros"]),
+        )
+        packed = aligned(self.c.packed_bytes(given))
+        self.c.pack(given, at(packed), packed.size)
+        return packed
+
+    def unpack(self, packed: np.ndarray, bitmask: np.ndarray, values: np.ndarray) -> None:
+        self.c.unpack(at(packed), packed.size, values=at(values), bitmask=at(bitmask))
+
+    def unpack_int4(self, packed: np.ndarray, into: dict[str, Any]) -> None:
+        self.c.unpack(
+            at(packed), packed.size, **{name: at(into[name]) for name in ("values", "bitmask", "scales", "zeros")}
+        )
+
+    def linear(self, w: dict[str, Any], x: np.ndarray, x_type: str, y: np.ndarray, int8: bool) -> None:
+        kind = self.float_type(x_type)
+        self.c.linear(
+            at(w["packed"]), w["packed"].size, at(x), kind, x.shape[0], w["in"], w["in"], at(w["row_scales"]), 0, kind,
+            at(y), kind, w["out"], 1, int8,
+        )  # fmt: skip
+
+    def dense_rows(self, w: dict[str, Any], target: np.ndarray, type_: str) -> None:
+        packed = w["packed"]
+        self.c.dense_rows(
+            at(packed), packed.size, at(w["row_scales"]), 0, w["out"], at(target), self.float_type(type_), 1
+        )
+
+    def decoder(self, type_: str, hidden: int, dim: int, linears: list[dict[str, Any]], norm: np.ndarray) -> Any:
+        model = self.c.DecodeModel(self.float_type(type_), hidden, dim)
+        layers = [
+            self.c.DecodeLinear(
+                out_features=w["out"],
+                in_features=w["in"],
+                weight=at(w["packed"]),
+                size=w["packed"].size,
+                scales=0,
+                bias=0,
+                bias_type=self.c.FloatType.float32,
+            )
+            for w in linears
+        ]
+        norms = self.c.DecodeNorm(weight=at(norm), epsilon=1e-6)
+        model.add_layer(
+            **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), layers, strict=True)),
+            input_norm=norms,
+            mlp_norm=norms,
+            q_norm=None,
+            k_norm=None,
+            scaling=0.125,
+        )
+        return model
+
+    def decode(self, model: Any, batch: int, length: int, of: dict[str, Any], output: np.ndarray) -> None:
+        self.c.decode(
+            model,
+            batch=batch,
+            length=length,
+            capacity=length + 1,
+            hidden=at(of["hidden"]),
+            cos=at(of["cos"]),
+            sin=at(of["sin"]),
+            rotary_per_row=False,
+            mask=0,
+            keys_and_values=of["cache"].buffer_info()[0],
+            output=at(output),
+            threads=1,
+        )
+
+    def dense_linear(self, x: np.ndarray, weight: np.ndarray, y: np.ndarray, type_: str) -> None:
+        self.c.dense_linear(
+            x=at(x),
+            rows=x.shape[0],
+            out_features=weight.shape[0],
+            in_features=weight.shape[1],
+            weight=at(weight),
+            bias=0,
+            y=at(y),
+            type=self.float_type(type_),
+            threads=1,
+        )
+
+    def fill(self, job: dict[str, Any], panel: np.ndarray, slopes: np.ndarray | None) -> None:
+        rows, columns = panel.shape
+        self.c.effective_panel(
+            weight=at(job["weight"]),
+            weight_type=self.float_type(job["type"]),
+            rows=rows,
+            columns=columns,
+            weight_stride=columns,
+            panel=at(panel),
+            slopes=at(slopes),
+            masked=job["masked"],
+            add=True,
+            scales=at(job["scales"]),
+            zeros=at(job["zeros"]),
+            group_size=GROUP_SIZE if job["scales"] is not None else 0,
+            top=15.0,
+            threads=1,
+        )
+
+
+class Positional(Build):
+    """Addresses and numbers by their places, types of values and floats as whole numbers."""
+
+    def float_type(self, name: str) -> Any:
         return FLOATS[name]
 
-    def pack(self, type_: int, dense: np.ndarray) -> np.ndarray:
+    def pack(self, type_: str, dense: np.ndarray) -> np.ndarray:
         out, columns = dense.shape
-        nonzeros = self.c.count_nonzeros(type_, at(dense), out, columns, columns)
-        packed = aligned(self.c.packed_bytes(type_, out, columns, nonzeros))
-        self.c.pack_dense(type_, at(dense), out, columns, columns, at(packed), packed.size)
+        kind = ("bf16", "int8").index(type_)
+        nonzeros = self.c.count_nonzeros(kind, at(dense), out, columns, columns)
+        packed = aligned(self.c.packed_bytes(kind, out, columns, nonzeros))
+        self.c.pack_dense(kind, at(dense), out, columns, columns, at(packed), packed.size)
         return packed
 
     def int4_source(self, source: dict[str, Any]) -> Any:
@@ -119,23 +247,13 @@ class Build:
         addresses = (at(into[name]) for name in ("bitmask", "values", "scales", "zeros"))
         self.c.unpack_int4(at(packed), packed.size, *addresses, 0)
 
-    def linear(self, w: dict[str, Any], x: np.ndarray, x_type: str, y: np.ndarray, int8: bool) -> None:
-        kind = self.float_type(x_type)
-        self.c.linear(
-            at(w["packed"]), w["packed"].size, at(x), kind, x.shape[0], w["in"], w["in"], at(w["row_scales"]), 0,
-            self.float_type("float32"), at(y), kind, w["out"], 1, int8,
-        )  # fmt: skip
-
-    def dense_rows(self, w: dict[str, Any], target: np.ndarray, type_: str) -> None:
-        packed = w["packed"]
-        self.c.dense_rows(
-            at(packed), packed.size, at(w["row_scales"]), 0, w["out"], at(target), self.float_type(type_), 1
-        )
-
     def decoder(self, type_: str, hidden: int, dim: int, linears: list[dict[str, Any]], norm: np.ndarray) -> Any:
         model = self.c.DecodeModel(self.float_type(type_), hidden, dim)
         model.add_layer(
-            [(w["out"], w["in"], at(w["packed"]), w["packed"].size, 0, 0, self.float_type("float32")) for w in linears],
+            [
+                (w["out"], w["in"], at(w["packed"]), w["packed"].size, 0, 0, self.float_type("float32"))
+                for w in linears
+            ],
             [(at(norm), 1e-6), (at(norm), 1e-6), (0, 0.0), (0, 0.0)],
             0.125,
         )
@@ -160,6 +278,13 @@ class Build:
         )  # fmt: skip
 
 
+def load(path: Path, name: str) -> Build:
+    build = Build(path, name)
+    if not hasattr(build.c, "Source"):
+        build.__class__ = Positional
+    return build
+
+
 def forget_pybind11() -> None:
     """A module registers its classes for all others of the process, where those of the other build would be in its way."""
     python = ctypes.pythonapi
@@ -180,20 +305,25 @@ _FORGOTTEN: list[Any] = []
 Case = tuple[str, Callable[[Build], list[np.ndarray]], Callable[[Build], Any]]  # name, prepare -> outputs, call
 
 
-def plain_weight(old: Build, new: Build, type_: str, out: int, columns: int, sparsity: float, chance: Any) -> dict[str, Any]:
+def plain_weight(
+    old: Build, new: Build, type_: str, out: int, columns: int, sparsity: float, chance: Any
+) -> dict[str, Any]:
     kept = chance.random((out, columns)) >= sparsity
     if type_ == "bf16":
         dense = copy_of(to_bf16(chance.standard_normal((out, columns))) * kept.astype(np.uint16))
     else:
-        dense = copy_of((chance.integers(1, 128, (out, columns)) * chance.choice([-1, 1], (out, columns)) * kept).astype(np.int8))
-    kind = 0 if type_ == "bf16" else 1
-    packed, again = old.pack(kind, dense), new.pack(kind, dense)
+        dense = copy_of(
+            (chance.integers(1, 128, (out, columns)) * chance.choice([-1, 1], (out, columns)) * kept).astype(np.int8)
+        )
+    packed, again = old.pack(type_, dense), new.pack(type_, dense)
     same("packed bytes", packed, again)
     scales = copy_of(chance.random(out).astype(np.float32)) if type_ == "int8" else None
-    return {"out": out, "in": columns, "packed": packed, "row_scales": scales, "dense": dense, "kind": kind}
+    return {"out": out, "in": columns, "packed": packed, "row_scales": scales, "dense": dense}
 
 
-def int4_weight(old: Build, new: Build, is_dense: bool, out: int, columns: int, sparsity: float, chance: Any) -> dict[str, Any]:
+def int4_weight(
+    old: Build, new: Build, is_dense: bool, out: int, columns: int, sparsity: float, chance: Any
+) -> dict[str, Any]:
     groups = columns // GROUP_SIZE
     zeros = chance.integers(0, 16, (out, groups)).astype(np.uint8)
     codes = chance.integers(0, 16, (out, columns)).astype(np.uint8)
@@ -239,7 +369,12 @@ def others(chance: Any, old: Build, new: Build, small: bool) -> list[tuple[str, 
             values = chance.standard_normal(shape).astype(np.float32)
             return copy_of(values if type_ == "float32" else to_bf16(values))
 
-        sizes = [(heads * dim, hidden)] * 3 + [(hidden, heads * dim), (hidden, hidden), (hidden, hidden), (hidden, hidden)]
+        sizes = [(heads * dim, hidden)] * 3 + [
+            (hidden, heads * dim),
+            (hidden, hidden),
+            (hidden, hidden),
+            (hidden, hidden),
+        ]
         linears = [plain_weight(old, new, "bf16", *size, 0.5, chance) for size in sizes]
         keys, values = numbers(heads, length + 1, dim), numbers(heads, length + 1, dim)
         of = {"hidden": numbers(1, hidden), "cos": numbers(1, dim), "sin": numbers(1, dim)}
@@ -290,14 +425,18 @@ def conversions(w: dict[str, Any], type_: str, old: Build, new: Build) -> list[t
     bitmask = aligned(out * (columns // 8))
     if "dense" in w:
         values = aligned(int(np.count_nonzero(w["dense"])), w["dense"].dtype)
-        found.append(("pack", lambda build: build.pack(w["kind"], w["dense"])))
+        found.append(("pack", lambda build: build.pack(type_, w["dense"])))
 
         def unpack(build: Build) -> np.ndarray:
             build.unpack(w["packed"], bitmask, values)
             return np.concatenate([bitmask, values.view(np.uint8)])
     else:
         source = w["source"]
-        into = {name: None if given is None else copy_of(given) for name, given in source.items() if name not in ("out", "in")}
+        into = {
+            name: None if given is None else copy_of(given)
+            for name, given in source.items()
+            if name not in ("out", "in")
+        }
         found.append(("pack", lambda build: build.pack_int4(source)))
 
         def unpack(build: Build) -> np.ndarray:
@@ -324,7 +463,9 @@ def same(name: str, one: np.ndarray, other: np.ndarray) -> None:
         raise SystemExit(f"{name}: the two builds give different bits.")
 
 
-def compare(name: str, call: Callable[[Build], np.ndarray], builds: tuple[Build, Build], seconds: float) -> dict[str, Any]:
+def compare(
+    name: str, call: Callable[[Build], np.ndarray], builds: tuple[Build, Build], seconds: float
+) -> dict[str, Any]:
     """Seconds of both by turns. The results are compared first, which also warms up."""
     first = np.array(call(builds[0]))
     same(name, first, np.array(call(builds[1])))
@@ -351,7 +492,9 @@ def compare(name: str, call: Callable[[Build], np.ndarray], builds: tuple[Build,
     }
 
 
-def measure(builds: tuple[Build, Build], shapes: Any, all_rows: Any, sparsities: Any, seconds: float, small: bool) -> list:
+def measure(
+    builds: tuple[Build, Build], shapes: Any, all_rows: Any, sparsities: Any, seconds: float, small: bool
+) -> list:
     old, new = builds
     levels = [level["name"] for level in old.c.levels() if level["usable"]]
     chance = np.random.default_rng(0)
@@ -360,7 +503,10 @@ def measure(builds: tuple[Build, Build], shapes: Any, all_rows: Any, sparsities:
     def add(level: str, what: str, rows: int | None, shape: str, name: str, call: Callable) -> None:
         found = compare(f"{level}: {name}, {shape}, {rows} rows", call, builds, seconds)
         results.append(found | {"level": level, "what": what, "rows": rows, "shape": shape, "name": name})
-        print(f"{level} {name} {shape} {rows}: {found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})", flush=True)
+        print(
+            f"{level} {name} {shape} {rows}: {found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})",
+            flush=True,
+        )
 
     for shape in shapes:
         for sparsity in sparsities:
@@ -424,7 +570,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="small layers: whether the bits agree")
     parser.add_argument("--out", type=Path, help="folder of levels_before_after.json and .md")
     args = parser.parse_args(argv)
-    builds = Build(args.before, "before"), Build(args.after, "after")
+    builds = load(args.before, "before"), load(args.after, "after")
     if args.small:
         results = measure(builds, ((128, 256), (83, 192)), (1, 2, 3, 5, 9, 40), (0.0, 0.5, 0.9), args.seconds, True)
     else:

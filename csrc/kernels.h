@@ -22,6 +22,7 @@
 #include "floats.h"
 #include "format.h"
 #include "levels/levels.h"
+#include "values/values.h"
 
 namespace peft_elastic {
 
@@ -85,12 +86,10 @@ using Fill = void (*)(const EffectivePanel& job, std::int64_t first, std::int64_
 // A table without holes but for those that are named: what a level has no faster way for, it takes from the table of another
 // that needs no more instructions than it has itself.
 struct Kernels {
-  Kernel bf16_float;  // bf16 weight, float activations
-  Kernel bf16_bf16;   // bf16 weight, bf16 activations; null: the caller widens the activations
-  Kernel int8_float;  // int8 weight, float activations
-  Kernel int8_int8;   // int8 weight and activations, both in -127 .. 127; the sum is exact (32 bits) before it becomes float
-  Kernel int4_float;        // int4 weight, float activations
-  Kernel int4_dense_float;  // dense int4 weight, float activations
+  // By the type of the weight's values:
+  Kernel floats[kValueTypes];  // float activations
+  Kernel own[kValueTypes];     // activations of the values' own type. bf16: null where the caller has to widen them. int8: all in
+                               // -127 .. 127, and the sum is exact (32 bits) before it becomes float. int4: null
   Attend attend;
   MultiplyDense dense;
   Fill fill;  // of the same bits on every level

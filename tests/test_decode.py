@@ -560,18 +560,32 @@ def test_weights_that_do_not_fit_go_to_torch(fused):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    model = _native._C.DecodeModel(0, 64, 16)
+    extension = _native._C
+    model = extension.DecodeModel(extension.FloatType.float32, 64, 16)
     linears = {
         shape: SparseLinear.from_linear(nn.Linear(*shape)).packed for shape in [(64, 64), (64, 32), (64, 96), (96, 64)]
     }
-    norm = torch.ones(64)
+    ones = torch.ones(64)
+    norm = extension.DecodeNorm(weight=ones.data_ptr(), epsilon=1e-6)
     fitting = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
 
     def add(shapes):
+        layers = [
+            extension.DecodeLinear(
+                out_features=s[1],
+                in_features=s[0],
+                weight=linears[s].data_ptr(),
+                size=linears[s].numel(),
+                scales=0,
+                bias=0,
+                bias_type=extension.FloatType.float32,
+            )
+            for s in shapes
+        ]
         model.add_layer(
-            [(s[1], s[0], linears[s].data_ptr(), linears[s].numel(), 0, 0, 0) for s in shapes],
-            [(norm.data_ptr(), 1e-6)] * 4,
-            1.0,
+            **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), layers)),
+            **dict.fromkeys(("input_norm", "mlp_norm", "q_norm", "k_norm"), norm),
+            scaling=1.0,
         )
 
     add(fitting)
@@ -612,7 +626,7 @@ def test_reasons_for_steps_in_torch(fused, monkeypatch):
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_sanitizers(tmp_path):
     csrc, objects = ROOT / "csrc", []
-    sources = [csrc / f"{name}.cpp" for name in ("decode", "linear", "pack", "pack_int4", "threads", "levels/portable")]
+    sources = [csrc / f"{name}.cpp" for name in ("decode", "linear", "pack", "threads", "levels/portable")]
     sources += [csrc / "levels" / "avx2.cpp", ROOT / "tests/csrc/test_decode.cpp"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     for source in sources:

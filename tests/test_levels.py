@@ -35,7 +35,6 @@ from peft_elastic import _native
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 LEVELS = sorted((CSRC / "levels").glob("*.cpp"))
-PACKERS = [CSRC / f"{name}.cpp" for name in ("pack", "pack_int4")]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -77,7 +76,7 @@ def run(program, *arguments):
 
 @needs_compiler
 def test_every_level_in_the_software_model(tmp_path):
-    sources = [*LEVELS, *PACKERS, ROOT / "tests/csrc/test_levels.cpp"]
+    sources = [*LEVELS, CSRC / "pack.cpp", ROOT / "tests/csrc/test_levels.cpp"]
     program = build(tmp_path, sources, "-DPEFT_ELASTIC_SOFTWARE_MODEL", f"-I{simde_headers()}")
     for seed in range(2):
         result = run(program, seed)
@@ -88,7 +87,7 @@ def test_every_level_in_the_software_model(tmp_path):
 def test_fuzzing(tmp_path):
     """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000, and half as many inputs from Python."""
     count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "5000"))
-    sources = [*PACKERS, CSRC / "levels" / "portable.cpp", ROOT / "tests/csrc/fuzz_pack.cpp"]
+    sources = [CSRC / "pack.cpp", CSRC / "levels" / "portable.cpp", ROOT / "tests/csrc/fuzz_pack.cpp"]
     program = build(tmp_path, sources)
     result = run(program, count, count)
     assert result.returncode == 0, result.stderr
@@ -113,9 +112,7 @@ def test_fuzzing_from_python(tmp_path):
     include += [f"-DPEFT_ELASTIC_VERSION={getattr(_native._C, '__version__', '')}"]
     include += [f"-DPEFT_ELASTIC_FINGERPRINT={getattr(_native._C, 'fingerprint', '')}"]
     # without the options of the levels all but the portable one are empty
-    extension = build(
-        tmp_path, sorted(CSRC.rglob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"]
-    )
+    extension = build(tmp_path, sorted(CSRC.rglob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"])
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),

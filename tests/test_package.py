@@ -102,7 +102,9 @@ class TestStaleExtension:
         checkout.parent.joinpath("csrc", "notes.txt").write_text("not compiled")
         _native._check(_native._C, checkout)
 
-    @pytest.mark.parametrize("change", ["one more", "one less", "one changed", "one renamed", "one changed further down", "one moved"])
+    @pytest.mark.parametrize(
+        "change", ["one more", "one less", "one changed", "one renamed", "one changed further down", "one moved"]
+    )
     def test_other_sources(self, change, checkout):
         sources = checkout.parent / "csrc"
         if change == "one more":

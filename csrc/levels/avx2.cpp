@@ -432,12 +432,8 @@ void int8_int8(const Weight& w, const void* x, std::int64_t x_stride, std::int64
 
 const Kernels* avx2_kernels() {
   static constexpr Kernels kKernels = {
-      &bf16_float,
-      nullptr,
-      &int8_float,
-      &int8_int8,
-      &multiply_int4<false>,
-      &multiply_int4<true>,
+      {&bf16_float, &int8_float, &multiply_int4<false>, &multiply_int4<true>},
+      {nullptr, &int8_int8},
       &attend,
       &multiply_dense,
       &fill,

@@ -25,12 +25,8 @@ namespace peft_elastic {
 
 const Kernels* avx512_kernels() {
   static const Kernels kKernels = {
-      &multiply_rows<Bf16Float>,
-      nullptr,
-      &multiply_rows<Int8Float>,
-      &multiply_rows<Int8Int8>,
-      &multiply_int4<false>,
-      &multiply_int4<true>,
+      {&multiply_rows<Bf16Float>, &multiply_rows<Int8Float>, &multiply_int4<false>, &multiply_int4<true>},
+      {nullptr, &multiply_rows<Int8Int8>},
       avx2_kernels()->attend,  // needs nothing that this level adds
       avx2_kernels()->dense,
       &fill,

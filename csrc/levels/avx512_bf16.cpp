@@ -24,12 +24,10 @@ namespace peft_elastic {
 
 const Kernels* avx512_bf16_kernels() {
   static const Kernels kKernels = {
-      &multiply_rows<Bf16Float>,
-      &multiply_rows<Bf16Bf16>,
-      &multiply_rows<Int8Float>,
-      &multiply_rows<Int8Int8>,
-      avx512_kernels()->int4_float,  // needs nothing that this level adds
-      avx512_kernels()->int4_dense_float,
+      {&multiply_rows<Bf16Float>, &multiply_rows<Int8Float>,
+       avx512_kernels()->floats[index_of(ValueType::kInt4)],  // needs nothing that this level adds
+       avx512_kernels()->floats[index_of(ValueType::kInt4Dense)]},
+      {&multiply_rows<Bf16Bf16>, &multiply_rows<Int8Int8>},
       avx512_kernels()->attend,
       avx512_kernels()->dense,
       avx512_kernels()->fill,
