@@ -75,7 +75,7 @@ test-oldest: $(INSTALLED_OLDEST)
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 fuzz: $(INSTALLED)
-	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/test_levels.py -k fuzzing
+	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/layers/test_levels.py -k fuzzing
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)

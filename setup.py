@@ -27,24 +27,26 @@ def _flag(feature):
     return "-m" + re.sub("^amx_", "amx-", re.sub(r"^(avx\d*)_", r"\1", feature))
 
 
-def level_flags(source):
-    """The options for a file: each level of the kernels is compiled for its own features (csrc/levels/levels.h), and the
-    extension chooses among them when it runs; nothing else has any. A compiler that does not know an option builds the file
-    without any: it is then empty, and the level absent."""
-    source = Path(source)
-    if source.parent != SOURCES / "levels":
-        return []
-    found = re.search(
-        rf'^  LEVEL\({source.stem},([\s"\w\\]*),', (SOURCES / "levels" / "levels.h").read_text(), re.MULTILINE
+# Each level of the kernels is compiled for its own features, which csrc/levels/levels.h lists, and the extension chooses among
+# them when it runs. A compiler that does not know an option builds the file without any: it is then empty, and the level absent.
+LEVEL_FLAGS = {
+    name: [_flag(feature) for feature in re.sub(r'["\\]', "", features).split()]
+    for name, features in re.findall(
+        r'^ +LEVEL\((\w+),\s*((?:"[^"\n]*"|[\s\\])*),', (SOURCES / "levels" / "levels.h").read_text(), re.MULTILINE
     )
-    if found is None:
-        raise SystemExit(f"{source}: csrc/levels/levels.h lists no such level")
-    return [_flag(feature) for feature in " ".join(re.findall(r'"([\w ]*)"', found[1])).split()]
+}
+if sorted(LEVEL_FLAGS) != sorted(path.stem for path in (SOURCES / "levels").glob("*.cpp")):
+    raise SystemExit(f"csrc/levels/levels.h lists {sorted(LEVEL_FLAGS)}, which are not the files beside it.")
 
 
-# The extension carries what it was built from, and peft_elastic/_native.py refuses one that is not its own.
+def level_flags(source):
+    """The options for a file: none, if it is not that of a level."""
+    return LEVEL_FLAGS[Path(source).stem] if Path(source).parent == SOURCES / "levels" else []
+
+
+# The extension carries what it was built from, and peft_elastic/layers/extension.py refuses one that is not its own.
 VERSION = runpy.run_path("peft_elastic/version.py")["__version__"]
-FINGERPRINT = runpy.run_path("peft_elastic/_build.py")["fingerprint"](SOURCES)
+FINGERPRINT = runpy.run_path("peft_elastic/layers/fingerprint.py")["fingerprint"](SOURCES)
 
 
 class BuildExt(build_ext):

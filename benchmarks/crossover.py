@@ -32,9 +32,8 @@ from typing import Any
 import torch
 from _support import RESULTS, describe_machine, machine, summarize, table, usable_cores, write_into
 
-from peft_elastic import _native
-from peft_elastic.deploy import ops
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.common.writing import atomic_write_text
+from peft_elastic.layers import extension, ops
 
 
 SHAPES = ((4096, 4096), (1536, 576))  # out_features, in_features
@@ -125,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             for threads in args.threads
             for count in rows
         ]
-    results = {"machine": machine(), "level": _native.selected_level(), "rounds": rounds, "rows": measured}
+    results = {"machine": machine(), "level": extension.selected_level(), "rounds": rounds, "rows": measured}
     markdown = report(results)
     print(markdown)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from typing import Any
 
 from _support import RESULTS, describe_machine, machine, summarize, table, write_into
 
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.common.writing import atomic_write_text
 
 
 ROOT = Path(__file__).parents[1]

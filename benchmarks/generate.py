@@ -56,9 +56,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
 
-from peft_elastic import MagnitudeConfig, _native, assets, prune, sparsify_linears
+from peft_elastic import MagnitudeConfig, prune, sparsify_linears
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
 from peft_elastic.deploy.generation import optimize_generation, restore_generation
-from peft_elastic.utils import progress_bar
+from peft_elastic.layers import extension
 
 
 MODELS = {"smollm2": "SmolLM2-135M", "llama": "Llama shape"}
@@ -443,7 +445,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     kept = ("models", "layers", "sparsities", "threads", "rounds", "prompt_tokens", "new_tokens")
     results = {
         "machine": machine(),
-        "level": _native.selected_level(),
+        "level": extension.selected_level(),
         "settings": {key: getattr(args, key) for key in kept},
         "rows": rows,
     }

@@ -40,10 +40,12 @@ from _support import describe_machine, machine, table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from peft_elastic import assets, sort_by_importance
+from peft_elastic import sort_by_importance
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 from peft_elastic.structure import Structure
 from peft_elastic.structure.space import activate
-from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 ORDERS = ("activation", "gradient", "magnitude", "none", "random")

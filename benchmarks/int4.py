@@ -34,10 +34,10 @@ from _support import RESULTS, DenseKernel, dense_kernel_of, describe_machine, ma
 from _support.kernels import READ, Case, check, copies, dense_cases, rotating
 from torch import Tensor
 
-from peft_elastic import _native
-from peft_elastic.deploy import format as weight_format
-from peft_elastic.deploy import ops
-from peft_elastic.utils import atomic_write_text, progress_bar
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
+from peft_elastic.layers import extension, ops
+from peft_elastic.layers import format as weight_format
 
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "576x1536")  # out_features x in_features
@@ -70,7 +70,7 @@ def cases_of(weight: Tensor, rank: Tensor, x: Tensor, levels: list[str], group_s
         packed = copies(first.clone, weight_bytes)
         exact = x @ ops.to_dense(packed[0], scales, torch.float32).T
         for level in levels:
-            _native.select_level(level)
+            extension.select_level(level)
             check(f"{level} {engine}", ops.forward(x, packed[0], scales, None, outs), exact, 0.01)
 
             def call(copy: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def report(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usable = [level["name"] for level in _native.levels() if level["usable"]]
+    usable = [level["name"] for level in extension.levels() if level["usable"]]
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN")
     parser.add_argument(
         "--levels", nargs="+", choices=usable, default=[name for name in usable if name in ("avx512", "avx2")]

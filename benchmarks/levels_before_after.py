@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -32,9 +33,11 @@ import json
 import math
 import os
 import platform
+import shutil
+import tempfile
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +77,12 @@ class Build:
     """One build of the extension, called by what there is to do. `Positional` are those up to commit dec2a92."""
 
     def __init__(self, path: Path, name: str):
-        forget_pybind11()
-        loader = importlib.machinery.ExtensionFileLoader(f"{name}._C", str(path))
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        self.c: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        loader.exec_module(self.c)
-        self.path = path
+        # of a file of its own, as the one given may be loaded already
+        with tempfile.TemporaryDirectory() as folder, own_pybind11():
+            loader = importlib.machinery.ExtensionFileLoader(f"{name}._C", shutil.copy(path, folder))
+            spec = importlib.util.spec_from_loader(loader.name, loader)
+            self.c: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            loader.exec_module(self.c)
 
     def float_type(self, name: str) -> Any:
         return getattr(self.c.FloatType, name)
@@ -285,19 +288,28 @@ def load(path: Path, name: str) -> Build:
     return build
 
 
-def forget_pybind11() -> None:
-    """A module registers its classes for all others of the process, where those of the other build would be in its way."""
+@contextlib.contextmanager
+def own_pybind11() -> Iterator[None]:
+    """Modules register their classes for all others of the process, where those of another build would be in the way."""
     python = ctypes.pythonapi
     python.PyInterpreterState_Get.restype = ctypes.c_void_p
     python.PyInterpreterState_GetDict.restype = ctypes.c_void_p  # a reference that is only lent
     python.PyInterpreterState_GetDict.argtypes = [ctypes.c_void_p]
     state = ctypes.cast(python.PyInterpreterState_GetDict(python.PyInterpreterState_Get()), ctypes.py_object).value
-    for place in (state, builtins.__dict__):
+    others = [
+        (place, key, place.pop(key))
+        for place in (state, vars(builtins))
+        for key in [key for key in place if "pybind11_internals" in str(key)]
+    ]
+    yield
+    for place in (state, vars(builtins)):
         for key in [key for key in place if "pybind11_internals" in str(key)]:
-            _FORGOTTEN.append(place.pop(key))  # still in use
+            _KEPT.append(place.pop(key))  # the module goes on using it
+    for place, key, internals in others:
+        place[key] = internals
 
 
-_FORGOTTEN: list[Any] = []
+_KEPT: list[Any] = []
 
 
 # -- what there is to do -------------------------------------------------------------------------------------------------
@@ -471,7 +483,7 @@ def compare(
     same(name, first, np.array(call(builds[1])))
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
-    while len(times[0]) < 8 or time.perf_counter() < end:
+    while len(times[0]) < (8 if seconds else 2) or time.perf_counter() < end:
         for which in (0, 1) if len(times[0]) % 2 else (1, 0):
             begin = time.perf_counter()
             call(builds[which])
@@ -567,11 +579,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--before", type=Path, required=True, help="an extension, peft_elastic/_C.*")
     parser.add_argument("--after", type=Path, required=True, help="another")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each case, default %(default)s")
-    parser.add_argument("--small", action="store_true", help="small layers: whether the bits agree")
+    parser.add_argument("--small", action="store_true", help="many small layers: whether the bits agree")
+    parser.add_argument("--smoke", action="store_true", help="a few: whether this script runs")
     parser.add_argument("--out", type=Path, help="folder of levels_before_after.json and .md")
     args = parser.parse_args(argv)
     builds = load(args.before, "before"), load(args.after, "after")
-    if args.small:
+    if args.smoke:
+        results = measure(builds, ((83, 192),), (1, 3), (0.5,), 0.0, True)
+    elif args.small:
         results = measure(builds, ((128, 256), (83, 192)), (1, 2, 3, 5, 9, 40), (0.0, 0.5, 0.9), args.seconds, True)
     else:
         results = measure(builds, SHAPES, ROWS, SPARSITIES, args.seconds, False)

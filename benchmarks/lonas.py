@@ -51,9 +51,11 @@ from scipy import stats
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from peft_elastic import ElasticLoraConfig, ElasticTrainer, SearchResult, assets, search_subnet
+from peft_elastic import ElasticLoraConfig, ElasticTrainer, SearchResult, search_subnet
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 from peft_elastic.search import hypervolume_of
-from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -39,7 +39,8 @@ from torch import nn
 from training import LINEAR_LAYERS, load_dense, resident
 
 from peft_elastic import MagnitudeConfig, QuantizedLinear, SparseQALoraConfig, prune
-from peft_elastic.utils import atomic_write_text, progress_bar
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 
 
 VARIANTS = ("lora", "sparse", "qa")

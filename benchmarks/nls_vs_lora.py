@@ -67,8 +67,10 @@ from transformers import (
 )
 
 import peft_elastic
-from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback, WandaConfig, assets, prune
-from peft_elastic.utils import atomic_write_text, progress_bar
+from peft_elastic import ElasticLoraConfig, SubnetSamplingCallback, WandaConfig, prune
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 
 
 @dataclass(frozen=True)

@@ -50,19 +50,12 @@ from scipy import stats
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_elastic import (
-    GPTQConfig,
-    QuantizedLinear,
-    RTNConfig,
-    SparseQALoraConfig,
-    WandaConfig,
-    assets,
-    prune,
-    quantize,
-)
+from peft_elastic import GPTQConfig, QuantizedLinear, RTNConfig, SparseQALoraConfig, WandaConfig, prune, quantize
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 from peft_elastic.pruning import measure_sparsity
 from peft_elastic.search import MultipleChoiceEvaluator
-from peft_elastic.utils import atomic_write_text, progress_bar
 
 
 CHOICES = [" negative", " positive"]

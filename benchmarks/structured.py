@@ -56,12 +56,12 @@ from peft_elastic import (
     PruningPlan,
     TwoStagePrunerConfig,
     WidthPrunerConfig,
-    assets,
     prune_structured,
 )
+from peft_elastic.common import assets
+from peft_elastic.common.writing import atomic_write_text
 from peft_elastic.pruning.structured import StructuredPruningConfig
 from peft_elastic.search import MultipleChoiceEvaluator, PerplexityEvaluator
-from peft_elastic.utils import atomic_write_text
 
 
 PARTS = ("methods", "cost", "speed", "recovery")

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     from _support import RESULTS, machine, usable_cores
 
-    from peft_elastic.utils import atomic_write_text
+    from peft_elastic.common.writing import atomic_write_text
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: all usable cores")

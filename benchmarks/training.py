@@ -66,15 +66,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, TrainerState
 
 import peft_elastic
-from peft_elastic import (
-    ElasticLoraConfig,
-    MagnitudeConfig,
-    SparseQALoraConfig,
-    SubnetSamplingCallback,
-    assets,
-    prune,
-)
-from peft_elastic.utils import atomic_write_text, progress_bar
+from peft_elastic import ElasticLoraConfig, MagnitudeConfig, SparseQALoraConfig, SubnetSamplingCallback, prune
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 
 
 VARIANTS = ("lora", "lora-again", "elastic-max", "elastic-sampled", "sparse", "qa", "naive")

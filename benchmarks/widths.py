@@ -55,10 +55,11 @@ from peft_elastic import (
     SparseLinear,
     SparseQALoraConfig,
     Subnet,
-    assets,
     prune,
 )
-from peft_elastic.utils import atomic_write_text, progress_bar
+from peft_elastic.common import assets
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.common.writing import atomic_write_text
 
 
 SHARES = (0.84, 0.76)

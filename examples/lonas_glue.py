@@ -45,7 +45,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from peft_elastic import assets
+from peft_elastic.common import assets
 
 
 # (epochs, batch size, tokens, test split)

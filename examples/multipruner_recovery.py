@@ -46,8 +46,8 @@ from pipeline import Accuracy, Prepared, adapter_settings, fit, make_parser, pre
 from shears_commonsense import accuracy
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, MultiPrunerConfig
+from peft_elastic.common.writing import atomic_write_text
 from peft_elastic.pruning.structured.config import ORDERS
-from peft_elastic.utils import atomic_write_text
 
 
 def to_example(record: dict[str, Any]) -> tasks.Example:

@@ -22,7 +22,7 @@
     python examples/stacked.py --model meta-llama/Llama-3.2-1B --train train.jsonl --test test.jsonl
     python examples/stacked.py --smoke --train sst2_train.tsv --test sst2_dev.tsv
 
-Model and data come from the Python package index by default (`peft_elastic.assets`); others are hub names or local files with a
+Model and data come from the Python package index by default (`peft_elastic.common.assets`); others are hub names or local files with a
 text and a label, 0 or 1. Calibration and training see training data alone, nothing is chosen by results, and the table is of
 held-out data. Each step leaves an ordinary checkpoint, and one fresh process loads all of them, compares what they compute with
 what they did before, and lets them generate in turns. So there is memory needed for all of them at once.
@@ -61,13 +61,13 @@ from peft_elastic import (
     SparseQALoraConfig,
     SubnetSamplingCallback,
     WandaConfig,
-    assets,
     prune,
     quantize,
     sparsify_linears,
 )
 from peft_elastic.cli import info
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.common import assets
+from peft_elastic.common.writing import atomic_write_text
 
 
 GROUP_SIZES = (128, 64, 32)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 
-from peft_elastic import assets
+from peft_elastic.common import assets
 from peft_elastic.search import MultipleChoiceEvaluator, PerplexityEvaluator
 
 
@@ -62,7 +62,7 @@ def read(source: str, split: str) -> Dataset:
 
 
 def _movie_reviews(split: str, test: int = 1000) -> Dataset:
-    """The reviews of `peft_elastic.assets` with a clear sentiment and fewer than 160 characters; the split never changes."""
+    """The reviews of `peft_elastic.common.assets` with a clear sentiment and fewer than 160 characters; the split never changes."""
     ratings = {row["text"]: row["rating"] for row in assets.movie_reviews()}  # by text: two occur twice
     rows = [
         {"text": text, "label": int(rating > 0)}

@@ -14,9 +14,9 @@
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
 from . import _process  # noqa: F401, before all that imports torch
+from .cost.latency import LatencyModel
 from .deploy import (
     GenerationReport,
-    SparseLinear,
     SwapReport,
     densify_linears,
     explain_generation,
@@ -24,6 +24,8 @@ from .deploy import (
     restore_generation,
     sparsify_linears,
 )
+from .layers.quantized_linear import QuantizedLinear
+from .layers.sparse_linear import SparseLinear
 from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
 from .pruning.structured import (
     BlockPrunerConfig,
@@ -33,8 +35,8 @@ from .pruning.structured import (
     WidthPrunerConfig,
     prune_structured,
 )
-from .quantization import GPTQConfig, QuantizationReport, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
-from .search import LatencyModel, SearchResult, search_subnet
+from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, quantize, save_gptq
+from .search import SearchResult, search_subnet
 from .structure import sort_by_importance
 from .supernet import (
     BalancedSampler,

@@ -31,8 +31,8 @@ import torch
 import transformers
 
 import peft_elastic
-from peft_elastic import _native
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.common.writing import atomic_write_text
+from peft_elastic.layers import extension
 
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    report = _native.cpu_report() or {}
+    report = extension.cpu_report() or {}
     return {
         "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
         "family": _cpuinfo("cpu family"),

@@ -47,10 +47,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_elastic import _native
-from peft_elastic.deploy import format as weight_format
-from peft_elastic.deploy import ops
-from peft_elastic.utils import progress_bar
+from peft_elastic.common.progress import progress_bar
+from peft_elastic.layers import extension, ops
+from peft_elastic.layers import format as weight_format
 
 from . import (
     RESULTS,
@@ -91,7 +90,7 @@ class Case(NamedTuple):
 
 
 def l3_bytes() -> int:
-    return (_native.cpu_report() or {}).get("cache_bytes", {}).get("l3", 0) or 32 * 2**20
+    return (extension.cpu_report() or {}).get("cache_bytes", {}).get("l3", 0) or 32 * 2**20
 
 
 def rotating(
@@ -104,7 +103,7 @@ def rotating(
     def sample(threads: int) -> float:
         nonlocal position
         if level:
-            _native.select_level(level)
+            extension.select_level(level)
         turn = [weights[(position + i) % len(weights)] for i in range(calls)]
         position += calls
         start = time.perf_counter()
@@ -154,7 +153,7 @@ def sparse_cases(weight: Tensor, sparsity: float, inputs: dict[int, Tensor], lev
                     def call(weight: Tensor, at: Tensor = at, arguments: tuple = arguments) -> Tensor:
                         return ops.forward(at, weight, *arguments)
 
-                    _native.select_level(level)
+                    extension.select_level(level)
                     name = f"{level} {values} {sparsity} x {kind}"
                     check(name, call(packed[0]), at.float() @ exact.T, 0.01 if kind == "fp32" else 0.05)
                     sample = rotating(call, packed, weight_bytes, level)
@@ -569,7 +568,7 @@ def plot(results: dict[str, Any]) -> Any:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usable = [level["name"] for level in _native.levels() if level["usable"]]
+    usable = [level["name"] for level in extension.levels() if level["usable"]]
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), metavar="ROWS")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="SHARE")

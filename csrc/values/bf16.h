@@ -28,7 +28,7 @@ struct Bf16 : PlainValues<Bf16, std::uint16_t> {
   static bool is_stored(Value value) { return (value & 0x7fffu) != 0; }  // zeros of either sign are dropped
   static const char* fault(Value value) { return is_stored(value) ? nullptr : "a stored value is zero"; }
   static constexpr bool kDenseMayBeFaulty = false;
-  static float widen(Value value) { return widen_bf16(value); }
+  static PE_INLINE float widen(Value value) { return widen_bf16(value); }
 };
 
 }  // namespace peft_elastic

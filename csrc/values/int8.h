@@ -30,7 +30,7 @@ struct Int8 : PlainValues<Int8, std::int8_t> {
     return value == 0 ? "a stored value is zero" : value == -128 ? "an int8 value is -128, allowed are -127 to 127" : nullptr;
   }
   static constexpr bool kDenseMayBeFaulty = true;
-  static std::int32_t widen(Value value) { return value; }
+  static PE_INLINE std::int32_t widen(Value value) { return value; }
 };
 
 }  // namespace peft_elastic

@@ -35,10 +35,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_elastic import Subnet
-from peft_elastic.files import scratch_folder
+from peft_elastic.common.files import scratch_folder
+from peft_elastic.common.writing import writing
 from peft_elastic.pruning import measure_sparsity
 from peft_elastic.structure.description import BLOCKS_ATTRIBUTE
-from peft_elastic.utils import writing
 
 from ._data import first_line
 

@@ -31,9 +31,9 @@ from typing import Any
 import datasets
 import torch
 
-from peft_elastic.documents import TEXT, ListOf, MapOf, Record, read_json
-from peft_elastic.files import scratch_folder
-from peft_elastic.utils import atomic_write_text, write_error
+from peft_elastic.common.documents import TEXT, ListOf, MapOf, Record, read_json
+from peft_elastic.common.files import scratch_folder
+from peft_elastic.common.writing import atomic_write_text, write_error
 
 
 _SPLITS = MapOf(ListOf(Record(prompt=TEXT, completion=TEXT, choices=ListOf(TEXT))))

@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_elastic.documents import ANYTHING, NUMBER, MapOf, Record, read_json
-from peft_elastic.utils import atomic_write_text
+from peft_elastic.common.documents import ANYTHING, NUMBER, MapOf, Record, read_json
+from peft_elastic.common.writing import atomic_write_text
 
 
 _STAGES = Record(settings=MapOf(ANYTHING), done=MapOf(Record(None, ANYTHING, seconds=NUMBER)))

@@ -34,7 +34,7 @@ from peft_elastic import (
     WidthPrunerConfig,
     prune_structured,
 )
-from peft_elastic.documents import read_json
+from peft_elastic.common.documents import read_json
 from peft_elastic.pruning.structured import StructuredPruningConfig, from_pruning_config, to_pruning_config
 from peft_elastic.pruning.structured.config import CHOICES, MEASURES, ORDERS
 from peft_elastic.pruning.structured.units import GRANULARITIES

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from peft_elastic import MagnitudeConfig, _native, optimize_generation, prune, restore_generation, sparsify_linears
-from peft_elastic.deploy.timing import measure
+from peft_elastic import MagnitudeConfig, optimize_generation, prune, restore_generation, sparsify_linears
+from peft_elastic.cost.timing import measure
+from peft_elastic.layers import extension
 
 from . import _common, _data
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"`--sparsity` is {sparsity}; allowed is 0 to 1.")
     if args.model and len(args.sparsity or ()) > 1:
         raise ValueError("`--sparsity` takes one number with `--model`.")
-    if not _native.is_built():
+    if not extension.is_built():
         raise ValueError(
             "the C++ extension with the sparse kernels is not there; `peft-elastic info` says how to get it."
         )
@@ -100,7 +101,7 @@ def _shape(text: str) -> tuple[int, int]:
 def _bench_layers(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> None:
     dtype = args.dtype or "float32"
     print(
-        f"Kernel level {_native.selected_level()}, {torch.get_num_threads()} thread(s). One row of {dtype} activations, "
+        f"Kernel level {extension.selected_level()}, {torch.get_num_threads()} thread(s). One row of {dtype} activations, "
         "medians, weights read from memory."
     )
     print(f"{'out x in':<14}{'zeros':>7}{'dense ' + dtype:>17}{'sparse ' + args.values:>15}{'speed-up':>10}")

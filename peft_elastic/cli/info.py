@@ -22,7 +22,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from peft_elastic import _native, assets
+from peft_elastic.common import assets
+from peft_elastic.layers import extension
 from peft_elastic.version import __version__
 
 
@@ -72,13 +73,13 @@ def collect() -> dict[str, Any]:
             **{name: _version(name) for name in _LIBRARIES + _OPTIONAL},
         },
         "platform": platform.platform(),
-        "cpu": _native.cpu_report(),
+        "cpu": extension.cpu_report(),
         "extension": {
-            "built": _native.is_built(),
-            "file": getattr(_native._C, "__file__", None),
-            "error": None if _native.IMPORT_ERROR is None else str(_native.IMPORT_ERROR),
+            "built": extension.is_built(),
+            "file": getattr(extension._C, "__file__", None),
+            "error": None if extension.IMPORT_ERROR is None else str(extension.IMPORT_ERROR),
         },
-        "kernels": {"levels": _native.levels(), "selected": _native.selected_level()},
+        "kernels": {"levels": extension.levels(), "selected": extension.selected_level()},
         "torch": {
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

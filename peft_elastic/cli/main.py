@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 
 import peft_elastic.cli
-from peft_elastic.utils import write_error
+from peft_elastic.common.writing import write_error
 from peft_elastic.version import __version__
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from peft_elastic import MagnitudeConfig, WandaConfig, assets, prune
+from peft_elastic import MagnitudeConfig, WandaConfig, prune
+from peft_elastic.common import assets
 
 from . import _common, _data, _structured
 

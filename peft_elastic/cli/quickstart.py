@@ -43,8 +43,6 @@ from peft_elastic import (
     ElasticLoraConfig,
     SparseQALoraConfig,
     WandaConfig,
-    _native,
-    assets,
     densify_linears,
     load_gptq,
     prune,
@@ -52,8 +50,10 @@ from peft_elastic import (
     search_subnet,
     sparsify_linears,
 )
+from peft_elastic.common import assets
+from peft_elastic.common.writing import atomic_path, atomic_write_text
+from peft_elastic.layers import extension
 from peft_elastic.pruning import measure_sparsity
-from peft_elastic.utils import atomic_path, atomic_write_text
 
 from . import _common, _data, _evaluation, _reload, _report, _serving, info
 from ._journal import Journal
@@ -430,7 +430,7 @@ class Quickstart:
         return {"rows": [row], **found}
 
     def deploy(self) -> dict[str, Any]:
-        if not _native.is_built():
+        if not extension.is_built():
             print("      left out: the C++ extension is not there (`peft-elastic info`)")
             return {"report": None}
         report = self._deploy(self._load(self.merged), self.deployed)
@@ -466,7 +466,7 @@ class Quickstart:
         shutil.rmtree(self.quantized, ignore_errors=True)
         save_gptq(merged, self.quantized, tokenizer=self.tokenizer)
         report = None
-        if _native.is_built():
+        if extension.is_built():
             report = self._deploy(load_gptq(self.quantized).eval(), self.deployed_int4)
         return {"report": report, "train": trained}
 

@@ -19,7 +19,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_elastic import LatencyModel, SearchResult, search_subnet
+from peft_elastic import SearchResult, search_subnet
+from peft_elastic.cost.latency import LatencyModel
 
 from . import _common, _data, _evaluation
 

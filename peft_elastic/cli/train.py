@@ -27,8 +27,8 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig
-from peft_elastic.documents import read_json
-from peft_elastic.utils import writing
+from peft_elastic.common.documents import read_json
+from peft_elastic.common.writing import writing
 
 from . import _common, _data
 

@@ -13,8 +13,9 @@
 # limitations under the License.
 """Deployment: compressed layers for a sparse CPU kernel, and their form on disk. Knows no tuner."""
 
+from ..common.moved import moved_modules
+from ..layers.sparse_linear import SparseLinear
 from .generation import GenerationReport, explain_generation, optimize_generation, restore_generation
-from .sparse_linear import SparseLinear
 from .sparsify import SwapDecision, SwapReport, densify_linears, sparsify_linears
 
 
@@ -29,3 +30,13 @@ __all__ = [
     "restore_generation",
     "sparsify_linears",
 ]
+
+__getattr__ = moved_modules(
+    __name__,
+    {
+        "format": "peft_elastic.layers.format",
+        "ops": "peft_elastic.layers.ops",
+        "sparse_linear": "peft_elastic.layers.sparse_linear",
+        "timing": "peft_elastic.cost.timing",
+    },
+)

@@ -50,12 +50,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..documents import COUNT, MapOf, parse_json
+from ..common.documents import COUNT, MapOf, parse_json
+from ..layers import ops
+from ..layers.format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
+from ..layers.sparse_linear import SparseLinear
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
 from ..structure.description import adopt_layer_sizes, rebuild, take_layer_sizes
-from . import ops
-from .format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
-from .sparse_linear import SparseLinear
 
 
 logger = get_logger(__name__)

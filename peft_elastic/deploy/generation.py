@@ -44,10 +44,9 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from .. import _native
-from ..addresses import address, is_plain, is_watched
-from . import ops
-from .sparse_linear import SparseLinear
+from ..layers import extension, ops
+from ..layers.addresses import address, is_plain, is_watched
+from ..layers.sparse_linear import SparseLinear
 
 
 __all__ = ["GenerationReport", "explain_generation", "optimize_generation", "restore_generation"]
@@ -392,8 +391,8 @@ class _FusedLayers:
         self.count, self.dtype, self.head_dim = len(layers), dtype, first.head_dim
         self.hidden_size, self.kv_heads = first.q_proj.in_features, first.k_proj.out_features // first.head_dim
         self.most_rows = ops.DENSE_ROWS - 1
-        extension: Any = _native._C
-        self.model = extension.DecodeModel(ops.FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
+        native: Any = extension._C
+        self.model = native.DecodeModel(ops.FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
         self.entries: list[tuple[dict[str, Any], str, Any]] = []  # what was found where
         places: list[tuple[nn.Module, str]] = []
         for layer in layers:
@@ -434,8 +433,8 @@ class _FusedLayers:
     def _linear(linear: Any) -> Any:
         packed, bias = (linear.packed, linear.bias) if type(linear) is SparseLinear else (None, linear.bias)
         scales = None if packed is None else linear.scales
-        extension: Any = _native._C
-        return extension.DecodeLinear(
+        native: Any = extension._C
+        return native.DecodeLinear(
             out_features=linear.out_features,
             in_features=linear.in_features,
             weight=linear.weight.data_ptr() if packed is None else packed.data_ptr(),
@@ -447,10 +446,10 @@ class _FusedLayers:
 
     @staticmethod
     def _norm(norm: Any) -> Any:
-        extension: Any = _native._C
+        native: Any = extension._C
         if norm is None:
             return None
-        return extension.DecodeNorm(weight=norm.weight.data_ptr(), epsilon=norm.variance_epsilon)
+        return native.DecodeNorm(weight=norm.weight.data_ptr(), epsilon=norm.variance_epsilon)
 
     def _enter(self, owner: dict[str, Any], name: str) -> None:
         self.entries.append((owner, name, owner.get(name)))
@@ -459,7 +458,7 @@ class _FusedLayers:
     def make(cls, layers: list[Any], family: _Family) -> _FusedLayers | str:
         """The reason if the C++ step does not compute what these layers do."""
         dtype = layers[0].input_layernorm.weight.dtype
-        if _native._C is None:
+        if extension._C is None:
             return "the C++ extension is not built (`peft-elastic info` says how to get it)"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the norms are {dtype}; allowed are torch.float32 and torch.bfloat16"
@@ -525,7 +524,7 @@ class _FusedLayers:
         hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
         mask = None if mask is None else mask.contiguous()
         output = torch.empty_like(hidden)
-        _native._C.decode(  # type: ignore[union-attr]
+        extension._C.decode(  # type: ignore[union-attr]
             self.model,
             batch=hidden.shape[0],
             length=room.length - 1,
@@ -636,7 +635,7 @@ class _DenseStep:
             return nn.Linear.forward(linear, input)
         x, weight, bias = input.contiguous(), linear.weight, linear.bias
         y = x.new_empty((*x.shape[:-1], linear.out_features))
-        _native._C.dense_linear(  # type: ignore[union-attr]
+        extension._C.dense_linear(  # type: ignore[union-attr]
             x=x.data_ptr(),
             rows=rows,
             out_features=linear.out_features,
@@ -652,7 +651,7 @@ class _DenseStep:
     def takes(self, input: Tensor) -> bool:
         """Whether C++ computes what torch would."""
         return (
-            _native._C is not None
+            extension._C is not None
             and not _is_special_mode()
             and is_plain(input)
             and input.dtype in (torch.float32, torch.bfloat16)

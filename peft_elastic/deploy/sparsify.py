@@ -26,18 +26,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..parameters import check_parameters
-from ..quantization import QuantizedLinear
+from ..common.parameters import check_parameters
+from ..common.progress import progress_bar
+from ..cost import timing
+from ..layers import ops
+from ..layers.format import check_dtype, check_int4, groups_in_order
+from ..layers.quantized_linear import QuantizedLinear
+from ..layers.sparse_linear import SparseLinear
 from ..quantization.saving import GridQuantizer, unguard_saving
 from ..structure.modules import linear_layers, routers
-from ..utils import progress_bar
-from . import checkpoint, ops, timing
-from .format import check_dtype, check_int4, groups_in_order
-from .sparse_linear import SparseLinear
-
-
-# Faster by less than that is within the noise of the measurement.
-CLEARLY_FASTER = 1.05
+from . import checkpoint
 
 
 @dataclass(frozen=True)
@@ -342,7 +340,7 @@ def _decide(name: str, linear: Any, dtype: str, when: str, min_sparsity: float, 
         }
         values = max(timed, key=lambda each: timed[each].dense / timed[each].sparse)
         dense, sparse = timed[values]
-        swapped = dense > CLEARLY_FASTER * sparse
+        swapped = dense > timing.CLEARLY_FASTER * sparse
         reason = f"{dense / sparse:.2f} times as fast as dense"
     return SwapDecision(
         name,

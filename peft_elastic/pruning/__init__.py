@@ -15,10 +15,17 @@
 """Pruning of base weights: `prune(model, config, calibration)` with one config dataclass per method sets them to zero. Whole
 blocks, channels and heads are removed by `structured`."""
 
+from ..common.moved import moved_modules
 from .config import MagnitudeConfig, PruningConfig, WandaConfig
-from .layers import measure_sparsity
 from .prune import prune
-from .report import PruningReport
+from .report import PruningReport, measure_sparsity
 
 
 __all__ = ["MagnitudeConfig", "PruningConfig", "PruningReport", "WandaConfig", "measure_sparsity", "prune"]
+
+__getattr__ = moved_modules(
+    __name__,
+    {
+        "layers": "peft_elastic.structure.selection",
+    },
+)

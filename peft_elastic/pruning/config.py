@@ -17,31 +17,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-
-def check_patterns(config: Any) -> None:
-    """Verifies `target_modules` and `exclude_modules` of a config, ValueError if they are of no use; sets become lists."""
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, set):  # what peft makes of its own target_modules
-            value = sorted(value)
-            object.__setattr__(config, name, value)
-        names = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
-        if value is not None and not names and not (isinstance(value, str) and value):
-            raise ValueError(
-                f"{name}: got {value!r}; it must be a non-empty list of names, a regular expression or None."
-            )
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{name}: got {value!r}, which is not a regular expression ({error}).") from error
-
-
-def check_max_samples(max_samples: Any) -> None:
-    if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
-        raise ValueError(f"max_samples: got {max_samples!r}; it must be a whole number >= 1, or None.")
+from ..common.checks import check_max_samples
+from ..structure.selection import check_patterns
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.progress import progress_bar
 from ..structure.modules import weight_matrix
-from ..utils import progress_bar
 from .config import MagnitudeConfig
 from .masks import pruning_mask
 

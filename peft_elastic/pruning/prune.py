@@ -22,8 +22,8 @@ from typing import Any
 from torch import nn
 
 from ..structure.modules import routers, weight_matrix, zero_fraction
+from ..structure.selection import check_changeable, select_layers, warn_of_fused_experts
 from .config import MagnitudeConfig, PruningConfig, WandaConfig
-from .layers import check_prunable, select_layers, warn_of_fused_experts
 from .magnitude import prune_magnitude
 from .report import PruningReport
 from .wanda import prune_wanda
@@ -87,3 +87,17 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
     ]
     left_out = [name for name in routers(model) if name not in layers]
     return PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens, left_out)
+
+
+def check_prunable(model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple[int, int] | None) -> None:
+    """
+    Raises:
+        ValueError: as `check_changeable`, or the number of inputs of a layer does not fit the n:m pattern.
+    """
+    check_changeable(model, layers, "prune", "pruned")
+    for name, layer in layers.items():
+        inputs = weight_matrix(layer).shape[1]
+        if n_of_m is not None and inputs % n_of_m[1]:
+            raise ValueError(
+                f"pattern: got '{n_of_m[0]}:{n_of_m[1]}', but {name} has {inputs} inputs, which is not divisible by {n_of_m[1]}."
+            )

@@ -11,17 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""What a call of `prune` did, and how sparse a model is."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..utils import atomic_write_text
+from torch import nn
+
+from ..common.writing import atomic_write_text
+from ..structure.modules import linear_layers, zero_fraction
+from ..structure.report import layer_table, mean_over_weights, routers_line
 
 
 @dataclass
@@ -66,55 +69,23 @@ class PruningReport:
         return "\n".join([f"{self.method}: {self.seconds:.1f} s{tokens}", *lines, *routers_line(self.routers)])
 
 
-def layer_table(
-    layers: list[dict[str, Any]],
-    columns: tuple[str, ...],
-    summary: Callable[[list[dict[str, Any]]], tuple[str, ...]],
-) -> list[str]:
-    """The lines of a table of layers, the same layer of all blocks in one line, and a line for all of them.
-
-    Args:
-        layers: rows with `name` and `shape` ([out, in]).
-        columns: titles of what `summary` returns for some rows.
-    """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in layers:
-        kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row["name"])
-        groups.setdefault((kind, "x".join(map(str, row["shape"]))), []).append(row)
-
-    def line(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-        return str(len(rows)), f"{sum(map(weights_of, rows)):,}", *summary(rows)
-
-    table = [
-        ("layer", "out x in", "layers", "weights", *columns),
-        *((*key, *line(rows)) for key, rows in groups.items()),
-        ("total", "", *line(layers)),
-    ]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
-        )
-        for cells in table
-    ]
-
-
-def routers_line(routers: list[str]) -> list[str]:
-    """What a report says of the routers that were left out."""
-    if not routers:
-        return []
-    return [
-        f"left alone: {len(routers)} routers of mixtures of experts, such as {routers[0]} (`target_modules` can name them)"
-    ]
-
-
-def weights_of(row: dict[str, Any]) -> int:
-    return row["shape"][0] * row["shape"][1]
-
-
-def mean_over_weights(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] * weights_of(row) for row in rows) / sum(map(weights_of, rows))
-
-
 def _summary(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(f"{mean_over_weights(rows, key):.2%}" for key in ("sparsity_before", "sparsity_after"))
+
+
+def measure_sparsity(model: nn.Module) -> dict[str, float]:
+    """
+    Fraction of zero weights of each linear layer.
+
+    Args:
+        model: any module. Layers with packed or integer weights are left out, since their zeros mean nothing.
+
+    Returns:
+        {layer name: fraction in [0, 1]}; for a layer wrapped by a peft adapter that of its base weight, of a narrowed one that
+        of its active part.
+    """
+    return {
+        name: zero_fraction(layer)
+        for name, layer in linear_layers(model).items()
+        if not hasattr(layer, "qweight") and layer.weight.is_floating_point()  # type: ignore[operator]
+    }

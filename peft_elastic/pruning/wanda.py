@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.progress import progress_bar
 from ..structure.calibration import calibration_batches, calibration_mode
 from ..structure.inputs import InputCollector, is_encoder_decoder
 from ..structure.modules import weight_matrix
 from ..structure.sequential import BlockWalker, Unit
-from ..utils import progress_bar
 from .config import WandaConfig
 from .masks import pruning_mask
 

@@ -13,10 +13,11 @@
 # limitations under the License.
 """Affine group quantisation of base weights: `quantize(model, config, calibration)`, and the GPTQ format on disk."""
 
+from ..common.moved import moved_modules
+from ..layers.grid import Grid, fit_grid
+from ..layers.quantized_linear import QuantizedLinear
 from .checkpoint import save_gptq
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
-from .grid import Grid, fit_grid
-from .layer import QuantizedLinear
 from .loading import load_gptq
 from .quantize import quantize
 from .report import QuantizationReport
@@ -34,3 +35,12 @@ __all__ = [
     "quantize",
     "save_gptq",
 ]
+
+__getattr__ = moved_modules(
+    __name__,
+    {
+        "gptq_format": "peft_elastic.layers.gptq_format",
+        "grid": "peft_elastic.layers.grid",
+        "layer": "peft_elastic.layers.quantized_linear",
+    },
+)

@@ -17,8 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..pruning.config import check_max_samples, check_patterns
-from .grid import CLIPPING, check_grid_options
+from ..common.checks import check_max_samples
+from ..layers.grid import CLIPPING, check_grid_options
+from ..structure.selection import check_patterns
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..layers.grid import Grid, fit_grid
 from .config import GPTQConfig
-from .grid import Grid, fit_grid
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import regex
 
-from .gptq_format import FORMATS
+from ..layers.gptq_format import FORMATS
 
 
 CONFIG_FILE = "config.json"

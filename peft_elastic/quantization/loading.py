@@ -33,12 +33,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..layers.gptq_format import TENSORS, convention_of, stored_zeros, unpack_gptq
+from ..layers.grid import BITS, Grid
+from ..layers.quantized_linear import QuantizedLinear
 from ..structure.modules import linear_layers, output_head, replace_layers, weight_matrix
 from .checkpoint_names import names_in_model
-from .gptq_format import TENSORS, convention_of, stored_zeros, unpack_gptq
 from .gptq_settings import CONFIG_FILE, LayerSettings, Settings, read_object
-from .grid import BITS, Grid
-from .layer import QuantizedLinear
 from .saving import guard_saving
 
 

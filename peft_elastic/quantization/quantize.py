@@ -25,16 +25,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..pruning.layers import check_changeable, select_layers, warn_of_fused_experts
+from ..common.progress import progress_bar
+from ..layers.grid import Grid, check_group_size, fit_grid
+from ..layers.quantized_linear import QuantizedLinear
 from ..structure.calibration import calibration_batches, calibration_mode
 from ..structure.inputs import InputCollector, is_encoder_decoder
 from ..structure.modules import replace_layers, routers, weight_matrix
+from ..structure.selection import check_changeable, select_layers, warn_of_fused_experts
 from ..structure.sequential import BlockWalker
-from ..utils import progress_bar
 from .config import GPTQConfig, QuantizationConfig, RTNConfig
 from .gptq import Rounded, gptq, output_error
-from .grid import Grid, check_group_size, fit_grid
-from .layer import QuantizedLinear
 from .report import QuantizationReport
 from .saving import check_unquantized, guard_saving
 

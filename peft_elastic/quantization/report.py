@@ -19,8 +19,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..pruning.report import layer_table, mean_over_weights, routers_line
-from ..utils import atomic_write_text
+from ..common.writing import atomic_write_text
+from ..structure.report import layer_table, mean_over_weights, routers_line
 
 
 @dataclass

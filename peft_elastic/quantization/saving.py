@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..layers.quantized_linear import QuantizedLinear
 from ..structure.modules import replace_layers
-from .layer import QuantizedLinear
 
 
 class InMemoryConfig(QuantizationConfigMixin):

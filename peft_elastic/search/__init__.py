@@ -14,8 +14,10 @@
 """Subnet search: objectives, cost model, ready-made evaluators, pymoo algorithms, results and plots. Knows search
 spaces and elastic models (`supernet`), but no tuner."""
 
+from ..common.moved import moved_modules
+from ..cost.counts import CostModel
+from ..cost.latency import LatencyModel, LatencyReport
 from .algorithms import ALGORITHMS
-from .cost import CostModel
 from .effects import ChoiceEffects, estimate_effects
 from .evaluators import (
     Evaluator,
@@ -26,7 +28,6 @@ from .evaluators import (
     PerplexityEvaluator,
 )
 from .hypervolume import hypervolume_of
-from .latency import LatencyModel, LatencyReport
 from .result import Evaluation, SearchResult
 from .search import search_subnet
 
@@ -49,3 +50,13 @@ __all__ = [
     "hypervolume_of",
     "search_subnet",
 ]
+
+__getattr__ = moved_modules(
+    __name__,
+    {
+        "context": "peft_elastic.supernet.context",
+        "cost": "peft_elastic.cost.counts",
+        "latency": "peft_elastic.cost.latency",
+        "merged": "peft_elastic.cost.merged",
+    },
+)

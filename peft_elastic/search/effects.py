@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..supernet import Choice, ElasticHost, SearchSpace, Subnet, get_elastic_host
-from .context import eval_mode, subnet_restored
+from ..supernet.context import eval_mode, subnet_restored
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .context import eval_mode
+from ..supernet.context import eval_mode
 
 
 class Evaluator(ABC):

@@ -19,8 +19,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..documents import ANYTHING, COUNT, MEASURED, MapOf, Record
-from ..journal import Journal
+from ..common.documents import ANYTHING, COUNT, MEASURED, MapOf, Record
+from ..common.journal import Journal
 from .result import Evaluation
 from .values import from_json, to_json
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cost.counts import COST_NAMES
 from .constraints import NEEDS_LATENCY
-from .cost import COST_NAMES
 from .evaluators import Evaluator
 from .values import plain
 

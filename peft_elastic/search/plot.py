@@ -27,7 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from ..utils import atomic_path
+from ..common.writing import atomic_path
 
 
 if TYPE_CHECKING:

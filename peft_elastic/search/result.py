@@ -26,11 +26,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
-from ..documents import ANYTHING, COUNT, MEASURED, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
+from ..common.documents import (
+    ANYTHING,
+    COUNT,
+    MEASURED,
+    NUMBER,
+    TEXT,
+    Document,
+    ListOf,
+    MapOf,
+    Nullable,
+    OneOf,
+    Record,
+)
+from ..common.writing import atomic_write_text
+from ..cost.counts import COST_NAMES
 from ..supernet.space import SearchSpace, Subnet
-from ..utils import atomic_write_text
 from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
-from .cost import COST_NAMES
 from .hypervolume import hypervolume_of
 from .values import from_json, to_json
 

@@ -27,16 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.progress import progress_bar
+from ..cost.counts import ALWAYS_RECORDED, CostModel
+from ..cost.latency import LatencyModel
+from ..supernet.context import eval_mode, seeded, subnet_restored
 from ..supernet.host import ElasticHost, get_elastic_host
 from ..supernet.space import SearchSpace, Subnet
-from ..utils import progress_bar
 from .algorithms import ALGORITHMS, EVOLUTIONARY, reference_subnets
 from .constraints import Constraints, collect_bounds, is_number, resolve_bounds
-from .context import eval_mode, seeded, subnet_restored
-from .cost import ALWAYS_RECORDED, CostModel
 from .history import HistoryFile
 from .hypervolume import HypervolumeTracker
-from .latency import LatencyModel
 from .objectives import Objective, ObjectiveLike, parse_objectives, read_values
 from .result import Evaluation, SearchResult, minimised
 

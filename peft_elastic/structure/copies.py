@@ -30,9 +30,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..parameters import computed_tensors
-from ..quantization.layer import QuantizedLinear
-from .bitsandbytes import is_bitsandbytes
+from ..common.parameters import computed_tensors
+from ..layers.backends.bitsandbytes import is_bitsandbytes
+from ..layers.quantized_linear import QuantizedLinear
 
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..quantization.grid import Grid
-from ..quantization.layer import QuantizedLinear
-from .bitsandbytes import dequantize, is_bitsandbytes
+from ..layers.backends.bitsandbytes import dequantize, is_bitsandbytes
+from ..layers.grid import Grid
+from ..layers.quantized_linear import QuantizedLinear
 from .blocks import Block, Ranges, Removed, Structure, empty_block
 from .importance import note_orders
 from .inputs import is_encoder_decoder

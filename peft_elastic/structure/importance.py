@@ -29,9 +29,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..parameters import check_parameters
-from ..utils import progress_bar
-from .bitsandbytes import is_bitsandbytes
+from ..common.parameters import check_parameters
+from ..common.progress import progress_bar
+from ..layers.backends.bitsandbytes import is_bitsandbytes
 from .blocks import KINDS, Slot, Structure, Width, layer_at, layer_sizes
 from .calibration import calibration_batches, calibration_mode
 from .inputs import InputCollector, is_encoder_decoder

@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..parameters import check_parameters
+from ..common.parameters import check_parameters
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -28,9 +28,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..parameters import check_parameters
-from ..quantization.layer import QuantizedLinear
-from .bitsandbytes import dequantize, is_bitsandbytes
+from ..common.parameters import check_parameters
+from ..layers.backends.bitsandbytes import dequantize, is_bitsandbytes
+from ..layers.quantized_linear import QuantizedLinear
 from .blocks import Block, Ranges, Width, keep_places, layer_at, main_first
 from .layouts import Skip
 from .modules import module_at

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from ..documents import ANYTHING, COUNT, FLAG, POSITIVE, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
-from ..utils import atomic_write_text
+from ..common.documents import ANYTHING, COUNT, FLAG, POSITIVE, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
+from ..common.writing import atomic_write_text
 
 
 _SUBNET = Document("subnet", "peft-elastic/subnet", 1, Record(None, ANYTHING, values=MapOf(COUNT)))

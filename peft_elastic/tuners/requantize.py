@@ -24,11 +24,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..pruning.report import layer_table, mean_over_weights
-from ..quantization import Grid, QuantizedLinear, fit_grid
-from ..quantization.gptqmodel import leave_gptqmodel
+from ..common.progress import progress_bar
+from ..layers.backends.gptqmodel import leave_gptqmodel
+from ..layers.grid import Grid, fit_grid
+from ..layers.quantized_linear import QuantizedLinear
 from ..quantization.saving import guard_saving
-from ..utils import progress_bar
+from ..structure.report import layer_table, mean_over_weights
 from .sparse_qa_lora import base_layer as base
 from .sparse_qa_lora.layer import SparseLoraLinear
 from .tied_weights import check_tied_weights, merged_once

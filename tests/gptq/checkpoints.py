@@ -16,7 +16,7 @@
 from pathlib import Path
 
 import torch
-from models import outputs, tiny_llama, tokens
+from support.models import outputs, tiny_llama, tokens
 from transformers import AutoModelForCausalLM
 
 from peft_elastic import MagnitudeConfig, prune

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import GROUP_SIZE, SHAPE
-from models import VOCABULARY, tiny_llama
+from support.models import VOCABULARY, tiny_llama
 
 
 # GPTQModel reads these. Its thread pool cannot be made, by default, on a machine with one or two cores, and its kernel

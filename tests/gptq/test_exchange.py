@@ -31,19 +31,11 @@ from checkpoints import (
     own_layers,
     pruned,
 )
-from models import outputs, tiny_llama, tiny_qwen2, tokens
+from support.models import outputs, tiny_llama, tiny_qwen2, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_elastic.quantization import (
-    GPTQConfig,
-    Grid,
-    QuantizedLinear,
-    RTNConfig,
-    load_gptq,
-    quantize,
-    save_gptq,
-)
+from peft_elastic.quantization import GPTQConfig, Grid, QuantizedLinear, RTNConfig, load_gptq, quantize, save_gptq
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import KINDS, SHAPE, load, name_of
-from models import outputs, randomize, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from support.models import outputs, randomize, tiny_llama, tokens
 
 from peft_elastic import ElasticLoraConfig
-from peft_elastic.search.cost import CostModel
+from peft_elastic.cost.counts import CostModel
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -31,9 +31,9 @@ from checkpoints import (
     own_layers,
     pruned,
 )
-from models import outputs, randomize, tiny_qwen2, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from training import arguments, dataset
+from support.models import outputs, randomize, tiny_qwen2, tokens
+from support.training import arguments, dataset
 from transformers import Trainer
 
 from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCallback, merge_and_requantize

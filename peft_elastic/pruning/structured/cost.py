@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from ...search.cost import CostModel
-from ...search.latency import LatencyModel
+from ...cost.counts import CostModel
+from ...cost.latency import LatencyModel
 from ...structure.blocks import Structure
 from ...structure.space import activate
 from ...supernet.host import HOST_ATTRIBUTE

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...documents import read_json
+from ...common.documents import read_json
 from ...structure.blocks import Block, Structure, Width
 from ...structure.importance import noted_orders
 from .config import MultiPrunerConfig

@@ -30,13 +30,13 @@ from matplotlib.ticker import EngFormatter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
+from ...common.documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
+from ...common.writing import atomic_path, atomic_write_text
 from ...structure.blocks import Structure, Width, layer_at
 from ...structure.description import active_values, extract_described, is_left, plan_extraction
 from ...structure.importance import ORDER_SETTING, check_sortable, noted_orders, reorder
 from ...structure.narrow import check_narrowable, is_narrowed
 from ...structure.space import activate
-from ...utils import atomic_path, atomic_write_text
 from .units import depth_key
 
 

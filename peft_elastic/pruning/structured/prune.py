@@ -27,20 +27,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...deploy.timing import clock
-from ...documents import FINITE, ListOf, Record, read_json
+from ...common.documents import FINITE, ListOf, Record, read_json
+from ...common.progress import progress_bar
+from ...common.writing import atomic_write_text
+from ...cost.timing import clock
 from ...structure.blocks import Structure, Width, layer_at
 from ...structure.calibration import calibration_batches, calibration_mode
 from ...structure.description import undescribable
-from ...structure.importance import (
-    apply_orders,
-    check_sortable,
-    measure_importance,
-)
+from ...structure.importance import apply_orders, check_sortable, measure_importance
 from ...structure.narrow import check_narrowable
 from ...structure.space import PARTS
 from ...supernet.host import HOST_ATTRIBUTE
-from ...utils import atomic_write_text, progress_bar
 from .config import StructuredPruningConfig
 from .cost import Costs
 from .greedy import GreedyPruning, Stage, smallest_state

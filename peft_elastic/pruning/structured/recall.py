@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...deploy.timing import clock
-from ...documents import COUNT, NUMBER, TEXT, MapOf, Nullable, Record
-from ...journal import Journal
+from ...common.documents import COUNT, NUMBER, TEXT, MapOf, Nullable, Record
+from ...common.journal import Journal
+from ...cost.timing import clock
 from .metric import Measurement, Metric
 from .units import State
 

@@ -19,7 +19,7 @@ from typing import Optional
 
 from peft.tuners.lora import bnb
 
-from ...structure.bitsandbytes import unpack
+from ...layers.backends.bitsandbytes import unpack
 
 
 class Linear4bit(bnb.Linear4bit):

@@ -23,11 +23,11 @@ from typing import Any, Optional, Union
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
-from ...documents import read_json
+from ...common.documents import read_json
+from ...common.writing import atomic_write_text
 from ...structure.blocks import KINDS
 from ...structure.importance import IMPORTANCES
 from ...structure.space import check_width_options
-from ...utils import atomic_write_text
 
 
 # The variants of LoRA that work on any leading part of A and B. The others keep state of their own for each rank

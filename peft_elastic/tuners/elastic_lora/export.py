@@ -30,10 +30,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ...files import replaced_files
+from ...common.files import replaced_files
+from ...common.writing import writing
 from ...structure.importance import move_adapter, noted_orders
 from ...supernet.groups import plain_path
-from ...utils import writing
 from .config import ElasticLoraConfig
 from .layer import active_weights, full_weights, get_rank, padded_weights, rank_multiple
 

@@ -40,12 +40,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ...deploy.format import check_dtype
+from ...common.parameters import check_parameters
 from ...deploy.sparsify import find_obstacle, sparsify_linears
-from ...parameters import check_parameters
-from ...quantization import QuantizedLinear
-from ...quantization.gptqmodel import is_gptqmodel
-from ...structure.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
+from ...layers.backends.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
+from ...layers.backends.gptqmodel import is_gptqmodel
+from ...layers.format import check_dtype
+from ...layers.quantized_linear import QuantizedLinear
 from ...structure.blocks import KINDS, Structure, Width
 from ...structure.description import extract_described, undescribable
 from ...structure.importance import (

@@ -24,9 +24,10 @@ from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...quantization import Grid, QuantizedLinear
-from ...quantization.gptqmodel import is_gptqmodel, read_layer
-from ...structure.bitsandbytes import dequantize, is_bitsandbytes
+from ...layers.backends.bitsandbytes import dequantize, is_bitsandbytes
+from ...layers.backends.gptqmodel import is_gptqmodel, read_layer
+from ...layers.grid import Grid
+from ...layers.quantized_linear import QuantizedLinear
 from ...structure.narrow import active_ranges, plain_class
 
 

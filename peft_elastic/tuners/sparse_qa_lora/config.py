@@ -18,7 +18,7 @@ from typing import Optional
 
 from peft.utils import PeftType
 
-from ...quantization.grid import CLIPPING, check_grid_options
+from ...layers.grid import CLIPPING, check_grid_options
 from ..elastic_lora.config import ElasticLoraConfig
 
 

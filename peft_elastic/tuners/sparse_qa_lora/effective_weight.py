@@ -31,9 +31,9 @@ from typing import Any, Optional
 import torch
 import torch.utils.checkpoint
 
-from ... import _native
-from ...addresses import address, is_plain, is_watched
-from ...quantization import Grid
+from ...layers import extension
+from ...layers.addresses import address, is_plain, is_watched
+from ...layers.grid import Grid
 
 
 # Of W at a time: for a product, which is efficient with a few hundred rows, and for what goes over a panel element by
@@ -291,7 +291,7 @@ class _Update:
     def _has_kernel(self) -> bool:
         weight, grid = self.weight, self.grid
         return (
-            _native._C is not None
+            extension._C is not None
             and not is_watched()
             and is_plain(weight)
             and weight.dtype in _KERNEL_DTYPES
@@ -310,9 +310,9 @@ class _Update:
         if grid is not None:
             scales, zeros = grid.scales[rows].float().contiguous(), grid.zeros[rows].float().contiguous()
             groups = weight.shape[0], weight.shape[1] // grid.group_size
-        _native._C.effective_panel(  # type: ignore[union-attr]
+        extension._C.effective_panel(  # type: ignore[union-attr]
             weight=weight.data_ptr(),
-            weight_type=getattr(_native._C.FloatType, _KERNEL_DTYPES[weight.dtype]),  # type: ignore[union-attr]
+            weight_type=getattr(extension._C.FloatType, _KERNEL_DTYPES[weight.dtype]),  # type: ignore[union-attr]
             rows=weight.shape[0],
             columns=weight.shape[1],
             weight_stride=weight.stride(0),

@@ -24,10 +24,10 @@ from peft.utils.other import transpose
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...parameters import check_parameters
-from ...quantization import Grid, QuantizedLinear, fit_grid
-from ...quantization.gptqmodel import is_gptqmodel, to_quantized_linear
-from ...quantization.grid import check_group_size
+from ...common.parameters import check_parameters
+from ...layers.backends.gptqmodel import is_gptqmodel, to_quantized_linear
+from ...layers.grid import Grid, check_group_size, fit_grid
+from ...layers.quantized_linear import QuantizedLinear
 from ...structure.narrow import active_ranges
 from . import base_layer as base
 from .config import SparseQALoraConfig

@@ -23,8 +23,9 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...quantization import Grid, QuantizedLinear
-from ...quantization.gptqmodel import leave_gptqmodel
+from ...layers.backends.gptqmodel import leave_gptqmodel
+from ...layers.grid import Grid
+from ...layers.quantized_linear import QuantizedLinear
 from ...quantization.saving import guard_saving
 from ..elastic_lora import ElasticLoraModel
 from . import base_layer as base
