@@ -30,7 +30,6 @@ from .room import Room
 
 
 FEW_ROWS = 4  # with more torch multiplies dense layers faster than the C++ step does
-_FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
 _SILU = (nn.SiLU, SiLUActivation)
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -62,9 +61,8 @@ class FusedLayers:
         self.count, self.dtype, self.head_dim = len(layers), dtype, first.head_dim
         self.hidden_size, self.kv_heads = first.q_proj.in_features, first.k_proj.out_features // first.head_dim
         self.most_rows = ops.DENSE_ROWS - 1
-        self.model = extension._C.DecodeModel(  # type: ignore[union-attr]
-            _FLOAT_TYPES[dtype], self.hidden_size, self.head_dim
-        )
+        native: Any = extension._C
+        self.model = native.DecodeModel(ops.FLOAT_TYPES[dtype], self.hidden_size, self.head_dim)
         self.entries: list[tuple[dict[str, Any], str, Any]] = []  # what was found where
         places: list[tuple[nn.Module, str]] = []
         for layer in layers:
@@ -90,9 +88,9 @@ class FusedLayers:
                 self._enter(linear.__dict__, "bias")  # where modules keep one that is None, or no parameter
             self._enter(attention.__dict__, "scaling")
             self.model.add_layer(
-                [self._addresses(linear) for linear in linears],
-                [(0, 0.0) if norm is None else (norm.weight.data_ptr(), norm.variance_epsilon) for norm in norms],
-                attention.scaling,
+                **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), map(self._linear, linears), strict=True)),
+                **dict(zip(("input_norm", "mlp_norm", "q_norm", "k_norm"), map(self._norm, norms), strict=True)),
+                scaling=attention.scaling,
             )
         self.watch = Watch(places)
         self.owners, self.names, self.found = ([entry[i] for entry in self.entries] for i in range(3))
@@ -102,18 +100,26 @@ class FusedLayers:
         self.memory = [tensor.detach() for tensor in self.tensors]
 
     @staticmethod
-    def _addresses(linear: Any) -> tuple[int, ...]:
+    def _linear(linear: Any) -> Any:
         packed, bias = (linear.packed, linear.bias) if type(linear) is SparseLinear else (None, linear.bias)
         scales = None if packed is None else linear.scales
-        return (
-            linear.out_features,
-            linear.in_features,
-            linear.weight.data_ptr() if packed is None else packed.data_ptr(),
-            0 if packed is None else packed.numel(),
-            0 if scales is None else scales.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else _FLOAT_TYPES[bias.dtype],
+        native: Any = extension._C
+        return native.DecodeLinear(
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            weight=linear.weight.data_ptr() if packed is None else packed.data_ptr(),
+            size=0 if packed is None else packed.numel(),
+            scales=0 if scales is None else scales.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            bias_type=ops.FLOAT_TYPES[torch.float32 if bias is None else bias.dtype],
         )
+
+    @staticmethod
+    def _norm(norm: Any) -> Any:
+        native: Any = extension._C
+        if norm is None:
+            return None
+        return native.DecodeNorm(weight=norm.weight.data_ptr(), epsilon=norm.variance_epsilon)
 
     def _enter(self, owner: dict[str, Any], name: str) -> None:
         self.entries.append((owner, name, owner.get(name)))
@@ -190,17 +196,17 @@ class FusedLayers:
         output = torch.empty_like(hidden)
         extension._C.decode(  # type: ignore[union-attr]
             self.model,
-            hidden.shape[0],
-            room.length - 1,
-            room.capacity,
-            address("hidden", hidden, self.dtype),
-            address("cos", cos, self.dtype),
-            address("sin", sin, self.dtype, tuple(cos.shape)),
-            cos.shape[0] > 1,
-            0 if mask is None else address("mask", mask, torch.bool, (hidden.shape[0], room.length)),
-            room.addresses.buffer_info()[0],
-            output.data_ptr(),
-            torch.get_num_threads(),
+            batch=hidden.shape[0],
+            length=room.length - 1,
+            capacity=room.capacity,
+            hidden=address("hidden", hidden, self.dtype),
+            cos=address("cos", cos, self.dtype),
+            sin=address("sin", sin, self.dtype, tuple(cos.shape)),
+            rotary_per_row=cos.shape[0] > 1,
+            mask=0 if mask is None else address("mask", mask, torch.bool, (hidden.shape[0], room.length)),
+            keys_and_values=room.addresses.buffer_info()[0],
+            output=output.data_ptr(),
+            threads=torch.get_num_threads(),
         )
         return output
 
@@ -219,15 +225,15 @@ class DenseStep:
         x, weight, bias = input.contiguous(), linear.weight, linear.bias
         y = x.new_empty((*x.shape[:-1], linear.out_features))
         extension._C.dense_linear(  # type: ignore[union-attr]
-            x.data_ptr(),
-            rows,
-            linear.out_features,
-            linear.in_features,
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            _FLOAT_TYPES[x.dtype],
-            torch.get_num_threads(),
+            x=x.data_ptr(),
+            rows=rows,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            weight=weight.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            type=ops.FLOAT_TYPES[x.dtype],
+            threads=torch.get_num_threads(),
         )
         return y
 
