@@ -92,13 +92,14 @@ def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], di
         )
 
 
-def pack(bitmask: Tensor, values: Tensor, in_features: int) -> Tensor:
+def pack(bitmask: Tensor, values: Tensor, in_features: int, kind: Optional[str] = None) -> Tensor:
     """The in-memory form of a sparse weight, tiled as the kernels read it (csrc/format.h).
 
     Args:
         bitmask: uint8 [out_features, ceil(in_features / 8)]; bit j of byte b of a row is column 8 b + j.
         values: bfloat16 or int8 [nnz], the nonzeros row by row; int8 in -127 .. 127.
         in_features: columns of the weight.
+        kind: the type of the values as C++ calls it, whatever dtype they have; by default bf16 or int8.
 
     Returns:
         uint8 [bytes], with a header of its own.
@@ -108,10 +109,10 @@ def pack(bitmask: Tensor, values: Tensor, in_features: int) -> Tensor:
     """
     native = _extension()
     _check_matrix("bitmask", bitmask, (torch.uint8,), 2)
-    _check_matrix("values", values, _VALUE_DTYPES, 1)
+    _check_matrix("values", values, _VALUE_DTYPES if kind is None else (values.dtype,), 1)
     bitmask, values = bitmask.contiguous(), values.contiguous()
     source = native.Source(
-        type=_VALUE_TYPES[values.dtype],
+        type=_VALUE_TYPES[values.dtype] if kind is None else getattr(native.ValueType, kind),
         out_features=bitmask.shape[0],
         in_features=in_features,
         bitmask=address("bitmask", bitmask, torch.uint8),
@@ -136,11 +137,15 @@ def pack_dense(weight: Tensor) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """`(bitmask, values)`: the inverse of `pack`. ValueError if `packed` is damaged."""
+def unpack(packed: Tensor, dtype: Optional[torch.dtype] = None) -> tuple[Tensor, Tensor]:
+    """`(bitmask, values)`: the inverse of `pack`. ValueError if `packed` is damaged.
+
+    Args:
+        dtype: of the values; by default bfloat16 or int8.
+    """
     info = describe(packed)
     bitmask = _new(info.out_features, (info.in_features + 7) // 8)
-    values = _new(info.nnz, dtype=torch.bfloat16 if info.dtype == "bf16" else torch.int8)
+    values = _new(info.nnz, dtype=dtype or (torch.bfloat16 if info.dtype == "bf16" else torch.int8))
     _extension().unpack(packed.data_ptr(), packed.numel(), values=values.data_ptr(), bitmask=bitmask.data_ptr())
     return bitmask, values
 

@@ -193,14 +193,14 @@ def restore(tensors: Tensors, sizes: Sizes) -> torch.Tensor:
     return dense
 
 
-def pack(tensors: Tensors, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`ValueFormat.pack` of values after a bitmap, with or without a scale for each row."""
-    packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], sizes.in_features)
+def pack(kind: str, tensors: Tensors, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`ValueFormat.pack` of values after a bitmap, with or without a scale for each row; `kind` is their type in C++."""
+    packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], sizes.in_features, kind)
     return packed, tensors.get("weight_scales")
 
 
-def unpack(packed: torch.Tensor, scales: torch.Tensor | None) -> Tensors:
-    """The inverse of `pack`."""
-    bitmask, values = ops.unpack(packed)
+def unpack(dtype: torch.dtype, packed: torch.Tensor, scales: torch.Tensor | None) -> Tensors:
+    """The inverse of `pack`, with values of `dtype`."""
+    bitmask, values = ops.unpack(packed, dtype)
     tensors = {"weight_bitmask": bitmask, "weight_values": values}
     return tensors if scales is None else {**tensors, "weight_scales": scales}

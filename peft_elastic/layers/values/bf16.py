@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from . import base
@@ -46,7 +48,7 @@ BF16 = ValueFormat(
     compress=_compress,
     verify=_verify,
     decompress=_decompress,
-    pack=base.pack,
-    unpack=base.unpack,
+    pack=partial(base.pack, "bf16"),
+    unpack=partial(base.unpack, torch.bfloat16),
     bytes=lambda sizes: base.bitmask_bytes(sizes) + 2 * sizes.nnz,
 )

@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from . import base
@@ -54,7 +56,7 @@ INT8 = ValueFormat(
     compress=_compress,
     verify=_verify,
     decompress=_decompress,
-    pack=base.pack,
-    unpack=base.unpack,
+    pack=partial(base.pack, "int8"),
+    unpack=partial(base.unpack, torch.int8),
     bytes=lambda sizes: base.bitmask_bytes(sizes) + sizes.nnz + 4 * sizes.out_features,
 )
