@@ -419,8 +419,7 @@ def sparse_linear(
         )
     if activations not in ("float", "int8") or (activations == "int8" and info.dtype != "int8"):
         raise ValueError(f'`activations` must be "float", or "int8" with an int8 weight, got {activations!r}.')
-    if (scales is not None) != (info.dtype == "int8"):
-        raise ValueError(f"`scales` go with int8 values and only with these; the weight is {info.dtype}.")
+    # whether scales go with these values, C++ says
     if scales is not None and (scales.dtype != torch.float32 or scales.shape != (out_features,)):
         raise ValueError(f"`scales` must be float32 [{out_features}], got {scales.dtype} {tuple(scales.shape)}.")
     if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.shape != (out_features,)):

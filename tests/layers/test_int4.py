@@ -451,7 +451,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path, sparsity):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("group_size", 4, "weight_scales is"),
+        ("group_size", 4, "weight_scales must be"),
         ("group_size", 0, "group_size is 0"),
         ("group_size", "8", "group_size is '8'"),
         ("sparse", False, "weight_bitmask"),
