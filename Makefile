@@ -37,7 +37,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) peft_elastic/version.py $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) peft_elastic/version.py $(wildcard csrc/* csrc/*/*)
 	@echo "Installing into $(VENV), which takes a few minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e ".[dev]"
@@ -53,7 +53,7 @@ test-all: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 
 # GPTQModel wants a newer torch than the rest, so it has an environment of its own.
-$(INSTALLED_GPTQ): pyproject.toml setup.py $(CONSTRAINTS_GPTQ) peft_elastic/version.py $(wildcard csrc/*)
+$(INSTALLED_GPTQ): pyproject.toml setup.py $(CONSTRAINTS_GPTQ) peft_elastic/version.py $(wildcard csrc/* csrc/*/*)
 	@echo "Installing into $(VENV_GPTQ), which takes a few minutes and, with CUDA, 7 GB."
 	@test -x $(VENV_GPTQ)/bin/python || $(PYTHON) -m venv $(VENV_GPTQ)
 	@$(VENV_GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS_GPTQ:%=-c %) -e ".[gptq]" pytest
@@ -64,7 +64,7 @@ test-gptq: $(INSTALLED_GPTQ)
 
 # What the tests themselves need is the newest that these versions go with. torch of PyPI is one with CUDA, of several GB;
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has smaller ones.
-$(INSTALLED_OLDEST): pyproject.toml setup.py $(CONSTRAINTS_OLDEST) peft_elastic/version.py $(wildcard csrc/*)
+$(INSTALLED_OLDEST): pyproject.toml setup.py $(CONSTRAINTS_OLDEST) peft_elastic/version.py $(wildcard csrc/* csrc/*/*)
 	@echo "Installing into $(VENV_OLDEST), which takes a few minutes."
 	@test -x $(VENV_OLDEST)/bin/python || $(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
 	@$(VENV_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS_OLDEST) \

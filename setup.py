@@ -6,6 +6,7 @@ The extension is optional: without a C++17 compiler the package installs all the
 
 import os
 import platform
+import re
 import runpy
 import tempfile
 from pathlib import Path
@@ -18,21 +19,34 @@ from setuptools.errors import BaseError, CompileError
 
 REQUIRED = os.environ.get("PEFT_ELASTIC_REQUIRE_EXT", "0") not in ("", "0")
 
-# Each level of the kernels is compiled for its own instructions, and the extension chooses among them when it runs. A
-# compiler that does not know an option builds the file without any: it is then empty, and the level absent.
-AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt"]
-AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vbmi", "vbmi2", "vnni"))]
+SOURCES = Path("csrc")
+
+
+def _flag(feature):
+    """The option of gcc and clang for a feature that cpu_features.h names as Linux does: avx512_bf16 is -mavx512bf16."""
+    return "-m" + re.sub("^amx_", "amx-", re.sub(r"^(avx\d*)_", r"\1", feature))
+
+
+# Each level of the kernels is compiled for its own features, which csrc/levels/levels.h lists, and the extension chooses among
+# them when it runs. A compiler that does not know an option builds the file without any: it is then empty, and the level absent.
 LEVEL_FLAGS = {
-    "level_avx2.cpp": AVX2,
-    "level_avx512.cpp": AVX512,
-    "level_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "level_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    name: [_flag(feature) for feature in re.sub(r'["\\]', "", features).split()]
+    for name, features in re.findall(
+        r'^ +LEVEL\((\w+),\s*((?:"[^"\n]*"|[\s\\])*),', (SOURCES / "levels" / "levels.h").read_text(), re.MULTILINE
+    )
 }
+if sorted(LEVEL_FLAGS) != sorted(path.stem for path in (SOURCES / "levels").glob("*.cpp")):
+    raise SystemExit(f"csrc/levels/levels.h lists {sorted(LEVEL_FLAGS)}, which are not the files beside it.")
+
+
+def level_flags(source):
+    """The options for a file: none, if it is not that of a level."""
+    return LEVEL_FLAGS[Path(source).stem] if Path(source).parent == SOURCES / "levels" else []
 
 
 # The extension carries what it was built from, and peft_elastic/layers/extension.py refuses one that is not its own.
 VERSION = runpy.run_path("peft_elastic/version.py")["__version__"]
-FINGERPRINT = runpy.run_path("peft_elastic/layers/fingerprint.py")["fingerprint"](Path("csrc"))
+FINGERPRINT = runpy.run_path("peft_elastic/layers/fingerprint.py")["fingerprint"](SOURCES)
 
 
 class BuildExt(build_ext):
@@ -56,7 +70,7 @@ class BuildExt(build_ext):
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            flags = LEVEL_FLAGS.get(Path(src).name, []) if is_x86 else []
+            flags = level_flags(src) if is_x86 else []
             if flags and not self._accepts(flags):
                 self.warn(f"this compiler knows not all of {' '.join(flags)}: building without {Path(src).stem}")
                 flags = []
@@ -79,8 +93,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "peft_elastic._C",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=["setup.py", "peft_elastic/version.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))],
+            sources=sorted(str(path) for path in SOURCES.rglob("*.cpp")),
+            depends=["setup.py", "peft_elastic/version.py", *sorted(str(path) for path in SOURCES.rglob("*.h"))],
+            include_dirs=[str(SOURCES)],
             define_macros=[("PEFT_ELASTIC_VERSION", VERSION), ("PEFT_ELASTIC_FINGERPRINT", FINGERPRINT)],
             # -O3 whatever Python was built with. gcc 12 takes the undefined operands in its own AVX512 header for mistakes.
             extra_compile_args=[]

@@ -50,7 +50,7 @@ NAMES = {
 def build(folder: Path, optimize: bool = True) -> Path:
     program = folder / "expansion"
     # All of the extension but what speaks Python: a list of files would be out of date with the next one.
-    library = sorted(file for file in (ROOT / "csrc").glob("*.cpp") if file.name != "module.cpp")
+    library = sorted(file for file in (ROOT / "csrc").rglob("*.cpp") if file.name != "module.cpp")
     flags = ["-std=c++17", "-O3" if optimize else "-O0", "-fPIC", "-fwrapv", "-w", "-pthread"]
     flags += ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt", f"-I{ROOT / 'csrc'}"]
     sources = [ROOT / "benchmarks" / "csrc" / "expansion.cpp", *library]

@@ -37,7 +37,7 @@ from torch import Tensor
 from peft_elastic.common.progress import progress_bar
 from peft_elastic.common.writing import atomic_write_text
 from peft_elastic.layers import extension, ops
-from peft_elastic.layers import format as weight_format
+from peft_elastic.layers.values import FORMATS, ROUNDED
 
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "576x1536")  # out_features x in_features
@@ -57,7 +57,7 @@ def int4_tensors(weight: Tensor, group_size: int, sparse: bool) -> dict[str, Ten
     q = torch.where(
         (q == 8) & (padded.view_as(q) != 0), 9, q
     )  # what is not pruned stays so, whatever it is rounded to
-    return weight_format.compress_int4(q.view(outs, -1)[:, :ins], scales, zeros, None, group_size, sparse)
+    return FORMATS["int4"].compress(q.view(outs, -1)[:, :ins], scales, zeros, None, group_size, sparse)
 
 
 def cases_of(weight: Tensor, rank: Tensor, x: Tensor, levels: list[str], group_sizes: list[int]) -> list[Case]:
@@ -82,8 +82,8 @@ def cases_of(weight: Tensor, rank: Tensor, x: Tensor, levels: list[str], group_s
 
     for sparsity in SPARSITIES:
         pruned = torch.where(rank < sparsity, 0, weight)
-        for values in ("bf16", "int8"):
-            stored = weight_format.compress(pruned, values)
+        for values in ROUNDED:
+            stored = FORMATS[values].compress(pruned)
             bits, numbers = stored["weight_bitmask"], stored["weight_values"]
             add(
                 f"sparse {values}", values, sparsity, lambda: ops.pack(bits, numbers, ins), stored.get("weight_scales")

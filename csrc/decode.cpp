@@ -17,181 +17,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 
-#include "floats.h"
+#include "lanes.h"
 #include "threads.h"
 
 namespace peft_elastic {
 namespace {
-
-// Sums are kept in so many lanes, which the compiler puts into vectors; it may not reorder the terms of a single sum.
-constexpr int kLanes = 16;
-
-PE_INLINE float widen(float value) { return value; }
-PE_INLINE float widen(std::uint16_t bf16) { return widen_bf16(bf16); }
-
-PE_INLINE void store(float* target, float value) { *target = value; }
-PE_INLINE void store(std::uint16_t* target, float value) { *target = round_to_bf16(value); }
-
-PE_INLINE float sum_of(const float* lanes) {
-  float eight[8], four[4];
-  for (int i = 0; i < 8; ++i) eight[i] = lanes[i] + lanes[i + 8];
-  for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// e^x to about 1e-7, between 1e-38 and 1e38: x = n ln 2 + r, the series of e^r, and n added to the exponent. Loops over it
-// become vectors, which those over std::exp do not.
-PE_INLINE float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are now those of n
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float sum = 1.0f / 5040;
-  sum = sum * r + 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 1.0f / 2;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
-  return bits_to_float(float_to_bits(sum) + (float_to_bits(shifted) << 23));
-}
-
-template <typename T>
-PE_INLINE float dot(const float* a, const T* b, std::int64_t count) {
-  float sums[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * widen(b[i + lane]);
-  }
-  for (int lane = 0; i < count; ++i, ++lane) sums[lane] += a[i] * widen(b[i]);
-  return sum_of(sums);
-}
-
-PE_INLINE float largest_of(const float* values, std::int64_t count) {
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = -std::numeric_limits<float>::infinity();
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
-  }
-  float largest = lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = std::max(largest, lanes[lane]);
-  for (; i < count; ++i) largest = std::max(largest, values[i]);
-  return largest;
-}
-
-// Scores to weights, in place; returns the inverse of their sum, or 0 where no position is seen.
-PE_INLINE float softmax(float* scores, std::int64_t count) {
-  const float largest = largest_of(scores, count);
-  if (largest == -std::numeric_limits<float>::infinity()) {
-    bool hidden = true;  // and not NaN, which goes into the result
-    for (std::int64_t i = 0; i < count; ++i) hidden = hidden && scores[i] == largest;
-    std::fill(scores, scores + count, 0.0f);
-    return hidden ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  }
-  float sums[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float score = scores[i + lane];
-      const float weight = fast_exp(score - largest);
-      scores[i + lane] = score == -std::numeric_limits<float>::infinity() ? 0.0f : weight;
-      sums[lane] += scores[i + lane];
-    }
-  }
-  for (int lane = 0; i < count; ++i, ++lane) {
-    scores[i] = scores[i] == -std::numeric_limits<float>::infinity() ? 0.0f : fast_exp(scores[i] - largest);
-    sums[lane] += scores[i];
-  }
-  return 1.0f / sum_of(sums);
-}
-
-// One query of one head over `count` positions: sum over t of softmax(scaling q K[t]) V[t], to `output` in the type T.
-template <typename T>
-PE_INLINE void attend(const float* query, const T* keys, const T* values, const std::uint8_t* mask, std::int64_t count,
-                      std::int64_t dim, float scaling, float* scores, float* sums, T* output) {
-  for (std::int64_t t = 0; t < count; ++t) scores[t] = scaling * dot(query, keys + t * dim, dim);
-  if (mask) {
-    for (std::int64_t t = 0; t < count; ++t) {
-      if (!mask[t]) scores[t] = -std::numeric_limits<float>::infinity();
-    }
-  }
-  const float scale = softmax(scores, count);
-  for (std::int64_t d = 0; d < dim; ++d) sums[d] = 0;
-  std::int64_t t = 0;
-  for (; t + 4 <= count; t += 4) {
-    const T* v = values + t * dim;
-    const float w0 = scores[t], w1 = scores[t + 1], w2 = scores[t + 2], w3 = scores[t + 3];
-    for (std::int64_t d = 0; d < dim; ++d) {
-      sums[d] += (w0 * widen(v[d]) + w1 * widen(v[dim + d])) + (w2 * widen(v[2 * dim + d]) + w3 * widen(v[3 * dim + d]));
-    }
-  }
-  for (; t < count; ++t) {
-    for (std::int64_t d = 0; d < dim; ++d) sums[d] += scores[t] * widen(values[t * dim + d]);
-  }
-  for (std::int64_t d = 0; d < dim; ++d) store(output + d, sums[d] * scale);
-}
-
-struct Attention {
-  const float* queries;  // [batch, heads, head_dim]
-  const void *keys, *values;
-  const std::uint8_t* mask;
-  std::int64_t batch, heads, kv_heads, head_dim, count, capacity, scores_stride;
-  float scaling;
-  float* scores;  // [batch * heads][scores_stride]: `count` scores, then `head_dim` sums
-  void* output;   // [batch, heads, head_dim]
-  FloatType type;
-  bool avx2;
-  int parts;
-};
-
-template <typename T>
-PE_INLINE void attend_heads(const Attention& job, std::int64_t first, std::int64_t last) {
-  for (std::int64_t unit = first; unit < last; ++unit) {
-    const std::int64_t row = unit / job.heads, head = unit % job.heads;
-    const std::int64_t at = (row * job.kv_heads + head / (job.heads / job.kv_heads)) * job.capacity * job.head_dim;
-    float* scores = job.scores + unit * job.scores_stride;
-    attend(job.queries + unit * job.head_dim, static_cast<const T*>(job.keys) + at, static_cast<const T*>(job.values) + at,
-           job.mask ? job.mask + row * job.count : nullptr, job.count, job.head_dim, job.scaling, scores,
-           scores + job.count, static_cast<T*>(job.output) + unit * job.head_dim);
-  }
-}
-
-void attend_any(const Attention& job, std::int64_t first, std::int64_t last) {
-  if (job.type == FloatType::kFloat32) {
-    attend_heads<float>(job, first, last);
-  } else {
-    attend_heads<std::uint16_t>(job, first, last);
-  }
-}
-
-// The same code, for wider vectors.
-#if defined(__GNUC__) && defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void attend_avx2(const Attention& job, std::int64_t first, std::int64_t last) {
-  if (job.type == FloatType::kFloat32) {
-    attend_heads<float>(job, first, last);
-  } else {
-    attend_heads<std::uint16_t>(job, first, last);
-  }
-}
-#else
-void attend_avx2(const Attention& job, std::int64_t first, std::int64_t last) { attend_any(job, first, last); }
-#endif
-
-void attend_part(void* data, int part) {
-  const Attention& job = *static_cast<const Attention*>(data);
-  const std::int64_t units = job.batch * job.heads;
-  (job.avx2 ? attend_avx2 : attend_any)(job, units * part / job.parts, units * (part + 1) / job.parts);
-}
 
 // Fewer multiplications take less time than handing them to another thread.
 constexpr std::int64_t kMultiplicationsPerThread = 100'000;
@@ -201,70 +36,9 @@ int parts_for(std::int64_t multiplications, std::int64_t units, int threads) {
   return static_cast<int>(std::max<std::int64_t>(1, std::min(most, multiplications / kMultiplicationsPerThread)));
 }
 
-// y = x W^T + b with a dense W, for few rows of x: as fast as W comes from memory.
-struct DenseProduct {
-  const float* x;  // [rows, in_features]
-  std::int64_t rows, out_features, in_features;
-  const void* weight;
-  const void* bias;
-  float* y;  // [rows, out_features]
-  FloatType type, bias_type;
-  bool avx2;
-  int parts;
-};
-
-// Fetches what lies 8 KiB behind a row, which is faster than the processor's own prefetching (measured on AMD Zen 5).
-PE_INLINE void prefetch_row(const void* row, std::int64_t bytes) {
-#if defined(__GNUC__)
-  const auto ahead = reinterpret_cast<std::uintptr_t>(row) + 8192;
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<std::uintptr_t>(i)));
-#endif
-}
-
-template <typename T>
-PE_INLINE void multiply_dense(const DenseProduct& job, std::int64_t first, std::int64_t last) {
-  for (std::int64_t n = first; n < last; ++n) {
-    const T* weight = static_cast<const T*>(job.weight) + n * job.in_features;
-    prefetch_row(weight, job.in_features * static_cast<std::int64_t>(sizeof(T)));
-    float bias = 0;
-    if (job.bias) {
-      bias = job.bias_type == FloatType::kFloat32 ? static_cast<const float*>(job.bias)[n]
-                                                  : widen(static_cast<const std::uint16_t*>(job.bias)[n]);
-    }
-    for (std::int64_t m = 0; m < job.rows; ++m) {
-      job.y[m * job.out_features + n] = dot(job.x + m * job.in_features, weight, job.in_features) + bias;
-    }
-  }
-}
-
-PE_INLINE void multiply_dense_inline(const DenseProduct& job, std::int64_t first, std::int64_t last) {
-  if (job.type == FloatType::kFloat32) {
-    multiply_dense<float>(job, first, last);
-  } else {
-    multiply_dense<std::uint16_t>(job, first, last);
-  }
-}
-
-void multiply_dense_any(const DenseProduct& job, std::int64_t first, std::int64_t last) {
-  multiply_dense_inline(job, first, last);
-}
-
-#if defined(__GNUC__) && defined(__x86_64__)
-__attribute__((target("avx2,fma")))
-#endif
-void multiply_dense_avx2(const DenseProduct& job, std::int64_t first, std::int64_t last) {
-  multiply_dense_inline(job, first, last);
-}
-
-void multiply_dense_part(void* data, int part) {
-  const DenseProduct& job = *static_cast<const DenseProduct*>(data);
-  (job.avx2 ? multiply_dense_avx2 : multiply_dense_any)(job, job.out_features * part / job.parts,
-                                                        job.out_features * (part + 1) / job.parts);
-}
-
-void run_dense(DenseProduct& job, int threads) {
-  job.parts = parts_for(job.rows * job.in_features * job.out_features, job.out_features, threads);
-  run_parallel(job.parts, &multiply_dense_part, &job);
+void run_dense(const DenseProduct& job, const Kernels& kernels, int threads) {
+  const int parts = parts_for(job.rows * job.in_features * job.out_features, job.out_features, threads);
+  run_ranges(parts, job.out_features, kernels.dense, job);
 }
 
 template <typename T>
@@ -402,8 +176,7 @@ class Step {
     job.bias_type = linear.bias_type;
     job.y = y;
     job.type = model_.type;
-    job.avx2 = call_.avx2;
-    run_dense(job, call_.threads);
+    run_dense(job, kernels_, call_.threads);
   }
 
   void normalize_hidden(const DecodeNorm& norm) {
@@ -457,10 +230,8 @@ class Step {
     job.scores = scores_;
     job.output = input_;
     job.type = model_.type;
-    job.avx2 = call_.avx2;
     const std::int64_t units = job.batch * job.heads, work = units * job.count * job.head_dim * 2;
-    job.parts = parts_for(work, units, call_.threads);
-    run_parallel(job.parts, &attend_part, &job);
+    run_ranges(parts_for(work, units, call_.threads), units, kernels_.attend, job);
   }
 
   void activate(std::int64_t inner) {
@@ -516,7 +287,7 @@ void decode(const DecodeModel& model, const DecodeCall& call, const Kernels& ker
 namespace {
 
 template <typename T>
-void dense_linear_of(const DenseCall& call) {
+void dense_linear_of(const DenseCall& call, const Kernels& kernels) {
   const std::int64_t inputs = call.rows * call.in_features, outputs = call.rows * call.out_features;
   float* const x = t_workspace.reserve(round_up(inputs) + outputs);
   float* const y = x + round_up(inputs);
@@ -530,18 +301,17 @@ void dense_linear_of(const DenseCall& call) {
   job.bias = call.bias;
   job.y = y;
   job.type = job.bias_type = call.type;
-  job.avx2 = call.avx2;
-  run_dense(job, call.threads);
+  run_dense(job, kernels, call.threads);
   for (std::int64_t i = 0; i < outputs; ++i) store(static_cast<T*>(call.y) + i, y[i]);
 }
 
 }  // namespace
 
-void dense_linear(const DenseCall& call) {
+void dense_linear(const DenseCall& call, const Kernels& kernels) {
   if (call.type == FloatType::kFloat32) {
-    dense_linear_of<float>(call);
+    dense_linear_of<float>(call, kernels);
   } else {
-    dense_linear_of<std::uint16_t>(call);
+    dense_linear_of<std::uint16_t>(call, kernels);
   }
 }
 

@@ -64,7 +64,6 @@ struct DecodeCall {
   void* const* values;
   void* output;  // [batch, hidden_size], before the last norm
   int threads;
-  bool avx2;  // the processor has AVX2 and FMA
 };
 
 // Between the layers, inside norms, attention and activations everything is float32; the inputs of the linear layers and
@@ -81,10 +80,9 @@ struct DenseCall {
   void* y;             // [rows, out_features]
   FloatType type;
   int threads;
-  bool avx2;
 };
 
 // Throws std::bad_alloc.
-void dense_linear(const DenseCall& call);
+void dense_linear(const DenseCall& call, const Kernels& kernels);
 
 }  // namespace peft_elastic

@@ -15,6 +15,7 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <sstream>
 #include <stdexcept>
 
 #include "cpu_features.h"
@@ -25,42 +26,33 @@ namespace {
 struct Level {
   const char* name;
   const Kernels* (*kernels)();
-  std::vector<const char*> features;  // that the compiler was told to use in the file of the level
+  const char* features;   // that its file is compiled for
+  bool needs_permission;  // to use the tile registers
 };
 
-const std::vector<Level>& levels() {
-  static const std::vector<Level> kLevels = {
-      {"amx", &amx_kernels,
-       {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_vbmi2", "avx512vbmi", "avx512bw",
-        "avx512vl", "avx512dq", "avx512f", "avx2", "fma", "bmi2", "popcnt"}},
-      {"avx512_bf16", &avx512_bf16_kernels,
-       {"avx512_bf16", "avx512_vnni", "avx512_vbmi2", "avx512vbmi", "avx512bw", "avx512vl", "avx512dq", "avx512f", "avx2",
-        "fma", "bmi2", "popcnt"}},
-      {"avx512", &avx512_kernels,
-       {"avx512_vnni", "avx512_vbmi2", "avx512vbmi", "avx512bw", "avx512vl", "avx512dq", "avx512f", "avx2", "fma", "bmi2",
-        "popcnt"}},
-      {"avx2", &avx2_kernels, {"avx2", "fma", "bmi2", "popcnt"}},
-      {"portable", &portable_kernels, {}},
-  };
-  return kLevels;
-}
+constexpr Level kLevels[] = {
+#define PEFT_ELASTIC_LEVEL(name, features, needs_permission) {#name, &name##_kernels, features, needs_permission},
+    PEFT_ELASTIC_LEVELS(PEFT_ELASTIC_LEVEL)
+#undef PEFT_ELASTIC_LEVEL
+};
 
 std::vector<std::string> missing_features(const Level& level) {
   static const CpuReport kCpu = detect_cpu();
   std::vector<std::string> missing;
-  for (const char* needed : level.features) {
+  std::istringstream features(level.features);
+  for (std::string needed; features >> needed;) {
     bool found = false;
     for (const auto& [name, usable] : kCpu.features) found = found || (usable && name == needed);
     if (!found) missing.push_back(needed);
   }
-  if (level.kernels == &amx_kernels && missing.empty() && !kCpu.amx_permitted) missing.push_back("amx_permitted");
+  if (level.needs_permission && missing.empty() && !kCpu.amx_permitted) missing.push_back("amx_permitted");
   return missing;
 }
 
 bool is_usable(const Level& level) { return level.kernels() && missing_features(level).empty(); }
 
 const Level* best_level() {
-  for (const Level& level : levels()) {
+  for (const Level& level : kLevels) {
     if (is_usable(level)) return &level;
   }
   throw std::logic_error("the portable level is always there");
@@ -75,7 +67,7 @@ std::atomic<const Level*>& selection() {
 
 std::vector<LevelStatus> level_statuses() {
   std::vector<LevelStatus> statuses;
-  for (const Level& level : levels()) {
+  for (const Level& level : kLevels) {
     statuses.push_back({level.name, level.kernels() != nullptr, is_usable(level), missing_features(level)});
   }
   return statuses;
@@ -91,7 +83,7 @@ void select_level(const std::string& name) {
     return;
   }
   std::string usable;
-  for (const Level& level : levels()) {
+  for (const Level& level : kLevels) {
     if (!is_usable(level)) continue;
     if (name == level.name) {
       selection() = &level;

@@ -12,7 +12,7 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// bfloat16 and the bits of a float, as loops over them become vectors.
+// The types of activations; bfloat16 and the bits of a float, as loops over them become vectors.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,8 @@
 #endif
 
 namespace peft_elastic {
+
+enum class FloatType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 PE_INLINE float bits_to_float(std::uint32_t bits) {
   float value;

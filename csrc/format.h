@@ -39,23 +39,15 @@
 
 namespace peft_elastic {
 
+// What there is to know about each: values/values.h.
 enum class ValueType : std::uint32_t { kBf16 = 0, kInt8 = 1, kInt4 = 2, kInt4Dense = 3 };
+constexpr std::uint32_t kValueTypes = 4;
 
 constexpr std::int64_t kBlock = 16;        // outputs of a tile
 constexpr std::int64_t kTileRows = 16;     // rows of a tile
 constexpr std::size_t kAlignment = 64;     // of the buffer and of its sections
 constexpr std::size_t kTailPadding = 64;   // behind the values
 constexpr std::int64_t kMaxRows = 32;      // activations that a level multiplies in one call
-
-// static, so that no level's instructions end up in a function that the linker merges with another's
-static constexpr bool is_int4(ValueType type) { return type == ValueType::kInt4 || type == ValueType::kInt4Dense; }
-static constexpr std::int64_t value_bytes(ValueType type) { return type == ValueType::kBf16 ? 2 : 1; }  // what offsets count
-static constexpr std::int64_t tile_inputs(ValueType type) { return type == ValueType::kBf16 ? 32 : 64; }
-static constexpr std::int64_t group_inputs(ValueType type) { return type == ValueType::kBf16 ? 2 : 4; }  // of one output in a tile row
-static constexpr std::int64_t tile_bitmap_bytes(ValueType type) {
-  return type == ValueType::kBf16 ? 64 : type == ValueType::kInt4Dense ? 0 : 128;
-}
-constexpr std::int64_t kInt4DenseRowBytes = 32;
 
 struct Header {
   char magic[8];

@@ -203,18 +203,11 @@ void run_part(void* data, int part) {
 void linear(const LinearCall& call, const Kernels& kernels) {
   const Weight& w = call.weight;
   const std::int64_t width = w.tiles * tile_inputs(w.type);
-  const bool bf16_inputs = w.type == ValueType::kBf16 && call.x_type == FloatType::kBfloat16 && kernels.bf16_bf16;
+  const Kernel own = kernels.own[index_of(w.type)];
+  const bool bf16_inputs = w.type == ValueType::kBf16 && call.x_type == FloatType::kBfloat16 && own;
   Pass pass{};
   pass.call = &call;
-  if (call.int8_activations) {
-    pass.kernel = kernels.int8_int8 ? kernels.int8_int8 : portable_kernels()->int8_int8;
-  } else if (w.type == ValueType::kInt8) {
-    pass.kernel = kernels.int8_float;
-  } else if (is_int4(w.type)) {
-    pass.kernel = w.type == ValueType::kInt4 ? kernels.int4_float : kernels.int4_dense_float;
-  } else {
-    pass.kernel = bf16_inputs ? kernels.bf16_bf16 : kernels.bf16_float;
-  }
+  pass.kernel = bf16_inputs || call.int8_activations ? own : kernels.floats[index_of(w.type)];
   const FloatType kernel_type = bf16_inputs ? FloatType::kBfloat16 : FloatType::kFloat32;
   const bool direct = !call.int8_activations && call.x_type == kernel_type && w.in_features == width && !w.order;
 
@@ -291,43 +284,40 @@ void convert_values(const DenseJob& job, std::int64_t at, Load load) {
 }
 
 // A row of the weight as the type that was asked for.
-void convert_row(const DenseJob& job, const void* source, std::int64_t row) {
+template <typename V>
+void convert_row(const DenseJob& job, const typename V::Value* values, std::int64_t row) {
   const Weight& w = *job.weight;
   const std::int64_t at = (row - job.first_row) * w.in_features;
-  if (is_int4(w.type)) {
-    const auto* codes = static_cast<const std::int8_t*>(source);
+  if constexpr (V::kLayout.has_groups) {
     const QuantGroup* const groups = w.groups + row / kBlock * w.group_count;
     for (std::int64_t place = 0; place < w.in_features; ++place) {
       const std::int64_t group = w.group_count > 1 ? place / w.group_size : 0;
-      const float value = groups[group].scales[row % kBlock] * static_cast<float>(codes[place]);
+      const float value = groups[group].scales[row % kBlock] * static_cast<float>(values[place]);
       store_float(job.target, job.type, at + (w.order ? w.order[place] : place), value);
     }
-    return;
-  }
-  if (w.type == ValueType::kInt8) {
-    const auto* values = static_cast<const std::int8_t*>(source);
+  } else if constexpr (V::kLayout.has_row_scales) {
     const float scale = job.scales[row];
-    convert_values(job, at, [=](std::int64_t k) { return static_cast<float>(values[k]) * scale; });
-  } else if (job.type == FloatType::kBfloat16) {
-    std::memcpy(static_cast<std::uint16_t*>(job.target) + at, source, static_cast<std::size_t>(w.in_features) * 2);
+    convert_values(job, at, [=](std::int64_t k) { return static_cast<float>(V::widen(values[k])) * scale; });
+  } else if (V::kType == ValueType::kBf16 && job.type == FloatType::kBfloat16) {
+    std::memcpy(static_cast<std::uint16_t*>(job.target) + at, values, static_cast<std::size_t>(w.in_features) * 2);
   } else {
-    const auto* values = static_cast<const std::uint16_t*>(source);
-    convert_values(job, at, [=](std::int64_t k) { return widen_bf16(values[k]); });
+    convert_values(job, at, [=](std::int64_t k) { return V::widen(values[k]); });
   }
 }
 
+template <typename V>
 void run_dense_part(void* data, int part) {
   const DenseJob& job = *static_cast<const DenseJob*>(data);
   const Weight& w = *job.weight;
   std::uint8_t* const staging = job.staging + static_cast<std::size_t>(part) * job.staging_bytes;
   const std::int64_t last_row = job.first_row + job.rows;
-  const std::int64_t row_bytes = w.tiles * tile_inputs(w.type) * value_bytes(w.type);
+  const std::int64_t width = w.tiles * V::kLayout.tile_inputs;
   // Blocks in turn, so that no block is expanded by two threads.
   for (std::int64_t block = job.first_row / kBlock + part; block * kBlock < last_row; block += job.parts) {
     expand_block(w, block, staging);
     const std::int64_t end = std::min(last_row, (block + 1) * kBlock);
     for (std::int64_t row = std::max(job.first_row, block * kBlock); row < end; ++row) {
-      convert_row(job, staging + row % kBlock * row_bytes, row);
+      convert_row<V>(job, reinterpret_cast<const typename V::Value*>(staging) + row % kBlock * width, row);
     }
   }
 }
@@ -341,7 +331,8 @@ void dense_rows(const Weight& weight, const float* scales, std::int64_t first_ro
   job.staging_bytes =
       static_cast<std::size_t>(kBlock * weight.tiles * tile_inputs(weight.type) * value_bytes(weight.type));
   job.staging = t_workspace.reserve(job.staging_bytes * static_cast<std::size_t>(job.parts));
-  run_parallel(job.parts, &run_dense_part, &job);
+  const auto body = with_value_type(weight.type, [](auto v) { return &run_dense_part<decltype(v)>; });
+  run_parallel(job.parts, body, &job);
 }
 
 }  // namespace peft_elastic

@@ -23,8 +23,6 @@
 
 namespace peft_elastic {
 
-enum class FloatType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
 struct LinearCall {
   Weight weight;
   const void* x;  // [rows, in_features], x_stride elements from one row to the next

@@ -17,14 +17,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
-#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cpu_features.h"
@@ -65,90 +61,62 @@ py::dict cpu_report() {
 // Memory comes as addresses, so that nothing here depends on torch; the Python side (deploy/ops.py) owns it and has checked
 // shapes, types and strides.
 using Address = std::uintptr_t;
+using peft_elastic::FloatType;
 
 template <typename T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-peft_elastic::ValueType value_type(int type) {
-  if (type != 0 && type != 1) throw std::invalid_argument("the value type must be 0 (bf16) or 1 (int8)");
-  return static_cast<peft_elastic::ValueType>(type);
-}
-
-peft_elastic::FloatType float_type(int type) {
-  if (type < 0 || type > 2) throw std::invalid_argument("the float type must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-  return static_cast<peft_elastic::FloatType>(type);
-}
-
-std::int64_t count_nonzeros(int type, Address dense, std::int64_t out_features, std::int64_t in_features,
+std::int64_t count_nonzeros(peft_elastic::ValueType type, Address dense, std::int64_t out_features, std::int64_t in_features,
                             std::int64_t row_stride) {
   py::gil_scoped_release release;
-  return peft_elastic::count_nonzeros(value_type(type), at<const void>(dense), out_features, in_features, row_stride);
+  return peft_elastic::count_nonzeros(type, at<const void>(dense), out_features, in_features, row_stride);
 }
 
-void pack_dense(int type, Address dense, std::int64_t out_features, std::int64_t in_features, std::int64_t row_stride,
-                Address packed, std::size_t size) {
+void pack_dense(peft_elastic::ValueType type, Address dense, std::int64_t out_features, std::int64_t in_features,
+                std::int64_t row_stride, Address packed, std::size_t size) {
   py::gil_scoped_release release;
-  peft_elastic::pack_dense(value_type(type), at<const void>(dense), out_features, in_features, row_stride,
-                           at<std::uint8_t>(packed), size);
+  peft_elastic::pack_dense(type, at<const void>(dense), out_features, in_features, row_stride, at<std::uint8_t>(packed), size);
 }
 
-void pack_bitmask(int type, Address bitmask, std::size_t bitmask_bytes, Address values, std::int64_t value_count,
-                  std::int64_t out_features, std::int64_t in_features, Address packed, std::size_t size) {
+peft_elastic::Source make_source(peft_elastic::ValueType type, std::int64_t out_features, std::int64_t in_features,
+                                 Address values, std::size_t value_bytes, Address bitmask, std::size_t bitmask_bytes,
+                                 std::int64_t group_size, Address scales, Address zeros, Address order) {
+  if (peft_elastic::value_layout(type).has_groups && (!scales || !zeros)) {
+    throw std::invalid_argument("scales and zeros go with int4 values");
+  }
+  return {type, out_features, in_features, at<const std::uint8_t>(bitmask), bitmask_bytes, at<const std::uint8_t>(values),
+          value_bytes, group_size, at<const float>(scales), at<const std::uint8_t>(zeros), at<const std::int32_t>(order)};
+}
+
+std::size_t packed_bytes(const peft_elastic::Source& source) {
   py::gil_scoped_release release;
-  peft_elastic::pack_bitmask(value_type(type), at<const std::uint8_t>(bitmask), bitmask_bytes, at<const void>(values),
-                             value_count, out_features, in_features, at<std::uint8_t>(packed), size);
+  return peft_elastic::packed_bytes(source);
 }
 
-void unpack(Address packed, std::size_t size, Address bitmask, Address values) {
+void pack(const peft_elastic::Source& source, Address packed, std::size_t size) {
   py::gil_scoped_release release;
-  const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
-  if (peft_elastic::is_int4(weight.type)) throw std::invalid_argument("the packed weight is int4");
-  peft_elastic::check_contents(weight);
-  peft_elastic::unpack(weight, at<std::uint8_t>(bitmask), at<void>(values));
+  peft_elastic::pack(source, at<std::uint8_t>(packed), size);
 }
 
-// (out_features, in_features, group_size, bitmask or 0, its bytes, values, their bytes, scales, zeros, order or 0)
-using Int4Addresses = std::tuple<std::int64_t, std::int64_t, std::int64_t, Address, std::size_t, Address, std::size_t, Address,
-                                 Address, Address>;
-
-peft_elastic::Int4Source int4_source(const Int4Addresses& addresses) {
-  const auto& [out_features, in_features, group_size, bitmask, bitmask_bytes, values, value_bytes, scales, zeros, order] =
-      addresses;
-  return {out_features, in_features, group_size, at<const std::uint8_t>(bitmask), bitmask_bytes,
-          at<const std::uint8_t>(values), value_bytes, at<const float>(scales), at<const std::uint8_t>(zeros),
-          at<const std::int32_t>(order)};
-}
-
-std::size_t packed_int4_bytes(const Int4Addresses& source) {
-  py::gil_scoped_release release;
-  return peft_elastic::packed_int4_bytes(int4_source(source));
-}
-
-void pack_int4(const Int4Addresses& source, Address packed, std::size_t size) {
-  py::gil_scoped_release release;
-  peft_elastic::pack_int4(int4_source(source), at<std::uint8_t>(packed), size);
-}
-
-// order: of as many numbers as there are inputs, or 0 where the weight has none.
-void unpack_int4(Address packed, std::size_t size, Address bitmask, Address values, Address scales, Address zeros,
-                 Address order) {
+// 0 for what the weight has not.
+void unpack(Address packed, std::size_t size, Address values, Address bitmask, Address scales, Address zeros, Address order) {
   py::gil_scoped_release release;
   const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
-  const bool dense = weight.type == peft_elastic::ValueType::kInt4Dense;
-  if (!peft_elastic::is_int4(weight.type) || dense != (bitmask == 0) || (weight.order != nullptr) != (order != 0)) {
+  const peft_elastic::ValueLayout& layout = peft_elastic::value_layout(weight.type);
+  if ((layout.tile_bitmap_bytes != 0) != (bitmask != 0) || layout.has_groups != (scales != 0) ||
+      layout.has_groups != (zeros != 0) || (weight.order != nullptr) != (order != 0)) {
     throw std::invalid_argument("the packed weight is of another kind");
   }
   peft_elastic::check_contents(weight);
-  peft_elastic::unpack_int4(weight, at<std::uint8_t>(bitmask), at<std::uint8_t>(values), at<float>(scales),
-                            at<std::uint8_t>(zeros));
-  if (order) std::memcpy(at<void>(order), weight.order, static_cast<std::size_t>(weight.in_features) * sizeof(std::int32_t));
+  peft_elastic::unpack(weight, {at<std::uint8_t>(bitmask), at<std::uint8_t>(values), at<float>(scales), at<std::uint8_t>(zeros),
+                                at<std::int32_t>(order)});
 }
 
 py::tuple describe(Address packed, std::size_t size) {
   const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
-  return py::make_tuple(static_cast<int>(weight.type), weight.out_features, weight.in_features, weight.nonzeros,
+  return py::make_tuple(weight.type, weight.out_features, weight.in_features, weight.nonzeros,
                         weight.group_size, weight.order != nullptr);
 }
 
@@ -164,9 +132,15 @@ void expect_memory(std::initializer_list<Address> addresses) {
   }
 }
 
+void check_scales(const peft_elastic::Weight& weight, Address scales) {
+  if (peft_elastic::value_layout(weight.type).has_row_scales != (scales != 0)) {
+    throw std::invalid_argument("scales go with an int8 weight, and only with one");
+  }
+}
+
 // A tenth of a microsecond counts here: a token calls hundreds of layers.
-void linear(Address packed, std::size_t size, Address x, int x_type, std::int64_t rows, std::int64_t in_features,
-            std::int64_t x_stride, Address scales, Address bias, int bias_type, Address y, int y_type,
+void linear(Address packed, std::size_t size, Address x, FloatType x_type, std::int64_t rows, std::int64_t in_features,
+            std::int64_t x_stride, Address scales, Address bias, FloatType bias_type, Address y, FloatType y_type,
             std::int64_t out_features, int threads, bool int8_activations) {
   py::gil_scoped_release release;
   peft_elastic::LinearCall call;
@@ -178,35 +152,32 @@ void linear(Address packed, std::size_t size, Address x, int x_type, std::int64_
   }
   expect_memory({x, y});
   if (rows < 1 || (rows > 1 && x_stride < 0)) throw std::invalid_argument("x has no such rows");
-  const bool int8 = call.weight.type == peft_elastic::ValueType::kInt8;
-  if (int8 != (scales != 0)) throw std::invalid_argument("scales go with an int8 weight, and only with one");
-  if (int8_activations && !int8) throw std::invalid_argument("int8 activations go with an int8 weight");
+  check_scales(call.weight, scales);
+  if (int8_activations && call.weight.type != peft_elastic::ValueType::kInt8) throw std::invalid_argument("int8 activations go with an int8 weight");
   call.x = at<const void>(x);
-  call.x_type = float_type(x_type);
+  call.x_type = x_type;
   call.rows = rows;
   call.x_stride = x_stride;
   call.scales = at<const float>(scales);
   call.bias = at<const void>(bias);
-  call.bias_type = float_type(bias_type);
+  call.bias_type = bias_type;
   call.y = at<void>(y);
-  call.y_type = float_type(y_type);
+  call.y_type = y_type;
   call.threads = threads;
   call.int8_activations = int8_activations;
   peft_elastic::linear(call, peft_elastic::selected_kernels());
 }
 
 void dense_rows(Address packed, std::size_t size, Address scales, std::int64_t first_row, std::int64_t rows, Address target,
-                int type, int threads) {
+                FloatType type, int threads) {
   py::gil_scoped_release release;
   const peft_elastic::Weight weight = peft_elastic::open_packed(at<const std::uint8_t>(packed), size);
-  if ((weight.type == peft_elastic::ValueType::kInt8) != (scales != 0)) {
-    throw std::invalid_argument("scales go with an int8 weight, and only with one");
-  }
+  check_scales(weight, scales);
   if (first_row < 0 || rows < 0 || first_row > weight.out_features - rows) {
     throw std::invalid_argument("rows outside of the weight");
   }
   if (rows) expect_memory({target});
-  peft_elastic::dense_rows(weight, at<const float>(scales), first_row, rows, at<void>(target), float_type(type), threads);
+  peft_elastic::dense_rows(weight, at<const float>(scales), first_row, rows, at<void>(target), type, threads);
 }
 
 py::list levels() {
@@ -232,18 +203,14 @@ void use_openmp(Address parallel, Address thread_num, Address num_threads) {
   peft_elastic::use_openmp(functions);
 }
 
-// (out_features, in_features, packed or dense weight, bytes of the packed one or 0, scales, bias, type of the bias)
-using LinearAddresses = std::tuple<std::int64_t, std::int64_t, Address, std::size_t, Address, Address, int>;
-// (weight, epsilon)
-using NormAddresses = std::pair<Address, float>;
-
-peft_elastic::DecodeLinear decode_linear(const LinearAddresses& addresses) {
-  const auto& [out_features, in_features, weight, size, scales, bias, bias_type] = addresses;
+// size: the bytes of a packed weight; 0: the weight is dense.
+peft_elastic::DecodeLinear make_decode_linear(std::int64_t out_features, std::int64_t in_features, Address weight,
+                                              std::size_t size, Address scales, Address bias, FloatType bias_type) {
   peft_elastic::DecodeLinear linear{};
   linear.out_features = out_features;
   linear.in_features = in_features;
   linear.bias = at<const void>(bias);
-  linear.bias_type = float_type(bias_type);
+  linear.bias_type = bias_type;
   if (size == 0) {
     expect_memory({weight});
     linear.dense = at<const void>(weight);
@@ -254,28 +221,23 @@ peft_elastic::DecodeLinear decode_linear(const LinearAddresses& addresses) {
   if (linear.weight.out_features != out_features || linear.weight.in_features != in_features) {
     throw std::invalid_argument("the packed weight is not of the size of its layer");
   }
-  if ((linear.weight.type == peft_elastic::ValueType::kInt8) != (scales != 0)) {
-    throw std::invalid_argument("scales go with an int8 weight, and only with one");
-  }
+  check_scales(linear.weight, scales);
   return linear;
 }
 
-// Linear layers: q, k, v, o, gate, up, down; norms: input, MLP, queries, keys.
-void add_layer(peft_elastic::DecodeModel& model, const std::array<LinearAddresses, 7>& linears,
-               const std::array<NormAddresses, 4>& norms, float scaling) {
-  peft_elastic::DecodeLayer layer;
-  peft_elastic::DecodeLinear* const to_linears[] = {&layer.q,    &layer.k,  &layer.v,   &layer.o,
-                                                    &layer.gate, &layer.up, &layer.down};
-  peft_elastic::DecodeNorm* const to_norms[] = {&layer.input_norm, &layer.mlp_norm, &layer.q_norm, &layer.k_norm};
-  for (std::size_t i = 0; i < linears.size(); ++i) *to_linears[i] = decode_linear(linears[i]);
-  for (std::size_t i = 0; i < norms.size(); ++i) *to_norms[i] = {at<const void>(norms[i].first), norms[i].second};
-  expect_memory({norms[0].first, norms[1].first});
-  layer.scaling = scaling;
+using peft_elastic::DecodeLinear;
+using peft_elastic::DecodeNorm;
+
+void add_layer(peft_elastic::DecodeModel& model, const DecodeLinear& q, const DecodeLinear& k, const DecodeLinear& v,
+               const DecodeLinear& o, const DecodeLinear& gate, const DecodeLinear& up, const DecodeLinear& down,
+               const DecodeNorm& input_norm, const DecodeNorm& mlp_norm, const DecodeNorm* q_norm, const DecodeNorm* k_norm,
+               float scaling) {
+  const DecodeNorm none{nullptr, 0.0f};
+  const peft_elastic::DecodeLayer layer{q,        k,        v,      o, gate, up, down, input_norm, mlp_norm, q_norm ? *q_norm : none,
+                                        k_norm ? *k_norm : none, scaling};
   peft_elastic::check_layer(model, layer);
   model.layers.push_back(layer);
 }
-
-bool has_avx2() { return peft_elastic::selected_level() != "portable"; }  // every other level asks for AVX2 and FMA
 
 // keys_and_values: an array with the addresses of the keys and the values of each layer, in turn.
 void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int64_t length, std::int64_t capacity,
@@ -304,12 +266,11 @@ void decode(const peft_elastic::DecodeModel& model, std::int64_t batch, std::int
   call.values = values.data();
   call.output = at<void>(output);
   call.threads = threads;
-  call.avx2 = has_avx2();
   peft_elastic::decode(model, call, peft_elastic::selected_kernels());
 }
 
 void dense_linear(Address x, std::int64_t rows, std::int64_t out_features, std::int64_t in_features, Address weight,
-                  Address bias, Address y, int type, int threads) {
+                  Address bias, Address y, FloatType type, int threads) {
   py::gil_scoped_release release;
   expect_memory({x, weight, y});
   if (rows < 1 || out_features < 1 || in_features < 1) throw std::invalid_argument("a dense layer has no such sizes");
@@ -321,21 +282,20 @@ void dense_linear(Address x, std::int64_t rows, std::int64_t out_features, std::
   call.weight = at<const void>(weight);
   call.bias = at<const void>(bias);
   call.y = at<void>(y);
-  call.type = float_type(type);
+  call.type = type;
   call.threads = threads;
-  call.avx2 = has_avx2();
   if (call.type == peft_elastic::FloatType::kFloat16) throw std::invalid_argument("a dense layer in float16 is not provided for");
-  peft_elastic::dense_linear(call);
+  peft_elastic::dense_linear(call, peft_elastic::selected_kernels());
 }
 
-void effective_panel(Address weight, int weight_type, std::int64_t rows, std::int64_t columns, std::int64_t weight_stride,
+void effective_panel(Address weight, FloatType weight_type, std::int64_t rows, std::int64_t columns, std::int64_t weight_stride,
                      Address panel, Address slopes, bool masked, bool add, Address scales, Address zeros,
                      std::int64_t group_size, float top, int threads) {
   py::gil_scoped_release release;
   if (rows && columns) expect_memory({weight, panel});
   peft_elastic::EffectivePanel call{};
   call.weight = at<const void>(weight);
-  call.weight_type = float_type(weight_type);
+  call.weight_type = weight_type;
   call.rows = rows;
   call.columns = columns;
   call.weight_stride = weight_stride;
@@ -348,9 +308,7 @@ void effective_panel(Address weight, int weight_type, std::int64_t rows, std::in
   call.group_size = group_size;
   call.top = top;
   call.threads = threads;
-  call.avx2 = has_avx2();
-  call.avx512 = call.avx2 && peft_elastic::selected_level() != "avx2";
-  peft_elastic::effective_panel(call);
+  peft_elastic::effective_panel(call, peft_elastic::selected_kernels());
 }
 
 }  // namespace
@@ -367,28 +325,57 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_openmp", &use_openmp, "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads, or zeros.");
   m.def("has_openmp", &peft_elastic::has_openmp);
 
-  m.def("packed_bytes", [](int type, std::int64_t out_features, std::int64_t in_features, std::int64_t nonzeros) {
-    return peft_elastic::packed_bytes(value_type(type), out_features, in_features, nonzeros);
-  });
-  m.def("count_nonzeros", &count_nonzeros);
-  m.def("pack_dense", &pack_dense);
-  m.def("pack_bitmask", &pack_bitmask);
-  m.def("unpack", &unpack);
-  m.def("packed_int4_bytes", &packed_int4_bytes);
-  m.def("pack_int4", &pack_int4);
-  m.def("unpack_int4", &unpack_int4);
-  m.def("describe", &describe,
-        "(value type, out_features, in_features, nonzeros, group_size, whether inputs have an order) of a packed weight.");
-  m.def("check_contents", &check_contents);
-  m.def("linear", &linear);
-  m.def("dense_rows", &dense_rows);
+  using namespace py::literals;
+  py::enum_<peft_elastic::ValueType>(m, "ValueType", "Of the values of a weight.")
+      .value("bf16", peft_elastic::ValueType::kBf16)
+      .value("int8", peft_elastic::ValueType::kInt8)
+      .value("int4", peft_elastic::ValueType::kInt4)
+      .value("int4_dense", peft_elastic::ValueType::kInt4Dense);
+  py::enum_<FloatType>(m, "FloatType", "Of activations, biases, norms and dense weights.")
+      .value("float32", FloatType::kFloat32)
+      .value("bfloat16", FloatType::kBfloat16)
+      .value("float16", FloatType::kFloat16);
 
+  py::class_<peft_elastic::Source>(m, "Source", "A weight in the layout on disk, whose memory must outlive it.")
+      .def(py::init(&make_source), py::kw_only(), "type"_a, "out_features"_a, "in_features"_a, "values"_a, "value_bytes"_a,
+           "bitmask"_a = 0, "bitmask_bytes"_a = 0, "group_size"_a = 0, "scales"_a = 0, "zeros"_a = 0, "order"_a = 0);
+  m.def("packed_bytes", &packed_bytes, "source"_a);
+  m.def("pack", &pack, "source"_a, "packed"_a, "size"_a);
+  m.def("unpack", &unpack, "packed"_a, "size"_a, py::kw_only(), "values"_a, "bitmask"_a = 0, "scales"_a = 0, "zeros"_a = 0,
+        "order"_a = 0);
+  m.def("count_nonzeros", &count_nonzeros, "type"_a, "dense"_a, "out_features"_a, "in_features"_a, "row_stride"_a);
+  m.def("packed_dense_bytes",
+        py::overload_cast<peft_elastic::ValueType, std::int64_t, std::int64_t, std::int64_t>(&peft_elastic::packed_bytes),
+        "type"_a, "out_features"_a, "in_features"_a, "nonzeros"_a);
+  m.def("pack_dense", &pack_dense, "type"_a, "dense"_a, "out_features"_a, "in_features"_a, "row_stride"_a, "packed"_a, "size"_a);
+  m.def("describe", &describe, "packed"_a, "size"_a,
+        "(value type, out_features, in_features, nonzeros, group_size, whether inputs have an order) of a packed weight.");
+  m.def("check_contents", &check_contents, "packed"_a, "size"_a);
+  m.def("linear", &linear, "packed"_a, "size"_a, "x"_a, "x_type"_a, "rows"_a, "in_features"_a, "x_stride"_a, "scales"_a,
+        "bias"_a, "bias_type"_a, "y"_a, "y_type"_a, "out_features"_a, "threads"_a, "int8_activations"_a);
+  m.def("dense_rows", &dense_rows, "packed"_a, "size"_a, "scales"_a, "first_row"_a, "rows"_a, "target"_a, "type"_a, "threads"_a);
+
+  py::class_<DecodeLinear>(m, "DecodeLinear", "A linear layer with a packed weight, or (size 0) a dense one.")
+      .def(py::init(&make_decode_linear), py::kw_only(), "out_features"_a, "in_features"_a, "weight"_a, "size"_a, "scales"_a,
+           "bias"_a, "bias_type"_a);
+  py::class_<DecodeNorm>(m, "DecodeNorm")
+      .def(py::init([](Address weight, float epsilon) {
+             expect_memory({weight});
+             return DecodeNorm{at<const void>(weight), epsilon};
+           }),
+           py::kw_only(), "weight"_a, "epsilon"_a);
   py::class_<peft_elastic::DecodeModel>(m, "DecodeModel")
-      .def(py::init([](int type, std::int64_t hidden_size, std::int64_t head_dim) {
-        return peft_elastic::DecodeModel{float_type(type), hidden_size, head_dim, {}};
-      }))
-      .def("add_layer", &add_layer);
-  m.def("decode", &decode);
-  m.def("dense_linear", &dense_linear);
-  m.def("effective_panel", &effective_panel);
+      .def(py::init([](FloatType type, std::int64_t hidden_size, std::int64_t head_dim) {
+             return peft_elastic::DecodeModel{type, hidden_size, head_dim, {}};
+           }),
+           "type"_a, "hidden_size"_a, "head_dim"_a)
+      .def("add_layer", &add_layer, py::kw_only(), "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a, "up"_a, "down"_a, "input_norm"_a,
+           "mlp_norm"_a, "q_norm"_a, "k_norm"_a, "scaling"_a);
+  m.def("decode", &decode, "model"_a, py::kw_only(), "batch"_a, "length"_a, "capacity"_a, "hidden"_a, "cos"_a, "sin"_a,
+        "rotary_per_row"_a, "mask"_a, "keys_and_values"_a, "output"_a, "threads"_a);
+  m.def("dense_linear", &dense_linear, py::kw_only(), "x"_a, "rows"_a, "out_features"_a, "in_features"_a, "weight"_a, "bias"_a,
+        "y"_a, "type"_a, "threads"_a);
+  m.def("effective_panel", &effective_panel, py::kw_only(), "weight"_a, "weight_type"_a, "rows"_a, "columns"_a,
+        "weight_stride"_a, "panel"_a, "slopes"_a, "masked"_a, "add"_a, "scales"_a, "zeros"_a, "group_size"_a, "top"_a,
+        "threads"_a);
 }

@@ -34,4 +34,21 @@ bool has_openmp();
 // done. `body` must not throw. May be called from several threads at the same time, and after a fork.
 void run_parallel(int parts, void (*body)(void* data, int part), void* data);
 
+// Calls kernel(job, first, last) for so many ranges, of about the same size, that make up 0 .. units.
+template <typename Job>
+void run_ranges(int parts, std::int64_t units, void (*kernel)(const Job& job, std::int64_t first, std::int64_t last),
+                const Job& job) {
+  struct Ranges {
+    int parts;
+    std::int64_t units;
+    void (*kernel)(const Job&, std::int64_t, std::int64_t);
+    const Job& job;
+  } ranges{parts, units, kernel, job};
+  const auto body = [](void* data, int part) {
+    const auto& all = *static_cast<const Ranges*>(data);
+    all.kernel(all.job, all.units * part / all.parts, all.units * (part + 1) / all.parts);
+  };
+  run_parallel(parts, body, &ranges);
+}
+
 }  // namespace peft_elastic

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from peft_elastic.common.progress import progress_bar
 from peft_elastic.layers import extension, ops
-from peft_elastic.layers import format as weight_format
+from peft_elastic.layers.values import FORMATS, ROUNDED
 
 from . import (
     RESULTS,
@@ -131,8 +131,8 @@ def check(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 def sparse_cases(weight: Tensor, sparsity: float, inputs: dict[int, Tensor], levels: list[str]) -> list[Case]:
     cases = []
-    for values in ("bf16", "int8"):
-        stored = weight_format.compress(weight, values)
+    for values in ROUNDED:
+        stored = FORMATS[values].compress(weight)
         scales = stored.get("weight_scales")
 
         def pack(stored: dict[str, Tensor] = stored) -> Tensor:
@@ -307,7 +307,7 @@ def measure_packing(shape: str, repeats: int = 5) -> dict[str, Any]:
     outs, ins = map(int, shape.split("x"))
     weight = torch.where(torch.rand(outs, ins) < 0.5, 0, torch.randn(outs, ins)).bfloat16()
     torch.set_num_threads(1)
-    stored = weight_format.compress(weight, "bf16")
+    stored = FORMATS["bf16"].compress(weight)
     ways = {
         "from dense": lambda: ops.pack_dense(weight),
         "from disk": lambda: ops.pack(stored["weight_bitmask"], stored["weight_values"], ins),

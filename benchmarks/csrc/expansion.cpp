@@ -22,7 +22,7 @@
 // Its tables and helpers. The kernel as it is comes from an object file of its own, compiled as it is for the package: inside of
 // this file it would be compiled to something slower.
 #define avx2_kernels avx2_kernels_of_this_file
-#include "level_avx2.cpp"
+#include "levels/avx2.cpp"
 #undef avx2_kernels
 namespace peft_elastic {
 const Kernels* avx2_kernels();

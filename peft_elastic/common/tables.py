@@ -15,24 +15,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def text_table(rows: Sequence[Sequence[str]], left: int = 1, gap: str = "  ") -> list[str]:
+def text_table(rows: Sequence[Sequence[str]], left: int | Collection[int] = 1, gap: str = "  ") -> list[str]:
     """Lay out rows of cells in columns that are as wide as their widest cell.
 
     Args:
         rows: of the same number of cells, the titles among them.
-        left: how many of the first columns are aligned left; the others are aligned right.
+        left: the columns that are aligned left, or how many of the first ones; the others are aligned right.
         gap: between two columns.
 
     Returns:
-        One line a row.
+        One line a row, without spaces at its end.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
+    at_left = set(range(left) if isinstance(left, int) else left)
     return [
         gap.join(
-            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        )
+            cell.ljust(width) if i in at_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
         for row in rows
     ]

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.names import has_suffix
 from ..structure.blocks import Removed
 from ..supernet.space import Choice, LayerShape, SearchSpace
 from .merged import base_modules, is_mergeable, merged_linears
@@ -46,7 +47,7 @@ class CostModel:
       that are on a grid after the merge take their bits, a float16 scale and a zero point for each row and group. Layers
       with at least 30% zeros that survive the merge (no adapter, or one that is masked by them) are stored sparse, as
       `merge_and_unload(sparse_kernel=True)` leaves them: a bitmap and bfloat16 or 4-bit values
-      (`peft_elastic.layers.format`). A narrowed layer is taken to have as large a share of zeros as the whole one.
+      (`layers/values/README.md`). A narrowed layer is taken to have as large a share of zeros as the whole one.
 
     Args:
         model (`nn.Module`): the model with its adapters, whatever subnet is active. A module below an attribute that starts
@@ -146,7 +147,7 @@ def _find(layer: LayerShape, modules: Mapping[str, nn.Module]) -> str | None:
     """Path of a layer of the space, which is inside the base model, in the whole model."""
     if layer.name in modules:
         return layer.name
-    return next((path for path in modules if path.endswith(f".{layer.name}")), None)
+    return next((path for path in modules if has_suffix(path, layer.name)), None)
 
 
 def _linear_size(module: nn.Module) -> int:
@@ -210,5 +211,5 @@ def _looked_up(choice: Choice, embeddings: Mapping[str, nn.Embedding]) -> int:
         embedding.num_embeddings
         for path in choice.modules
         for name, embedding in embeddings.items()
-        if name == path or name.endswith(f".{path}")
+        if has_suffix(name, path)
     )

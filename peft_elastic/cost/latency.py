@@ -33,10 +33,13 @@ from torch import nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from ..common.checks import check_choice, is_finite, is_whole, wrong
 from ..common.documents import ANYTHING, FINITE, TEXT, Document, ListOf, MapOf, Record
+from ..common.names import has_suffix
+from ..common.tables import text_table
 from ..common.writing import atomic_write_text
 from ..layers import ops
-from ..layers.format import check_dtype
+from ..layers.values import ROUNDED, grid_format, parse_values
 from ..supernet.context import eval_mode, subnet_restored
 from ..supernet.host import ElasticHost, get_elastic_host
 from ..supernet.space import LayerShape, SearchSpace, Subnet
@@ -107,7 +110,7 @@ class LatencyModel:
         host = get_elastic_host(model)
         linears = merged_linears(model)
         _check_arguments(model, linears, mode, kernel, seconds)
-        check_dtype("sparse_dtype", sparse_dtype)
+        check_choice("sparse_dtype", sparse_dtype, ROUNDED)
         self.space: SearchSpace = host.search_space
         self._run = _Workload(inputs, mode)
         self.workload: dict[str, Any] = {
@@ -233,7 +236,7 @@ class LatencyModel:
         """Seconds of the linear layers that no choice changes, and of the others by name and size."""
         elastic: dict[str, LayerShape] = {}
         for layer in self.space.layers:
-            path = next((name for name in calls if name == layer.name or name.endswith(f".{layer.name}")), None)
+            path = next((name for name in calls if has_suffix(name, layer.name)), None)
             if path is not None:
                 elastic[path] = layer
         wanted: dict[str, list[tuple[int, int]]] = {}
@@ -279,7 +282,7 @@ class LatencyModel:
             return dense[_dense(linear, size, rows)]
 
         def measured(values: str, rows: int) -> timing.Timing:
-            group = linear.group_size if values.startswith("int4") else None
+            group = linear.group_size if parse_values(values)[0].is_grid else None
             return timing.measure(*size, linear.sparsity, values, linear.dtype, group, rows)
 
         if kernel == "sparse":
@@ -352,9 +355,10 @@ class LatencyReport:
         return max(abs(error) for error in self.errors)
 
     def __str__(self) -> str:
-        lines = [f"{'subnet':>6}  {'predicted ms':>12}  {'measured ms':>12}  {'error':>7}"]
+        rows = [("subnet", "predicted ms", "measured ms", "error")]
         for i, (p, m, error) in enumerate(zip(self.predicted, self.measured, self.errors, strict=True)):
-            lines.append(f"{i:>6}  {1e3 * p:>12.3f}  {1e3 * m:>12.3f}  {error:>+7.1%}")
+            rows.append((str(i), f"{1e3 * p:.3f}", f"{1e3 * m:.3f}", f"{error:+.1%}"))
+        lines = text_table(rows, left=0)
         lines.append(
             f"relative error over {len(self.errors)}: median {self.median_error:.1%}, worst {self.worst_error:.1%}"
         )
@@ -371,7 +375,7 @@ class _Workload:
             )
         self._inputs: dict[str, Any] = {}
         for name, value in inputs.items():
-            if isinstance(value, (tuple, list)) and value and all(type(n) is int and n > 0 for n in value):
+            if isinstance(value, (tuple, list)) and value and all(is_whole(n) and n > 0 for n in value):
                 value = torch.ones(*value, dtype=torch.int64)
             if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
                 raise ValueError(f"`inputs[{name!r}]` must be a tensor on the CPU or a shape, got {value!r}.")
@@ -471,21 +475,19 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
 def _check_arguments(
     model: nn.Module, linears: Mapping[str, MergedLinear], mode: Any, kernel: Any, seconds: Any
 ) -> None:
-    if mode not in _MODES:
-        raise ValueError(f"`mode` must be one of {list(_MODES)}, got {mode!r}.")
-    if kernel not in _KERNELS:
-        raise ValueError(f"`kernel` must be one of {list(_KERNELS)}, got {kernel!r}.")
+    check_choice("mode", mode, _MODES)
+    check_choice("kernel", kernel, _KERNELS)
     if kernel != "dense" and not ops.is_available():
         raise ValueError(f"`kernel={kernel!r}` needs the C++ extension (`peft-elastic info` says how to get it).")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
-        raise ValueError(f"`seconds` must be a number that is not negative, got {seconds!r}.")
+    if not is_finite(seconds) or seconds < 0:
+        raise wrong("seconds", "a number >= 0", seconds)
     elsewhere = sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"})
     if elsewhere:
         raise ValueError(f"`model` must be on the CPU, it has parameters on {elsewhere}.")
     for name, module in base_modules(model):
         size = getattr(module, "in_features", None), getattr(module, "out_features", None)
         below_linear = name.rpartition(".")[0] in linears
-        if name not in linears and not below_linear and all(type(n) is int for n in size):
+        if name not in linears and not below_linear and all(map(is_whole, size)):
             raise ValueError(
                 f"`model` has packed weights ({name!r} is a {type(module).__name__}), whose latency after the merge is unknown; "
                 "load it in floating point."
@@ -530,7 +532,8 @@ def _sparse_candidates(linear: MergedLinear, sparse_dtype: str) -> list[str]:
     """Values of the sparse layers that it can become, as `sparsify_linears` sees it."""
     sparse = linear.sparsity >= MIN_SPARSITY
     if linear.bits is not None:
-        return [] if linear.bits > 4 else ["int4", "int4 dense"] if sparse else ["int4 dense"]
+        value_format = grid_format(linear.bits)
+        return [] if value_format is None else value_format.variants(sparse)
     return [sparse_dtype] if sparse else []
 
 
@@ -573,15 +576,8 @@ def _calibration_subnets(space: SearchSpace) -> list[Subnet]:
 
 
 def _non_negative_least_squares(features: np.ndarray, values: np.ndarray) -> list[float]:
-    """Coefficients of the columns, of which those that would be negative are left out, the most negative one first."""
-    kept = list(range(features.shape[1]))
-    coefficients = np.zeros(features.shape[1])
+    """Coefficients of the columns, none of them negative."""
+    from scipy.optimize import nnls  # only now: scipy takes long to import
+
     scale = np.where(features.max(axis=0) > 0, features.max(axis=0), 1.0)
-    while kept:
-        # without a difference between two columns the shorter of the possible solutions, in units of the whole model
-        solution = np.linalg.lstsq(features[:, kept] / scale[kept], values, rcond=None)[0]
-        if solution.min() >= 0:
-            coefficients[kept] = solution / scale[kept]
-            break
-        kept.pop(int(solution.argmin()))
-    return coefficients.tolist()
+    return (nnls(features / scale, values, maxiter=1000)[0] / scale).tolist()

@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.quantized_linear import QuantizedLinear
+from ..layers.values import Sizes, grid_format
+from ..layers.values.bf16 import BF16
 
 
 # From this share of zeros on a layer counts as sparse; the default of `sparsify_linears`.
@@ -61,15 +63,14 @@ class MergedLinear:
     def stored_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes on disk of its weight when cut to this size; zeros are taken to be spread evenly (see `CostModel`)."""
         weights = out_features * in_features
-        sparse = self.sparsity >= MIN_SPARSITY
-        values = weights - round(self.sparsity * weights) if sparse else weights
-        bitmask = out_features * -(-in_features // 8) if sparse else 0
+        value_format = BF16 if self.bits is None else grid_format(self.bits)
+        if self.sparsity >= MIN_SPARSITY and value_format is not None:
+            nnz = weights - round(self.sparsity * weights)
+            return value_format.bytes(Sizes(out_features, in_features, nnz, self.group_size or 0))
         if self.bits is None:
-            return bitmask + values * (torch.bfloat16 if sparse else self.dtype).itemsize
+            return weights * self.dtype.itemsize
         assert self.group_size is not None
         groups = out_features * -(-in_features // self.group_size)
-        if sparse and self.bits <= 4:  # int4: two to a byte, float16 scales, a byte for each zero
-            return bitmask + -(-values // 2) + 3 * groups
         return -(-weights * self.bits // 8) + 2 * groups + -(-groups * self.bits // 8)
 
 

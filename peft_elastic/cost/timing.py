@@ -31,7 +31,7 @@ from ..common import assets
 from ..common.documents import FINITE, ListOf, MapOf, read_json
 from ..common.writing import atomic_write_text
 from ..layers import extension, ops
-from ..layers.format import compress, compress_int4
+from ..layers.values import Sizes, parse_values
 from ..version import __version__
 
 
@@ -101,7 +101,7 @@ def measure(
         group_size (`int`, *optional*): of int4.
         rows (`int`, defaults to 1): of activations.
     """
-    rounded = 0.5 if value_dtype == "int4 dense" else round(round(sparsity / _SPARSITY_STEP) * _SPARSITY_STEP, 2)
+    rounded = 0.5 if not parse_values(value_dtype)[1] else round(round(sparsity / _SPARSITY_STEP) * _SPARSITY_STEP, 2)
     layer = [out_features, in_features, rounded, value_dtype, str(linear_dtype).removeprefix("torch.")]
     layer += [] if group_size is None else [group_size]
     layer += [] if rows == 1 else [f"{rows} rows"]
@@ -199,17 +199,18 @@ def _time(
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu")
     weight *= torch.rand(out_features, in_features, generator=generator, device="cpu") >= sparsity
     x = torch.randn(rows, in_features, generator=generator, device="cpu").to(linear_dtype)
-    scales = None
-    if value_dtype in ("bf16", "int8"):
-        tensors = compress(weight, value_dtype)
-        packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
-        scales = tensors.get("weight_scales")
+    value_format, stored_sparse = parse_values(value_dtype)
+    if value_format.bits is None:
+        tensors = value_format.compress(weight)
     else:
         assert group_size is not None
-        groups = torch.full((out_features, -(-in_features // group_size)), 8, device="cpu")
-        codes = torch.randint(9, 16, weight.shape, generator=generator, device="cpu").masked_fill_(weight == 0, 8)
-        tensors = compress_int4(codes, groups.float(), groups, None, group_size, sparse=value_dtype == "int4")
-        packed = ops.pack_int4(tensors, in_features, group_size)
+        zero = 2 ** (value_format.bits - 1)
+        groups = torch.full((out_features, -(-in_features // group_size)), zero, device="cpu")
+        codes = torch.randint(zero + 1, 2 * zero, weight.shape, generator=generator, device="cpu")
+        codes.masked_fill_(weight == 0, zero)
+        tensors = value_format.compress(codes, groups.float(), groups, None, group_size, stored_sparse)
+    sizes = Sizes(out_features, in_features, int(torch.count_nonzero(weight)), group_size or 0, stored_sparse)
+    packed, scales = value_format.pack(tensors, sizes)
 
     def dense(copy: torch.Tensor) -> None:
         torch.nn.functional.linear(x, copy)

@@ -34,7 +34,7 @@ __all__ = [
 __getattr__ = moved_modules(
     __name__,
     {
-        "format": "peft_elastic.layers.format",
+        "format": "peft_elastic.layers.values",
         "ops": "peft_elastic.layers.ops",
         "sparse_linear": "peft_elastic.layers.sparse_linear",
         "timing": "peft_elastic.cost.timing",

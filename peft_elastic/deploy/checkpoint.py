@@ -13,28 +13,18 @@
 # limitations under the License.
 """A model with sparse layers as an ordinary transformers checkpoint.
 
-`save_pretrained` writes the tensors of `format.py` and a `quantization_config`; transformers hands a checkpoint with that
+`save_pretrained` writes the tensors of `layers/values/README.md` and a `quantization_config`; transformers hands a checkpoint with that
 config to the quantizer below, which is registered when the package is imported. A checkpoint is untrusted: everything
-that it says is verified before a kernel sees a byte.
-
-`save_pretrained` writes one file after the other, into a folder that may hold another model, and may be stopped in between. So
-`config.json` has a checksum of every tensor, and files that were not saved together are refused.
+that it says is verified before a kernel sees a byte; of the files as a whole `stored_files.py` sees to that.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import re
-import struct
 import warnings
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,16 +36,17 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..common.documents import COUNT, MapOf, parse_json
+from ..common.checks import is_whole
+from ..common.documents import COUNT, MapOf
 from ..layers import ops
-from ..layers.format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
 from ..layers.sparse_linear import SparseLinear
+from ..layers.values import FORMATS, STORED_NAMES, Sizes
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
 from ..structure.description import adopt_layer_sizes, rebuild, take_layer_sizes
+from .stored_files import check_files, checksum, dense_checksums
 
 
 logger = get_logger(__name__)
@@ -63,13 +54,7 @@ logger = get_logger(__name__)
 METHOD = "peft_elastic"  # transformers prints it where the package was not imported
 _VERSION = 1
 _LINEAR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED = ("weight_bitmask", "weight_values", "weight_scales", "weight_zeros", "weight_g_idx")
-_SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}  # of int4
-_VALUE_DTYPES = VALUE_DTYPES | {"int4": torch.uint8}
-# of safetensors, for the types that a stored layer has
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
-_ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_HEADER_BYTES = 100 * 2**20  # as in safetensors
+_OF_GRIDS = {"group_size", "sparse", "scale_dtype"}  # what an entry has besides, for values on a grid
 
 
 class SparseCheckpointConfig(QuantizationConfigMixin):
@@ -106,30 +91,30 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
         MapOf(COUNT).check(self.dense_sums, "quantization_config: dense_sums")
         for name, entry in self.layers.items():
             keys = {"out_features", "in_features", "nnz", "value_dtype", "linear_dtype", "crc32"}
-            int4 = isinstance(entry, dict) and entry.get("value_dtype") == "int4"
-            keys |= {"group_size", "sparse", "scale_dtype"} if int4 else set()
+            kind = entry.get("value_dtype") if isinstance(entry, dict) else None
+            value_format = FORMATS.get(kind) if isinstance(kind, str) else None
+            keys |= _OF_GRIDS if value_format is not None and value_format.is_grid else set()
             if not isinstance(entry, dict) or set(entry) != keys:
                 raise ValueError(f"quantization_config: layer {name!r} must have {sorted(keys)}, got {entry!r:.200}.")
-            if not isinstance(entry["value_dtype"], str) or entry["value_dtype"] not in _VALUE_DTYPES:
-                raise ValueError(
-                    f"{name}: value_dtype is {entry['value_dtype']!r:.50}; allowed are {sorted(_VALUE_DTYPES)} (quantization_config)."
-                )
-            if int4 and (not isinstance(entry["scale_dtype"], str) or entry["scale_dtype"] not in _SCALE_DTYPES):
-                raise ValueError(
-                    f"{name}: scale_dtype is {entry['scale_dtype']!r:.50}; allowed are {sorted(_SCALE_DTYPES)} (quantization_config)."
-                )
+            if value_format is None:
+                raise _not_one_of(name, "value_dtype", entry, FORMATS)
+            if value_format.is_grid:
+                scale_dtypes = [_name_of(dtype) for dtype in value_format.tensors["weight_scales"]]
+                if not isinstance(entry["scale_dtype"], str) or entry["scale_dtype"] not in scale_dtypes:
+                    raise _not_one_of(name, "scale_dtype", entry, scale_dtypes)
             if not isinstance(entry["linear_dtype"], str) or entry["linear_dtype"] not in _LINEAR_DTYPES:
-                raise ValueError(
-                    f"{name}: linear_dtype is {entry['linear_dtype']!r:.50}; allowed are {sorted(_LINEAR_DTYPES)} "
-                    "(quantization_config)."
-                )
+                raise _not_one_of(name, "linear_dtype", entry, _LINEAR_DTYPES)
             sums, wanted = entry["crc32"], list(_stored_dtypes(entry))
             if (
                 not isinstance(sums, dict)
                 or set(sums) != set(wanted)
-                or any(type(v) is not int for v in sums.values())
+                or any(not is_whole(v) for v in sums.values())
             ):
                 raise ValueError(f"{name}: crc32 must have a number for each of {wanted}, got {sums!r:.200}.")
+
+    def tensor_names(self) -> set[str]:
+        """The tensors of sparse layers, as they are called on disk. Only after `check`."""
+        return {f"{name}.{key}" for name, entry in self.layers.items() for key in _stored_dtypes(entry)}
 
 
 class _StoredLinear(nn.Module):
@@ -150,19 +135,20 @@ class _StoredLinear(nn.Module):
     def verified(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors on the CPU. ValueError that names the one that is missing, damaged or of another layer."""
         tensors = {key: getattr(self, key).detach().cpu() for key in _stored_dtypes(self.entry)}
-        shape = {key: self.entry[key] for key in ("out_features", "in_features", "nnz")}
-        if self.entry["value_dtype"] == "int4":
-            verify_int4(name, tensors, **shape, **{key: self.entry[key] for key in ("group_size", "sparse")})
-        else:
-            verify(name, tensors, **shape, dtype=self.entry["value_dtype"])
+        FORMATS[self.entry["value_dtype"]].verify(name, tensors, self.sizes)
         for key, tensor in tensors.items():
-            if _crc32(tensor) != self.entry["crc32"][key]:
+            if checksum(tensor) != self.entry["crc32"][key]:
                 raise ValueError(
                     f"{name}.{key} is damaged: its bytes do not have the checksum that was saved with them."
                 )
         if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
             raise ValueError(f"{name}.bias is missing.")
         return tensors
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the entry says of the weight; nothing of it is verified."""
+        return Sizes(**{key: self.entry[key] for key in Sizes._fields if key in self.entry})
 
     def clear(self) -> None:
         """Let go of the tensors, whose packed form has been made."""
@@ -203,7 +189,7 @@ class SparseQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         # Says to transformers that the shape of the tensor need not be that of the parameter: `verified` looks at it.
-        return param_name.rpartition(".")[2] in _STORED
+        return param_name.rpartition(".")[2] in STORED_NAMES
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
@@ -212,7 +198,9 @@ class SparseQuantizer(HfQuantizer):
         if self._layer_sizes:
             adopt_layer_sizes(model, self._layer_sizes)
         rebuild(model)
-        check_files(checkpoint_files or (), self.quantization_config)
+        check_files(
+            checkpoint_files or (), self.quantization_config.tensor_names(), self.quantization_config.dense_sums
+        )
         modules, seen = dict(model.named_modules()), dict[str, str]()
         for name, entry in self.quantization_config.layers.items():
             path = _find_path(model, modules, name)
@@ -237,32 +225,18 @@ class SparseQuantizer(HfQuantizer):
 
         def load(item: tuple[str, _StoredLinear]) -> nn.Module:
             name, module = item
-            tensors, entry = module.verified(name), module.entry
-            dtype, in_features, int4 = (
-                _LINEAR_DTYPES[entry["linear_dtype"]],
-                entry["in_features"],
-                entry["value_dtype"] == "int4",
-            )
-            scales = None if int4 else tensors.get("weight_scales")
+            tensors, entry, sizes = module.verified(name), module.entry, module.sizes
+            value_format, dtype = FORMATS[entry["value_dtype"]], _LINEAR_DTYPES[entry["linear_dtype"]]
             device = module.weight_values.device
             module.clear()
             try:
                 if self._stays_dense:
-                    if int4:
-                        weight = decompress_int4(tensors, in_features, entry["group_size"], dtype)
-                    else:
-                        weight = decompress(
-                            tensors["weight_bitmask"], tensors["weight_values"], scales, in_features, dtype
-                        )
-                    return _dense(weight.to(device), module.bias)
-                if int4:
-                    packed = ops.pack_int4(tensors, in_features, entry["group_size"])
-                else:
-                    packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
+                    return _dense(value_format.decompress(tensors, sizes, dtype).to(device), module.bias)
+                packed, scales = value_format.pack(tensors, sizes)
             except ValueError as error:
                 raise ValueError(f"{name}.weight_values: {error}") from None
             layer = SparseLinear(packed, scales, module.bias, dtype)
-            if layer.nnz != entry["nnz"]:  # of dense int4 nothing else says it
+            if layer.nnz != entry["nnz"]:  # where zeros are stored nothing else says it
                 raise ValueError(f"{name}: nnz is {entry['nnz']}, but there are {layer.nnz} nonzeros.")
             return layer
 
@@ -283,7 +257,7 @@ class SparseQuantizer(HfQuantizer):
             name: _describe(module) for name, module in model.named_modules() if isinstance(module, SparseLinear)
         }
         state = state_to_save(model)
-        self.quantization_config.dense_sums = _dense_checksums(model, model.state_dict() if state is None else state)
+        self.quantization_config.dense_sums = dense_checksums(model, model.state_dict() if state is None else state)
         if not self.quantization_config.layers:  # they have all been replaced
             self.remove_quantization_config(model)
         return state, {}
@@ -334,153 +308,17 @@ def mark_checkpoint(model: PreTrainedModel) -> None:
         model.is_quantized, model.quantization_method = True, METHOD
 
 
-def check_files(files: Iterable[str], config: SparseCheckpointConfig) -> None:
-    """Verify that the files of a checkpoint hold the tensors that its config describes, and no others. Those of sparse layers are
-    looked at again, and more closely, when they have been read.
-
-    Raises:
-        ValueError: naming the tensor, the layer or the file that is one too many, missing or another one.
-    """
-    where: dict[str, str] = {}
-    places: dict[str, _Place] = {}
-    for file in files:
-        name = os.path.basename(file)
-        if not name.endswith(".safetensors"):
-            if config.layers:
-                raise ValueError(f"{name} is no safetensors file; sparse layers are read from these alone.")
-            return
-        header, begin = check_safetensors(file)
-        for tensor, entry in header.items():
-            if tensor in where:
-                raise ValueError(f"{tensor} is in {where[tensor]} and in {name}; it must be in one of them.")
-            where[tensor] = name
-            first, last = entry["data_offsets"]
-            places[tensor] = _Place(file, begin + first, last - first, _ITEM_BYTES.get(entry["dtype"], 1))
-    stored = {tensor for tensor in where if tensor.rpartition(".")[2] in _STORED}
-    for tensor in sorted(stored):
-        dense = f"{tensor.rpartition('.')[0]}.weight"
-        if dense in where:
-            raise ValueError(f"{tensor} in {where[tensor]} is of a sparse layer, but {dense} is there as well.")
-    described = {f"{name}.{key}" for name, entry in config.layers.items() for key in _stored_dtypes(entry)}
-    # transformers may save a layer under another path than it has in the model: then as many others are missing here
-    if len(stored) > len(described):
-        tensor = _first_unlike(stored - described, described)
-        layer = tensor.rpartition(".")[0]
-        raise ValueError(
-            f"quantization_config: layer {layer!r} is left out, or described wrongly: {where[tensor]} holds {tensor}."
-        )
-    _check_dense({name: places[name] for name in places if name not in stored}, config.dense_sums)
-
-
-class _Place(NamedTuple):
-    """Where a tensor is, in bytes."""
-
-    file: str
-    offset: int
-    size: int
-    item: int
-
-
-def _check_dense(places: Mapping[str, _Place], expected: Mapping[str, int]) -> None:
-    """Verify tensors against checksums. What transformers saves under other names, or several as one, is left out."""
-    known = [name for name, place in places.items() if name in expected and place.size]
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        found = dict(zip(known, pool.map(lambda name: _sum_of_file(places[name]), known), strict=True))
-    for name, value in found.items():
-        if value != expected[name]:
-            raise _not_together(name, places[name].file)
-    if len(found) == sum(place.size > 0 for place in places.values()):
-        count = Counter(expected.values())  # tied tensors have one checksum, and are saved once
-        missing = sorted(name for name in expected if name not in places and count[expected[name]] == 1)
-        if missing and places:
-            raise ValueError(f"{missing[0]} is missing.")
-
-
-def _first_unlike(names: Iterable[str], others: Iterable[str]) -> str:
-    """The first of `names` that is not, under another path, among `others`: from the number of the block on, which does not
-    change when a model becomes a part of another."""
-
-    def tail(name: str) -> str:
-        match = re.search(r"\.\d+\..*", name)
-        return match[0] if match else name
-
-    tails = set(map(tail, others))
-    return min(names, key=lambda name: (tail(name) in tails, name))
-
-
-def _not_together(tensor: str, file: str) -> ValueError:
-    folder, name = os.path.split(file)
-    why = "it is damaged, or a `save_pretrained` over an older model was interrupted. Save the model again."
-    if name == SAFE_WEIGHTS_NAME and os.path.exists(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)):
-        why = "the file is of an older model beside the shards of this one. Remove it, or save to another folder."
-    return ValueError(
-        f"{tensor} in {name} was not saved with this config.json, which has another checksum of it: {why}"
-    )
-
-
-def check_safetensors(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """Verify the header of a safetensors file against the length of the file, without reading the tensors.
-
-    Returns:
-        what the header says of each tensor, and where in the file their bytes begin.
-
-    Raises:
-        ValueError: naming the tensor whose offsets, type, shape and length do not agree, or the file if it is damaged as a
-            whole.
-    """
-    name = os.path.basename(os.fspath(file))
-    with open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-        if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{name} is damaged: {size} bytes, and its header claims {length}.")
-        try:
-            header = parse_json(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{name} is damaged: its header is {error}.") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{name} is damaged: its header is not a JSON object.")
-    spans = []
-    for tensor, entry in header.items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [begin, end, *shape]
-            if any(type(number) is not int or number < 0 for number in numbers):
-                raise ValueError("negative or no whole numbers")
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{tensor} in {name} is described wrongly: {entry!r:.200} ({error}).") from None
-        if begin > end or length + 8 + end > size:
-            raise ValueError(
-                f"{tensor} in {name} lies at bytes {begin} to {end}, but the file has {size - 8 - length} bytes of tensors: it "
-                "is truncated or damaged."
-            )
-        if isinstance(dtype, str) and dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
-            raise ValueError(f"{tensor} in {name} has {end - begin} bytes, which is not {dtype} {shape}.")
-        spans.append((begin, end, tensor))
-    spans.sort()
-    for (_, end, _), (begin, _, tensor) in zip(spans, spans[1:]):
-        if begin < end:
-            raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
-    header.pop("__metadata__", None)
-    return header, length + 8
-
-
 def _stored_dtypes(entry: dict[str, Any]) -> dict[str, torch.dtype]:
     """The tensors of a layer that an entry describes, by their names on disk."""
-    kind = entry["value_dtype"]
-    dtypes = {"weight_bitmask": torch.uint8, "weight_values": _VALUE_DTYPES[kind]}
-    if kind == "int8":
-        dtypes["weight_scales"] = torch.float32
-    if kind == "int4":
-        dtypes |= {"weight_scales": _SCALE_DTYPES[entry["scale_dtype"]], "weight_zeros": torch.uint8}
-        if isinstance(entry["crc32"], dict) and "weight_g_idx" in entry["crc32"]:
-            dtypes["weight_g_idx"] = torch.int32
-        if not entry["sparse"]:
-            del dtypes["weight_bitmask"]
-    return dtypes
+    value_format, found = FORMATS[entry["value_dtype"]], {}
+    for key, dtypes in value_format.tensors.items():
+        if key == "weight_bitmask" and not entry.get("sparse", True):
+            continue
+        if key in value_format.optional and not (isinstance(entry["crc32"], dict) and key in entry["crc32"]):
+            continue
+        chosen = [dtype for dtype in dtypes if len(dtypes) == 1 or _name_of(dtype) == entry["scale_dtype"]]
+        found[key] = chosen[0]
+    return found
 
 
 def _describe(layer: SparseLinear) -> dict[str, Any]:
@@ -490,54 +328,21 @@ def _describe(layer: SparseLinear) -> dict[str, Any]:
         "in_features": layer.in_features,
         "nnz": layer.nnz,
         "value_dtype": layer.value_dtype,
-        "linear_dtype": str(layer.linear_dtype).removeprefix("torch."),
-        "crc32": {key: _crc32(tensor) for key, tensor in tensors.items()},
+        "linear_dtype": _name_of(layer.linear_dtype),
+        "crc32": {key: checksum(tensor) for key, tensor in tensors.items()},
     }
-    if layer.value_dtype == "int4":
+    if layer.value_format.is_grid:
         entry |= {"group_size": layer.group_size, "sparse": layer.has_bitmask}
-        entry["scale_dtype"] = str(tensors["weight_scales"].dtype).removeprefix("torch.")
+        entry["scale_dtype"] = _name_of(tensors["weight_scales"].dtype)
     return entry
 
 
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _sum(words: np.ndarray[Any, Any]) -> int:
-    """A checksum that does not depend on the order of the elements: transformers stores some tensors transposed."""
-    total = 0
-    for start in range(0, len(words), 1 << 20):
-        part = words[start : start + (1 << 20)].astype(np.uint64)
-        total += int((part * part + part).sum(dtype=np.uint64))
-    return total % 2**63
-
-
-def _words(item: int) -> Any:
-    """What elements of so many bytes are summed as."""
-    return {1: np.uint8, 2: np.uint16}.get(item, np.uint32)
-
-
-def _sum_of_file(place: _Place) -> int:
-    words = np.memmap(place.file, np.uint8, "r", place.offset, (place.size,))
-    return _sum(words[: place.size // place.item * place.item].view(_words(place.item)))
-
-
-def _dense_checksums(model: nn.Module, state: Mapping[str, Any]) -> dict[str, int]:
-    """Of all tensors that are not those of sparse layers, and that are here."""
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    dense = {
-        name: tensor
-        for name, tensor in sorted(state.items())
-        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.numel()
-        if name.rpartition(".")[2] not in _STORED and name not in ignored
-    }
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-
-        def sum_of(tensor: torch.Tensor) -> int:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            return _sum(flat.view(_words(tensor.element_size())))
-
-        return dict(zip(dense, pool.map(sum_of, dense.values()), strict=True))
+def _not_one_of(name: str, key: str, entry: dict[str, Any], allowed: Iterable[str]) -> ValueError:
+    return ValueError(f"{name}: {key} must be one of {sorted(allowed)}, got {entry[key]!r:.50} (quantization_config).")
 
 
 def _find_path(model: PreTrainedModel, modules: dict[str, nn.Module], name: str) -> str | None:

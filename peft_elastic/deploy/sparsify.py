@@ -26,13 +26,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..common.checks import check_choice, is_finite, wrong
+from ..common.names import has_suffix
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
+from ..common.tables import text_table
 from ..cost import timing
 from ..layers import ops
-from ..layers.format import check_dtype, check_int4, groups_in_order
+from ..layers.groups import groups_in_order
 from ..layers.quantized_linear import QuantizedLinear
 from ..layers.sparse_linear import SparseLinear
+from ..layers.values import ROUNDED, grid_format, most_bits, parse_values
 from ..quantization.saving import GridQuantizer, unguard_saving
 from ..structure.modules import linear_layers, routers
 from . import checkpoint
@@ -98,21 +102,13 @@ class SwapReport:
         for (kind, shape, values, swapped, reason), group in groups.items():
             answer = f"{'yes' if swapped else 'no'}: {reason}"
             table.append((kind, shape, str(len(group)), *_figures(group), values or "-", answer))
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column in (0, 1, 8, 9) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        ]
         before, now = (sum(getattr(d, name) for d in self.decisions) / 1e6 for name in ("dense_bytes", "bytes"))
         found = ", ".join(dict.fromkeys(decision.values for decision in self.decisions if decision.swapped))
         head = (
             f"{len(self.swapped)} of {len(self.decisions)} linear layers are sparse ({found or self.dtype}); their weights take "
             f"{now:,.1f} MB instead of {before:,.1f} MB. Kernel level {self.level}, {self.threads} thread(s)."
         )
-        return "\n".join([head, *lines])
+        return "\n".join([head, *text_table(table, left=(0, 1, 8, 9))])
 
 
 def _figures(group: list[SwapDecision]) -> tuple[str, str, str, str, str]:
@@ -176,13 +172,12 @@ def sparsify_linears(
             method has quantized, one with a weight that torch.nn.utils (prune, parametrize, weight_norm) computes anew in each forward
             pass, or without the C++ extension. Nothing is changed then.
     """
-    check_dtype("dtype", dtype)
-    if when not in ("faster", "always"):
-        raise ValueError(f"`when` is {when!r}; allowed are 'faster' and 'always'.")
-    if isinstance(min_sparsity, bool) or not 0 <= min_sparsity <= 1:
-        raise ValueError(f"`min_sparsity` is {min_sparsity!r}; allowed is 0 to 1.")
+    check_choice("dtype", dtype, ROUNDED)
+    check_choice("when", when, ("faster", "always"))
+    if not is_finite(min_sparsity) or not 0 <= min_sparsity <= 1:
+        raise wrong("min_sparsity", "a number from 0 to 1", min_sparsity)
     if isinstance(skip, str):
-        raise ValueError(f"`skip` is the string {skip!r}; it has to be a list of strings.")
+        raise wrong("skip", "a list of strings", skip)
     obstacle = find_obstacle(model, skip)
     if obstacle:
         raise ValueError(f"`sparsify_linears` cannot work on this model: {obstacle}.")
@@ -192,7 +187,7 @@ def sparsify_linears(
         )
     linears = list(_find_linears(model))
     for entry in skip:
-        if not any(_matches(name, entry) for name, _ in linears):
+        if not any(has_suffix(name, entry) for name, _ in linears):
             raise ValueError(f"`skip`: {entry!r} is the path, or the end of the path, of no linear layer.")
 
     not_asked = _not_asked(model, linears, skip, lm_head)
@@ -230,7 +225,7 @@ def find_obstacle(model: nn.Module, skip: Collection[str] = ()) -> str:
     layers = {name: each for name, each in linear_layers(model).items() if isinstance(each, (nn.Linear, Conv1D))}
     try:
         check_parameters(
-            {name: each for name, each in layers.items() if not any(_matches(name, entry) for entry in skip)}
+            {name: each for name, each in layers.items() if not any(has_suffix(name, entry) for entry in skip)}
         )
     except ValueError as error:
         return str(error).removeprefix("model: ").removesuffix(".")
@@ -263,20 +258,17 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _swap(linear: Any, values: str) -> SparseLinear:
-    if not values.startswith("int4"):
+    value_format, sparse = parse_values(values)
+    if not value_format.is_grid:
         return SparseLinear.from_linear(linear, values)
     grid = linear.quantized()
     layer = SparseLinear.from_quantized(
         **{key: grid[key] for key in ("q", "scales", "zeros", "g_idx", "group_size")},
         bias=linear.bias,
         linear_dtype=linear.weight.dtype,
-        sparse=values == "int4",
+        sparse=sparse,
     )
     return layer.train(linear.training)
-
-
-def _matches(name: str, entry: str) -> bool:
-    return name == entry or name.endswith("." + entry)
 
 
 def _not_asked(
@@ -298,7 +290,7 @@ def _not_asked(
             reasons[name] = f"its weight is also {shared[0]}"
         elif linear is output and not lm_head:
             reasons[name] = "the output embedding, left out without `lm_head=True`"
-        elif any(_matches(name, entry) for entry in skip):
+        elif any(has_suffix(name, entry) for entry in skip):
             reasons[name] = "in `skip`"
         elif name in choosing:
             reasons[name] = "the router of a mixture of experts"
@@ -322,10 +314,10 @@ def _decide(name: str, linear: Any, dtype: str, when: str, min_sparsity: float, 
     candidates = [dtype]
     if reason is None and _is_quantized(linear):
         grid = linear.quantized()
-        reason, group_size = _no_int4(grid), grid["group_size"]
+        reason, group_size = _no_grid(grid), grid["group_size"]
         sparsity = sparsity if reason else _share_of_zeros(grid)
-        # dense int4 needs no zeros
-        candidates = ["int4", "int4 dense"] if sparsity >= min_sparsity else ["int4 dense"]
+        value_format = grid_format(grid["bits"])
+        candidates = [] if value_format is None else value_format.variants(sparsity >= min_sparsity)
     elif reason is None:
         sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         if sparsity < min_sparsity:
@@ -365,12 +357,13 @@ def _share_of_zeros(grid: dict[str, Any]) -> float:
     return int((q == zeros[:, g_idx.long()]).sum()) / q.numel()
 
 
-def _no_int4(grid: dict[str, Any]) -> str | None:
-    """Why a quantized layer cannot be int4."""
-    if grid["bits"] > 4:
-        return f"quantized to {grid['bits']} bits; the kernels take 4 and fewer"
+def _no_grid(grid: dict[str, Any]) -> str | None:
+    """Why no type of values holds a quantized layer."""
+    value_format = grid_format(grid["bits"])
+    if value_format is None or value_format.check is None:
+        return f"quantized to {grid['bits']} bits; the kernels take {most_bits()} and fewer"
     try:
-        check_int4(*(grid[key] for key in ("q", "scales", "zeros", "g_idx", "group_size")))
+        value_format.check(*(grid[key] for key in ("q", "scales", "zeros", "g_idx", "group_size")))
     except ValueError as error:
-        return f"no int4: {error}"
+        return f"no {value_format.name}: {error}"
     return None

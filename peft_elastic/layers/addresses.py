@@ -14,7 +14,7 @@
 """The one rule about what may be given to the C++ extension.
 
 It takes addresses, and torch knows nothing of such a call. So it is only for tensors that are nothing but memory (`is_plain`), and
-only while torch need not see each operator (`is_watched`). Everything else goes through the operators of `deploy.ops`, or is refused.
+only while torch need not see each operator (`is_watched`). Everything else goes through the operators of `layers.ops`, or is refused.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def is_watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def is_special_mode() -> bool:
+    """Whether torch watches or changes what is computed, gradients and autocast included."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched()
 
 
 def _only_default_devices() -> bool:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 
 def fingerprint(folder: Path) -> str:
-    """A number, in hexadecimal, for the C++ files of a folder; line ends do not count."""
+    """A number, in hexadecimal, for the C++ files of a folder and those below it; line ends do not count."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.suffix in (".cpp", ".h")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.suffix in (".cpp", ".h")}
+    for name, file in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:16]

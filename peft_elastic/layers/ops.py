@@ -29,16 +29,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import extension
 from .addresses import address, is_plain, is_transformed, is_watched
-from .format import groups_in_order, order_of_groups
+from .groups import groups_in_order, order_of_groups
 
 
 _C = extension._C
-_VALUE_TYPES = {torch.bfloat16: 0, torch.int8: 1}  # ValueType in csrc/format.h
 _VALUE_DTYPES = (torch.bfloat16, torch.int8)
-_VALUE_NAMES = ("bf16", "int8", "int4", "int4")  # of the ValueTypes
-_INT4_DENSE = 3
-_FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/linear.h
-FLOAT_DTYPES = tuple(_FLOAT_TYPES)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What C++ calls them; empty without the extension.
+_VALUE_TYPES = {} if _C is None else {torch.bfloat16: _C.ValueType.bf16, torch.int8: _C.ValueType.int8}
+FLOAT_TYPES = {} if _C is None else {dtype: getattr(_C.FloatType, f"{dtype}"[6:]) for dtype in FLOAT_DTYPES}
 
 # From this many rows on (measured: benchmarks/crossover.py, docs/performance.md) the weight is expanded and torch's dense
 # multiplication is used.
@@ -93,13 +92,14 @@ def _check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], di
         )
 
 
-def pack(bitmask: Tensor, values: Tensor, in_features: int) -> Tensor:
+def pack(bitmask: Tensor, values: Tensor, in_features: int, kind: Optional[str] = None) -> Tensor:
     """The in-memory form of a sparse weight, tiled as the kernels read it (csrc/format.h).
 
     Args:
         bitmask: uint8 [out_features, ceil(in_features / 8)]; bit j of byte b of a row is column 8 b + j.
         values: bfloat16 or int8 [nnz], the nonzeros row by row; int8 in -127 .. 127.
         in_features: columns of the weight.
+        kind: the type of the values as C++ calls it, whatever dtype they have; by default bf16 or int8.
 
     Returns:
         uint8 [bytes], with a header of its own.
@@ -107,44 +107,46 @@ def pack(bitmask: Tensor, values: Tensor, in_features: int) -> Tensor:
     Raises:
         ValueError: if lengths, the population count, stray bits or values do not agree.
     """
-    extension = _extension()
+    native = _extension()
     _check_matrix("bitmask", bitmask, (torch.uint8,), 2)
-    _check_matrix("values", values, _VALUE_DTYPES, 1)
+    _check_matrix("values", values, _VALUE_DTYPES if kind is None else (values.dtype,), 1)
     bitmask, values = bitmask.contiguous(), values.contiguous()
-    kind, out_features = _VALUE_TYPES[values.dtype], bitmask.shape[0]
-    packed = _new(extension.packed_bytes(kind, out_features, in_features, values.numel()))
-    extension.pack_bitmask(
-        kind,
-        address("bitmask", bitmask, torch.uint8),
-        bitmask.numel(),
-        address("values", values, values.dtype),
-        values.numel(),
-        out_features,
-        in_features,
-        packed.data_ptr(),
-        packed.numel(),
+    source = native.Source(
+        type=_VALUE_TYPES[values.dtype] if kind is None else getattr(native.ValueType, kind),
+        out_features=bitmask.shape[0],
+        in_features=in_features,
+        bitmask=address("bitmask", bitmask, torch.uint8),
+        bitmask_bytes=bitmask.numel(),
+        values=address("values", values, values.dtype),
+        value_bytes=values.numel() * values.element_size(),
     )
+    packed = _new(native.packed_bytes(source))
+    native.pack(source, packed.data_ptr(), packed.numel())
     return packed
 
 
 def pack_dense(weight: Tensor) -> Tensor:
     """As `pack`, from a dense weight [out_features, in_features] of bfloat16, or int8 that is quantised already."""
-    extension = _extension()
+    native = _extension()
     _check_matrix("weight", weight, _VALUE_DTYPES, 2)
     weight = weight.contiguous()
     dense = (_VALUE_TYPES[weight.dtype], address("weight", weight, weight.dtype), *weight.shape, weight.shape[1])
-    nnz = extension.count_nonzeros(*dense)
-    packed = _new(extension.packed_bytes(dense[0], *weight.shape, nnz))
-    extension.pack_dense(*dense, packed.data_ptr(), packed.numel())
+    nnz = native.count_nonzeros(*dense)
+    packed = _new(native.packed_dense_bytes(dense[0], *weight.shape, nnz))
+    native.pack_dense(*dense, packed.data_ptr(), packed.numel())
     return packed
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """`(bitmask, values)`: the inverse of `pack`. ValueError if `packed` is damaged."""
+def unpack(packed: Tensor, dtype: Optional[torch.dtype] = None) -> tuple[Tensor, Tensor]:
+    """`(bitmask, values)`: the inverse of `pack`. ValueError if `packed` is damaged.
+
+    Args:
+        dtype: of the values; by default bfloat16 or int8.
+    """
     info = describe(packed)
     bitmask = _new(info.out_features, (info.in_features + 7) // 8)
-    values = _new(info.nnz, dtype=torch.bfloat16 if info.dtype == "bf16" else torch.int8)
-    _extension().unpack(packed.data_ptr(), packed.numel(), bitmask.data_ptr(), values.data_ptr())
+    values = _new(info.nnz, dtype=dtype or (torch.bfloat16 if info.dtype == "bf16" else torch.int8))
+    _extension().unpack(packed.data_ptr(), packed.numel(), values=values.data_ptr(), bitmask=bitmask.data_ptr())
     return bitmask, values
 
 
@@ -152,7 +154,7 @@ def pack_int4(tensors: dict[str, Tensor], in_features: int, group_size: int) -> 
     """The in-memory form of an int4 weight, scales, zeros and the order of its inputs included.
 
     Args:
-        tensors: as on disk (`peft_elastic.layers.format`): `weight_values`, `weight_scales`, `weight_zeros`, `weight_bitmask` unless
+        tensors: as on disk (`layers/values/README.md`): `weight_values`, `weight_scales`, `weight_zeros`, `weight_bitmask` unless
             all values are stored, `weight_g_idx` if the inputs are not in the order of their groups.
         in_features, group_size: of the weight.
 
@@ -162,7 +164,7 @@ def pack_int4(tensors: dict[str, Tensor], in_features: int, group_size: int) -> 
     Raises:
         ValueError: if lengths, the population count, stray bits, values or groups do not agree.
     """
-    extension = _extension()
+    native = _extension()
     bitmask, g_idx = tensors.get("weight_bitmask"), tensors.get("weight_g_idx")
     values, zeros = tensors["weight_values"].contiguous(), tensors["weight_zeros"].contiguous()
     scales = tensors["weight_scales"].to(torch.float32).contiguous()
@@ -178,20 +180,21 @@ def pack_int4(tensors: dict[str, Tensor], in_features: int, group_size: int) -> 
         _check_matrix("weight_bitmask", bitmask, (torch.uint8,), 2)
         bitmask = bitmask.contiguous()
     order = None if g_idx is None else order_of_groups("`weight_g_idx`", g_idx, in_features, group_size)
-    source = (
-        scales.shape[0],
-        in_features,
-        group_size,
-        0 if bitmask is None else address("weight_bitmask", bitmask, torch.uint8),
-        0 if bitmask is None else bitmask.numel(),
-        address("weight_values", values, torch.uint8),
-        values.numel(),
-        address("weight_scales", scales, torch.float32),
-        address("weight_zeros", zeros, torch.uint8),
-        0 if order is None else address("weight_g_idx", order, torch.int32),
+    source = native.Source(
+        type=native.ValueType.int4_dense if bitmask is None else native.ValueType.int4,
+        out_features=scales.shape[0],
+        in_features=in_features,
+        group_size=group_size,
+        bitmask=0 if bitmask is None else address("weight_bitmask", bitmask, torch.uint8),
+        bitmask_bytes=0 if bitmask is None else bitmask.numel(),
+        values=address("weight_values", values, torch.uint8),
+        value_bytes=values.numel(),
+        scales=address("weight_scales", scales, torch.float32),
+        zeros=address("weight_zeros", zeros, torch.uint8),
+        order=0 if order is None else address("weight_g_idx", order, torch.int32),
     )
-    packed = _new(extension.packed_int4_bytes(source))
-    extension.pack_int4(source, packed.data_ptr(), packed.numel())
+    packed = _new(native.packed_bytes(source))
+    native.pack(source, packed.data_ptr(), packed.numel())
     return packed
 
 
@@ -210,12 +213,11 @@ def unpack_int4(packed: Tensor) -> dict[str, Tensor]:
     if info.has_bitmask:
         tensors["weight_bitmask"] = _new(out_features, (info.in_features + 7) // 8)
     order = _new(info.in_features if info.has_order else 0, dtype=torch.int32)
-    _extension().unpack_int4(
+    _extension().unpack(
         packed.data_ptr(),
         packed.numel(),
-        tensors["weight_bitmask"].data_ptr() if info.has_bitmask else 0,
-        *(tensors[f"weight_{name}"].data_ptr() for name in ("values", "scales", "zeros")),
-        order.data_ptr() if info.has_order else 0,
+        **{name.removeprefix("weight_"): tensor.data_ptr() for name, tensor in tensors.items()},
+        order=order.data_ptr() if info.has_order else 0,
     )
     if info.has_order:
         tensors["weight_g_idx"] = torch.empty_like(order)
@@ -229,7 +231,8 @@ def describe(packed: Tensor) -> PackedInfo:
     kind, out_features, in_features, nnz, group_size, has_order = _extension().describe(
         address("packed", packed, torch.uint8), packed.numel()
     )
-    return PackedInfo(out_features, in_features, nnz, _VALUE_NAMES[kind], group_size, kind != _INT4_DENSE, has_order)
+    name = kind.name.removesuffix("_dense")
+    return PackedInfo(out_features, in_features, nnz, name, group_size, name == kind.name, has_order)
 
 
 def to_dense(
@@ -242,12 +245,12 @@ def to_dense(
     _extension().dense_rows(
         packed.data_ptr(),
         packed.numel(),
-        0 if scales is None else address("scales", scales, torch.float32, (info.out_features,)),
-        first_row,
-        rows,
-        dense.data_ptr(),
-        _FLOAT_TYPES[dtype],
-        torch.get_num_threads(),
+        scales=0 if scales is None else address("scales", scales, torch.float32, (info.out_features,)),
+        first_row=first_row,
+        rows=rows,
+        target=dense.data_ptr(),
+        type=FLOAT_TYPES[dtype],
+        threads=torch.get_num_threads(),
     )
     return dense
 
@@ -269,7 +272,7 @@ def linear(
             y = _by_address(x, packed, scales, bias, out_features, in_features, "float")
             if y is not None:
                 return y
-        if x.dtype not in _FLOAT_TYPES or not x.is_cpu or not x.dim() or x.shape[-1] != in_features:
+        if x.dtype not in FLOAT_DTYPES or not x.is_cpu or not x.dim() or x.shape[-1] != in_features:
             raise ValueError(
                 f"`x` must be float32, bfloat16 or float16 [..., {in_features}] on the CPU, got {x.dtype} {tuple(x.shape)} on "
                 f"{x.device}."
@@ -309,13 +312,13 @@ def _by_address(
     activations: str,
 ) -> Optional[Tensor]:
     """The product, or None if one of the tensors is not as C++ needs it. That sizes fit the packed weight, C++ sees to."""
-    kind, shape = _FLOAT_TYPES.get(x.dtype), x.shape
+    kind, shape = FLOAT_TYPES.get(x.dtype), x.shape
     if kind is None or not is_plain(x) or not shape or shape[-1] != in_features:
         return None
     # `packed` and `scales` are of our own making, never a view of something: what can have become of them since takes less to see
     if type(packed) is not Tensor or not packed.is_cpu or not packed.is_contiguous():
         return None
-    scales_at = bias_at = bias_kind = 0
+    scales_at, bias_at, bias_kind = 0, 0, kind
     if scales is not None:
         if type(scales) is not Tensor or not scales.is_cpu or not scales.is_contiguous():
             return None
@@ -323,8 +326,8 @@ def _by_address(
             return None
         scales_at = scales.data_ptr()
     if bias is not None:
-        bias_kind = _FLOAT_TYPES.get(bias.dtype, -1)
-        if bias_kind < 0 or not is_plain(bias) or bias.numel() != out_features or not bias.is_contiguous():
+        bias_kind = FLOAT_TYPES.get(bias.dtype)
+        if bias_kind is None or not is_plain(bias) or bias.numel() != out_features or not bias.is_contiguous():
             return None
         bias_at = bias.data_ptr()
     rows = x.numel() // in_features if in_features else 0
@@ -405,7 +408,7 @@ def sparse_linear(
         NotImplementedError: on a dual tensor, whose tangent an operator cannot take along; `linear` can.
     """
     _extension()
-    if x.dtype not in _FLOAT_TYPES:
+    if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"`x` must be float32, bfloat16 or float16, got {x.dtype}.")
     packed = _ordinary(packed)
     info = describe(packed)
@@ -416,11 +419,10 @@ def sparse_linear(
         )
     if activations not in ("float", "int8") or (activations == "int8" and info.dtype != "int8"):
         raise ValueError(f'`activations` must be "float", or "int8" with an int8 weight, got {activations!r}.')
-    if (scales is not None) != (info.dtype == "int8"):
-        raise ValueError(f"`scales` go with int8 values and only with these; the weight is {info.dtype}.")
+    # whether scales go with these values, C++ says
     if scales is not None and (scales.dtype != torch.float32 or scales.shape != (out_features,)):
         raise ValueError(f"`scales` must be float32 [{out_features}], got {scales.dtype} {tuple(scales.shape)}.")
-    if bias is not None and (bias.dtype not in _FLOAT_TYPES or bias.shape != (out_features,)):
+    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.shape != (out_features,)):
         raise ValueError(f"`bias` must be a float tensor [{out_features}], got {bias.dtype} {tuple(bias.shape)}.")
     _refuse_tangents(x, bias)
     return forward(

@@ -22,20 +22,19 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.checks import check_choice, wrong
 from ..common.parameters import check_parameters
 from . import ops
 from .addresses import is_plain
-from .format import compress, compress_int4, decompress, int4_codes, verify, verify_int4
-
-
-_KEYS = ("weight_bitmask", "weight_values", "weight_scales", "weight_zeros", "weight_g_idx")
+from .values import FORMATS, ROUNDED, STORED_NAMES, Sizes, ValueFormat
+from .values.int4 import INT4
 
 
 class SparseLinear(nn.Module):
     """y = x W^T + b with W as a bitmap and packed nonzeros, on the CPU. Made by `from_linear` or `from_quantized`; the weight is
     frozen.
 
-    Its state dict holds the tensors of `peft_elastic.layers.format`; `packed` is their form for the kernels. Casts such as
+    Its state dict holds the tensors of its `ValueFormat` (`layers/values/README.md`); `packed` is their form for the kernels. Casts such as
     `.bfloat16()` change the bias alone: the weight keeps its precision, and the output has the type of the input, or of autocast.
 
     Attributes:
@@ -84,9 +83,10 @@ class SparseLinear(nn.Module):
             raise ValueError(f"`linear` must be on the CPU, its weight is on {linear.weight.device}.")
         weight = linear.weight.detach()
         weight = weight.T if isinstance(linear, Conv1D) else weight
-        tensors = compress(weight, dtype)
-        packed = ops.pack(tensors["weight_bitmask"], tensors["weight_values"], weight.shape[1])
-        layer = cls(packed, tensors.get("weight_scales"), linear.bias, weight.dtype)
+        check_choice("dtype", dtype, ROUNDED)
+        tensors = FORMATS[dtype].compress(weight)
+        sizes = Sizes(*weight.shape, tensors["weight_values"].numel())
+        layer = cls(*FORMATS[dtype].pack(tensors, sizes), linear.bias, weight.dtype)
         return layer.train(linear.training)
 
     @classmethod
@@ -122,13 +122,12 @@ class SparseLinear(nn.Module):
             ValueError: naming the argument that does not fit, or without the C++ extension.
         """
         if linear_dtype not in ops.FLOAT_DTYPES:
-            raise ValueError(f"`linear_dtype` is {linear_dtype}; allowed are {', '.join(map(str, ops.FLOAT_DTYPES))}.")
-        tensors = compress_int4(q, scales, zeros, g_idx, group_size, sparse)
+            raise wrong("linear_dtype", f"one of {', '.join(map(str, ops.FLOAT_DTYPES))}", linear_dtype)
+        tensors = INT4.compress(q, scales, zeros, g_idx, group_size, sparse)
         if bias is not None and (tuple(bias.shape) != (q.shape[0],) or bias.dtype not in ops.FLOAT_DTYPES):
-            raise ValueError(
-                f"`bias` is {bias.dtype} {tuple(bias.shape)}; it has to be floating point ({q.shape[0]},)."
-            )
-        return cls(ops.pack_int4(tensors, q.shape[1], group_size), None, bias, linear_dtype)
+            raise ValueError(f"`bias` must be floating point ({q.shape[0]},), got {bias.dtype} {tuple(bias.shape)}.")
+        packed, row_scales = INT4.pack(tensors, Sizes(*q.shape, q.numel(), group_size, sparse))
+        return cls(packed, row_scales, bias, linear_dtype)
 
     def to_quantized(self) -> dict[str, Any]:
         """The whole numbers of an int4 layer, as `from_quantized` takes them.
@@ -140,12 +139,12 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: if the values are not int4.
         """
-        if self.value_dtype != "int4":
+        if self.value_format.codes is None:
             raise ValueError(f"this layer holds {self.value_dtype} values, which no whole numbers were kept of.")
-        tensors = ops.unpack_int4(self.packed)
+        tensors = self.stored_tensors()
         return {
-            "q": int4_codes(tensors, self.in_features, self.group_size)[0],
-            "scales": tensors["weight_scales"],
+            "q": self.value_format.codes(tensors, self.sizes)[0],
+            "scales": tensors["weight_scales"].float(),
             "zeros": tensors["weight_zeros"],
             "g_idx": tensors.get("weight_g_idx"),
             "group_size": self.group_size,
@@ -153,11 +152,10 @@ class SparseLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same weights, of `linear_dtype`."""
-        if self.value_dtype == "int4":
-            weight = ops.to_dense(self.packed, None, self.linear_dtype)
-        else:
-            bitmask, values = ops.unpack(self.packed)
-            weight = decompress(bitmask, values, self.scales, self.in_features, self.linear_dtype)
+        if self.value_format.is_grid:
+            weight = ops.to_dense(self.packed, self.scales, self.linear_dtype)
+        else:  # in a type that C++ may not know, such as float64
+            weight = self.value_format.decompress(self.stored_tensors(), self.sizes, self.linear_dtype)
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.linear_dtype)
         linear.weight = nn.Parameter(weight)
@@ -166,14 +164,18 @@ class SparseLinear(nn.Module):
         return linear.train(self.training)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """The weight in its form on disk, by the names there (`peft_elastic.layers.format`)."""
-        if self.value_dtype == "int4":
-            tensors = ops.unpack_int4(self.packed)
-            half = tensors["weight_scales"].half()
-            return tensors | ({"weight_scales": half} if torch.equal(half.float(), tensors["weight_scales"]) else {})
-        bitmask, values = ops.unpack(self.packed)
-        tensors = {"weight_bitmask": bitmask, "weight_values": values}
-        return tensors if self.scales is None else {**tensors, "weight_scales": self.scales}
+        """The weight in its form on disk, by the names there (`layers/values/README.md`)."""
+        return self.value_format.unpack(self.packed, self.scales)
+
+    @property
+    def value_format(self) -> ValueFormat:
+        """The type of its values."""
+        return FORMATS[self.value_dtype]
+
+    @property
+    def sizes(self) -> Sizes:
+        """What `value_format` asks for besides the tensors."""
+        return Sizes(self.out_features, self.in_features, self.nnz, self.group_size, self.has_bitmask)
 
     @property
     def sparsity(self) -> float:
@@ -224,47 +226,32 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: Any, strict: bool, missing: list, unexpected: list, errors: list
     ) -> None:
-        wanted = ["weight_bitmask"] if self.has_bitmask else []
-        wanted += ["weight_values"] + (["weight_scales"] if self.value_dtype != "bf16" else [])
-        wanted += ["weight_zeros"] if self.value_dtype == "int4" else []
-        # without it the inputs are in the order of their groups, whatever they are here
-        possible = [*wanted, "weight_g_idx"] if self.value_dtype == "int4" else wanted
+        # without `weight_g_idx` the inputs are in the order of their groups, whatever they are here
+        possible = [key for key in self.value_format.tensors if key != "weight_bitmask" or self.has_bitmask]
         tensors = {key: state_dict[prefix + key] for key in possible if prefix + key in state_dict}
-        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in _KEYS}}
+        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in STORED_NAMES}}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
         if not tensors:
-            missing.extend(prefix + key for key in wanted)
+            missing.extend(prefix + key for key in possible if key not in self.value_format.optional)
             return
         try:
-            packed = self._pack_verified(prefix.removesuffix("."), tensors)
+            self._set_weight(*self._pack_verified(prefix.removesuffix("."), tensors))
         except ValueError as error:
             errors.append(str(error))  # `load_state_dict` raises them together
-            return
-        self._set_weight(packed, tensors["weight_scales"] if self.value_dtype == "int8" else None)
 
-    def _pack_verified(self, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _pack_verified(self, name: str, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The packed form of stored tensors for this layer, which come from anywhere."""
-        out_features, in_features, values = self.out_features, self.in_features, tensors.get("weight_values")
-        nnz = 0
-        if self.value_dtype != "int4":
+        nnz = 0  # if it cannot be told, `verify` says what is wrong
+        values, bitmask = tensors.get("weight_values"), tensors.get("weight_bitmask")
+        if not self.value_format.is_grid:
             nnz = 0 if values is None else values.numel()
-            verify(name, tensors, out_features=out_features, in_features=in_features, nnz=nnz, dtype=self.value_dtype)
-            return ops.pack(tensors["weight_bitmask"], tensors["weight_values"], in_features)
-        bitmask = tensors.get("weight_bitmask")  # its population count says how many values there are
-        # else `verify_int4` says what is wrong with it
-        if bitmask is not None and is_plain(bitmask) and bitmask.dtype == torch.uint8:
-            nnz = min(int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64)), out_features * in_features)
-        verify_int4(
-            name,
-            tensors,
-            out_features=out_features,
-            in_features=in_features,
-            nnz=nnz,
-            group_size=self.group_size,
-            sparse=self.has_bitmask,
-        )
+        elif bitmask is not None and is_plain(bitmask) and bitmask.dtype == torch.uint8:
+            nnz = int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64))  # values are packed, several to a byte
+            nnz = min(nnz, self.out_features * self.in_features)
+        sizes = self.sizes._replace(nnz=nnz)
+        self.value_format.verify(name, tensors, sizes)
         try:
-            return ops.pack_int4(tensors, in_features, self.group_size)
+            return self.value_format.pack(tensors, sizes)
         except ValueError as error:
             raise ValueError(f"{name}.weight_values: {error}") from None
 

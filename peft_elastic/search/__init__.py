@@ -27,8 +27,7 @@ from .evaluators import (
     MultipleChoiceEvaluator,
     PerplexityEvaluator,
 )
-from .hypervolume import hypervolume_of
-from .result import Evaluation, SearchResult
+from .result import Evaluation, SearchResult, hypervolume_of
 from .search import search_subnet
 
 

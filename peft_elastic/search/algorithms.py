@@ -25,24 +25,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from pymoo.algorithms.moo.nsga2 import NSGA2
-from pymoo.algorithms.moo.rnsga2 import RNSGA2
-from pymoo.core.duplicate import DuplicateElimination
-from pymoo.core.evaluator import Evaluator
-from pymoo.core.population import Population
-from pymoo.core.repair import Repair
-from pymoo.core.termination import NoTermination
-from pymoo.operators.crossover.sbx import SBX
-from pymoo.operators.mutation.pm import PM
-from pymoo.operators.repair.rounding import RoundingRepair
-from pymoo.problems.static import StaticProblem
 
 from ..supernet.space import SearchSpace, Subnet
 from .constraints import Constraints
-from .problem import SubnetProblem
-
-
-Indices = tuple[int, ...]
+from .proposals import Indices, reference_subnets, unseen
 
 
 class SearchAlgorithm(Protocol):
@@ -66,14 +52,6 @@ class SearchAlgorithm(Protocol):
         """The objectives, all to be minimised, of the subnets of the last `ask`, in the same order."""
 
 
-def reference_subnets(space: SearchSpace) -> dict[Subnet, str]:
-    """The max, min and heuristic subnet with their names, without repetition, in the order of their evaluation."""
-    named: dict[Subnet, str] = {}
-    for name in ("max", "min", "heuristic"):
-        named.setdefault(space.subnet(name), name)
-    return named
-
-
 class RandomSearch:
     """Different subnets, drawn uniformly. A draw that violates a constraint is lowered, one random choice after the other
     by one option, until it keeps it: near a tight bound uniform draws would hardly ever do."""
@@ -95,7 +73,7 @@ class RandomSearch:
 
     def ask(self) -> list[Subnet]:
         batch, self._first = self._first, []
-        batch = batch or list(_unseen(self._space, self._seen, 1, self._rng, self._constraints))
+        batch = batch or list(unseen(self._space, self._seen, 1, self._rng, self._constraints))
         self._seen.update(batch)
         return [self._space.decode(indices) for indices in batch]
 
@@ -144,63 +122,45 @@ class NSGA2Search:
         constraints: Constraints,
         reference_points: np.ndarray | None = None,
     ) -> None:
+        from . import evolution  # only now: pymoo takes long to import
+
+        self._pymoo: Any = evolution
         self._space = space
         self._population = population
         self._constraints = constraints
-        self._problem = SubnetProblem(space, n_objectives, len(constraints.bounds))
+        self._problem = evolution.SubnetProblem(space, n_objectives, len(constraints.bounds))
         self._seen: set[Indices] = set()
         rng = np.random.default_rng((seed, 0))  # another stream than the one that pymoo draws from `seed`
-        first = [space.encode(subnet) for subnet in reference_subnets(space)]
-        repair = _Lower(space, constraints, frozenset(first)) if constraints.bounds else None
-        first += _unseen(space, set(first), population - len(first), rng, constraints)
-        self._algorithm = self._make(
-            reference_points,
-            pop_size=population,
-            sampling=np.array(first),
-            crossover=SBX(prob=0.9, eta=10, vtype=float, repair=RoundingRepair()),
-            mutation=PM(prob=1.0, prob_var=0.02, eta=3, vtype=float, repair=RoundingRepair()),
-            eliminate_duplicates=_NeverTwice(self._seen),
-            repair=repair,
+        references = [space.encode(subnet) for subnet in reference_subnets(space)]
+        others = unseen(space, set(references), population - len(references), rng, constraints)
+        repair = evolution.Lower(space, constraints, frozenset(references)) if constraints.bounds else None
+        self._algorithm = evolution.begin(
+            self._problem, reference_points, population, seed, references + others, self._seen, repair
         )
-        self._algorithm.setup(self._problem, seed=seed, termination=NoTermination())
-        self._asked = Population.empty()
-
-    def _make(self, reference_points: np.ndarray | None, **settings: Any) -> Any:
-        return NSGA2(**settings)
+        self._asked: Any = None
 
     def ask(self) -> list[Subnet]:
-        asked = self._algorithm.ask()
-        if asked is None:  # crossover and mutation found nothing new; pymoo would stop here
-            self._algorithm.termination.force_termination = False
-            asked = Population.empty()
-        batch = [_indices(individual) for individual in asked]
+        asked = self._pymoo.ask(self._algorithm)
+        batch = [self._pymoo.indices(individual) for individual in asked]
         self._seen.update(batch)
         # in a nearly exhausted neighbourhood, random newcomers fill the generation
         missing = self._population - len(batch)
-        newcomers = _unseen(self._space, self._seen, missing, self._algorithm.random_state, self._constraints)
+        newcomers = unseen(self._space, self._seen, missing, self._algorithm.random_state, self._constraints)
         self._seen.update(newcomers)
-        if newcomers:
-            asked = Population.merge(asked, Population.new(X=np.array(newcomers)))
-        self._asked = asked
+        self._asked = self._pymoo.joined(asked, newcomers)
         return [self._space.decode(indices) for indices in batch + newcomers]
 
     def tell(self, values: Sequence[Sequence[float]]) -> None:
         outputs = {"F": np.array(values, dtype=float)}
         if self._constraints.bounds:
-            asked = [self._space.decode(_indices(individual)) for individual in self._asked]
+            asked = [self._space.decode(self._pymoo.indices(individual)) for individual in self._asked]
             outputs["G"] = np.array([self._constraints.violations(subnet) for subnet in asked])
-        Evaluator().eval(StaticProblem(self._problem, **outputs), self._asked)
-        # R-NSGA-II divides by the range of each objective, which may be zero
-        with np.errstate(divide="ignore", invalid="ignore"):
-            self._algorithm.tell(infills=self._asked)
+        self._pymoo.tell(self._algorithm, self._problem, self._asked, outputs)
 
 
 class RNSGA2Search(NSGA2Search):
-    """R-NSGA-II (Deb and Sundar, 2006): NSGA-II that prefers, among equally good subnets, those near reference points.
+    """R-NSGA-II (Deb and Sundar, 2006): NSGA-II that prefers, among equally good subnets, those near its reference points.
     Distances are in units of the range of each objective over all evaluations so far."""
-
-    def _make(self, reference_points: np.ndarray | None, **settings: Any) -> Any:
-        return RNSGA2(ref_points=reference_points, normalization="ever", **settings)
 
 
 # Name in `search_subnet(algorithm=...)` -> class.
@@ -212,86 +172,3 @@ ALGORITHMS: dict[str, type[SearchAlgorithm]] = {
 }
 # Those that work in generations.
 EVOLUTIONARY = ("nsga2", "r-nsga2")
-
-
-class _Lower(Repair):
-    """Lowers offspring until they keep the constraints; the reference subnets stay as they are."""
-
-    def __init__(self, space: SearchSpace, constraints: Constraints, references: frozenset[Indices]) -> None:
-        super().__init__()
-        self._space, self._constraints, self._references = space, constraints, references
-
-    def _do(self, problem: Any, X: np.ndarray, random_state: Any = None, **kwargs: Any) -> np.ndarray:
-        rows = [tuple(int(index) for index in row) for row in X]
-        return np.array(
-            [
-                row if row in self._references else _lowered(self._space, row, random_state, self._constraints)
-                for row in rows
-            ]
-        )
-
-
-class _NeverTwice(DuplicateElimination):
-    """Drops individuals that were asked before in any generation; pymoo's own looks at the present one only."""
-
-    def __init__(self, seen: set[Indices]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def _do(self, pop: Population, other: Population | None, is_duplicate: np.ndarray) -> np.ndarray:
-        known = set(self._seen) if other is None else {_indices(individual) for individual in other}
-        for i, individual in enumerate(pop):
-            key = _indices(individual)
-            is_duplicate[i] = key in known
-            if other is None:
-                known.add(key)
-        return is_duplicate
-
-
-def _indices(individual: Any) -> Indices:
-    return tuple(int(index) for index in individual.X)
-
-
-def _lowered(space: SearchSpace, indices: Indices, rng: np.random.Generator, constraints: Constraints) -> Indices:
-    """The subnet itself if it keeps the constraints; else with random choices lowered, option by option, until it does."""
-    if not constraints.bounds:
-        return indices
-    row, last = list(indices), [len(choice.options) - 1 for choice in space]
-    while not constraints.allows(space.decode(row)):
-        higher = [i for i, index in enumerate(row) if index < last[i]]
-        if not higher:
-            break  # the min subnet, which keeps them
-        row[higher[rng.integers(len(higher))]] += 1
-    return tuple(row)
-
-
-def _unseen(
-    space: SearchSpace, seen: set[Indices], number: int, rng: np.random.Generator, constraints: Constraints
-) -> list[Indices]:
-    """Up to `number` different subnets outside `seen` that keep the constraints, drawn at random; fewer only if there are
-    no more."""
-    found: dict[Indices, None] = {}
-    number = min(number, space.size - len(seen))
-    for _ in range(100 * number):
-        if len(found) == number:
-            return list(found)
-        indices = _lowered(space, space.encode(space.sample(rng)), rng, constraints)
-        if indices not in seen:
-            found[indices] = None
-    if len(found) < number:
-        # 100 draws for each one wanted were not enough, so most of what is allowed is seen: walk through it from the min
-        # subnet upwards, in random order, until enough is found
-        frontier = [space.encode(space.min)]
-        reached = set(frontier)
-        while frontier and len(found) < number:
-            at = int(rng.integers(len(frontier)))
-            frontier[at], frontier[-1] = frontier[-1], frontier[at]
-            node = frontier.pop()
-            if node not in seen:
-                found[node] = None
-            for i, index in enumerate(node):
-                raised = (*node[:i], index - 1, *node[i + 1 :])
-                if index > 0 and raised not in reached and constraints.allows(space.decode(raised)):
-                    reached.add(raised)
-                    frontier.append(raised)
-    return list(found)

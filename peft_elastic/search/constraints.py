@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.checks import is_finite, wrong
 from ..supernet.space import SearchSpace, Subnet
 
 
@@ -69,12 +70,12 @@ def collect_bounds(constraints: Any, keywords: Mapping[str, Any], with_latency: 
         ValueError: if an argument is of the wrong type, names an unknown cost, or bounds the same cost as another.
     """
     if constraints is not None and not isinstance(constraints, Mapping):
-        raise ValueError(f"`constraints` must be a dict such as {{'macs': '75%'}}, got {constraints!r}.")
+        raise wrong("constraints", "a dict such as {'macs': '75%'}", constraints)
     allowed = sorted(set(BOUND_KEYWORDS.values()))
     bounds: dict[str, Any] = {}
     for name, bound in (constraints or {}).items():
         if name not in allowed:
-            raise ValueError(f"`constraints` bounds {name!r}, allowed are {allowed}.")
+            raise wrong("constraints", f"bounds on some of {allowed}", name)
         bounds[name] = bound
     for keyword, bound in keywords.items():
         name = BOUND_KEYWORDS[keyword]
@@ -130,7 +131,7 @@ def parse_bound(bound: Any, whole: float) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number."""
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float, np.number)) and is_finite(value)
 
 
 def is_bound(value: Any) -> bool:

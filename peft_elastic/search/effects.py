@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.checks import check_whole
 from ..supernet import Choice, ElasticHost, SearchSpace, Subnet, get_elastic_host
 from ..supernet.context import eval_mode, subnet_restored
 
@@ -87,8 +88,7 @@ def estimate_effects(
     Raises:
         ValueError: if there are too few evaluations for the number of choices, or the model returns no loss.
     """
-    if per_batch < 2:
-        raise ValueError(f"`per_batch` must be at least 2, got {per_batch}.")
+    check_whole("per_batch", per_batch, least=2)
     host = get_elastic_host(model)
     space = host.search_space
     elastic = [choice for choice in space if len(choice.options) > 1]

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..common.checks import check_choice
 from ..supernet.context import eval_mode
 
 
@@ -154,8 +155,7 @@ class MultipleChoiceEvaluator(Evaluator):
         normalization: str | None = None,
         max_length: int | None = None,
     ) -> None:
-        if normalization not in (None, "tokens", "bytes"):
-            raise ValueError(f"`normalization` must be None, 'tokens' or 'bytes', got {normalization!r}.")
+        check_choice("normalization", normalization, (None, "tokens", "bytes"))
         self.batch_size = batch_size
         self.labels: list[int] = []
         self.requests: list[list[_Request]] = []  # per example, per choice

@@ -19,14 +19,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..common.documents import ANYTHING, COUNT, MEASURED, MapOf, Record
+from ..common.documents import ANYTHING, COUNT, MEASURED, Document, MapOf, Record
 from ..common.journal import Journal
 from .result import Evaluation
 from .values import from_json, to_json
 
 
-_FORMAT = "peft-elastic/search-history"
-_VERSION = 1
+_DOCUMENT = Document("search history", "peft-elastic/search-history", 1, Record(None, ANYTHING))  # its first line
 
 
 class HistoryFile(Journal):
@@ -42,10 +41,12 @@ class HistoryFile(Journal):
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any], metrics: Iterable[str] = ()) -> None:
-        header = {"format": _FORMAT, "version": _VERSION, **header}
         values = Record(None, MEASURED, **dict.fromkeys(metrics, MEASURED))
         super().__init__(
-            path, header, "search", Record(None, ANYTHING, index=COUNT, metrics=values, subnet=MapOf(COUNT))
+            path,
+            _DOCUMENT.wrap(header),
+            "search",
+            Record(None, ANYTHING, index=COUNT, metrics=values, subnet=MapOf(COUNT)),
         )
         self._by_index = {row["index"]: row for row in self.rows}
         if len(self._by_index) < len(self.rows):

@@ -15,15 +15,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from pymoo.indicators.hv import Hypervolume
-
-
-if TYPE_CHECKING:
-    from .result import SearchResult
 
 
 class HypervolumeTracker:
@@ -52,32 +46,17 @@ class HypervolumeTracker:
             self._front = np.vstack([kept, new])
             if len(new) == 1:
                 self.value = float(1 - new[0])
-            else:  # rounding must not let it fall
+            else:
+                from pymoo.indicators.hv import Hypervolume  # only now: pymoo takes long to import
+
+                # rounding must not let it fall
                 self.value = max(self.value, float(Hypervolume(ref_point=np.ones(len(new)))(self._front)))
         return self.value
 
 
-def hypervolume_of(result: SearchResult, reference: Mapping[str, float], ideal: Mapping[str, float]) -> list[float]:
-    """The hypervolume after each evaluation of a search, normalised so that the box between `reference` and `ideal` is 1.
-
-    `SearchResult.hypervolume` does this with the result's own box. To compare two searches of the same model, measure both
-    with one box: `hypervolume_of(other, *result.hypervolume_box)`.
-
-    Args:
-        result (`SearchResult`): evaluations that violate its constraints or have failed add nothing.
-        reference, ideal (`Mapping[str, float]`): a bad and a good value of every objective, in its own unit.
-
-    Returns:
-        `list[float]`: never falling, as long as the history.
-
-    Raises:
-        ValueError: if a mapping does not name exactly the objectives, or an ideal value is worse than the reference.
-    """
-    for argument, values in (("reference", reference), ("ideal", ideal)):
-        if set(values) != set(result.objectives):
-            raise ValueError(f"`{argument}` names {sorted(values)}, the objectives are {sorted(result.objectives)}.")
-    points = [[v[n] * (1 if d == "min" else -1) for n, d in result.objectives.items()] for v in (reference, ideal)]
-    if any(good > bad for bad, good in zip(*points, strict=True)):
-        raise ValueError(f"`ideal` {dict(ideal)!r} is worse than `reference` {dict(reference)!r} in an objective.")
-    tracker = HypervolumeTracker(*points)
-    return [tracker.add(result.minimised(e)) if result.is_eligible(e) else tracker.value for e in result.history]
+def hypervolumes(
+    points: Iterable[Sequence[float] | None], reference: Sequence[float], ideal: Sequence[float]
+) -> list[float]:
+    """The hypervolume after each point; None adds nothing. All are turned so that smaller is better."""
+    tracker = HypervolumeTracker(reference, ideal)
+    return [tracker.value if point is None else tracker.add(point) for point in points]

@@ -32,6 +32,8 @@ from .values import plain
 # What a search computes itself; always minimised.
 _BUILT_IN = (*COST_NAMES, "latency")
 
+# What `evaluate` and `held_out` are: functions of the model that return a number or a dict of named numbers.
+Evaluate = Callable[[Any], float | Mapping[str, float]]
 # An entry of `objectives` as a user may write it.
 ObjectiveLike = str | tuple[str, Callable[[Any], float]] | Mapping[str, Callable[[Any], float]]
 

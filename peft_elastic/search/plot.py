@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,10 +31,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from ..common.writing import atomic_path
 
 
-if TYPE_CHECKING:
-    from .result import Evaluation, SearchResult
-
-
 # Colours of Okabe and Ito, distinguishable with every kind of colour vision; the shapes tell them apart in print.
 _EVALUATED, _LINE = "#9a9a9a", "#0072b2"
 _MARKS = {"max": ("^", "#d55e00"), "min": ("v", "#009e73"), "heuristic": ("D", "#e69f00")}
@@ -41,18 +38,57 @@ _HYPERVOLUME = "#cc79a7"
 _LABELS = {"bytes": "bytes", "latency": "latency (s)", "macs": "MACs per token", "parameters": "parameters"}
 
 
-def draw(result: SearchResult, path: str | os.PathLike[str] | None) -> Figure:
+class Point(NamedTuple):
+    """An evaluation, as it is drawn.
+
+    Args:
+        number (`int`): of the evaluation, from 1.
+        metric, cost (`float`): its values.
+        eligible (`bool`): whether it can be the best.
+        names (`list[str]`): what of "max", "min" and "heuristic" it is; in a small space they may coincide.
+    """
+
+    number: int
+    metric: float
+    cost: float
+    eligible: bool
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a figure of a search shows.
+
+    Args:
+        points (`Sequence[Point]`): the evaluations.
+        front (`Sequence[tuple[float, float]]`): cost and metric of the Pareto front, cheapest first.
+        hypervolume (`Sequence[float]`): after each evaluation.
+        metric, cost (`str`): their names.
+        maximised (`bool`): whether a larger metric is better.
+        objectives (`Sequence[str]`): the names of all.
+    """
+
+    points: Sequence[Point]
+    front: Sequence[tuple[float, float]]
+    hypervolume: Sequence[float]
+    metric: str
+    maximised: bool
+    cost: str
+    objectives: Sequence[str]
+
+
+def draw(picture: Picture, path: str | os.PathLike[str] | None) -> Figure:
     """The figure behind `SearchResult.plot`."""
-    several = len(result.objectives) > 1
+    several = len(picture.objectives) > 1
     figure = Figure(figsize=(11, 4.4) if several else (6, 4.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     if path is not None and Path(path).suffix[1:] not in canvas.get_supported_filetypes():
         formats = sorted(canvas.get_supported_filetypes())
         raise ValueError(f"`path` must end in one of {formats}, got {os.fspath(path)!r}.")
     axes = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
-    _progress(axes[0], result)
+    _progress(axes[0], picture)
     if several:
-        _front(axes[1], result)
+        _front(axes[1], picture)
     labelled = {label: handle for a in figure.axes for handle, label in zip(*a.get_legend_handles_labels())}
     figure.legend(
         labelled.values(), labelled, loc="outside lower center", ncols=len(labelled) if several else 3, fontsize=9
@@ -63,45 +99,47 @@ def draw(result: SearchResult, path: str | os.PathLike[str] | None) -> Figure:
     return figure
 
 
-def _progress(axes: Axes, result: SearchResult) -> None:
-    x = [e.index + 1 for e in result.history]
-    y = np.array([_drawn(e.metrics[result.metric]) for e in result.history])
+def _progress(axes: Axes, picture: Picture) -> None:
+    x = [point.number for point in picture.points]
+    y = np.array([_drawn(point.metric) for point in picture.points])
     # what violates a constraint or has failed is not the best; NaN until something is
-    kept = np.array([v if result.is_eligible(e) else np.nan for v, e in zip(y, result.history)])
-    best = np.fmax.accumulate(kept) if result.objectives[result.metric] == "max" else np.fmin.accumulate(kept)
+    kept = np.array([v if point.eligible else np.nan for v, point in zip(y, picture.points)])
+    best = np.fmax.accumulate(kept) if picture.maximised else np.fmin.accumulate(kept)
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
     axes.step(x, best, where="post", color=_LINE, linewidth=1.8, label="best so far")
-    _mark(axes, result, lambda e: (e.index + 1, _drawn(e.metrics[result.metric])))
+    _mark(axes, picture, lambda point: (point.number, _drawn(point.metric)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Progress of the search", fontsize=11)
     axes.set_xlabel("evaluations")
-    axes.set_ylabel(result.metric)
+    axes.set_ylabel(picture.metric)
     _finish(axes)
-    if len(result.objectives) > 1:
+    if len(picture.objectives) > 1:
         right = axes.twinx()
-        right.plot(x, result.hypervolume, color=_HYPERVOLUME, linewidth=1.2, linestyle="--", label="hypervolume")
+        right.plot(x, picture.hypervolume, color=_HYPERVOLUME, linewidth=1.2, linestyle="--", label="hypervolume")
         right.set_ylabel("hypervolume", color=_HYPERVOLUME)
         right.set_ylim(bottom=0)
         right.spines["top"].set_visible(False)
 
 
-def _front(axes: Axes, result: SearchResult) -> None:
-    def point(e: Evaluation) -> tuple[float, float]:
-        return _drawn(e.metrics[result.cost]), _drawn(e.metrics[result.metric])
+def _front(axes: Axes, picture: Picture) -> None:
+    def place(point: Point) -> tuple[float, float]:
+        return _drawn(point.cost), _drawn(point.metric)
 
-    x, y = zip(*(point(e) for e in result.history))
+    x, y = zip(*map(place, picture.points))
     axes.scatter(x, y, s=16, color=_EVALUATED, alpha=0.6, linewidths=0, label="evaluated")
-    front_x, front_y = [point(e)[0] for e in result.pareto], [point(e)[1] for e in result.pareto]
+    front_x, front_y = (
+        [_drawn(value) for value in values] for values in (zip(*picture.front) if picture.front else ((), ()))
+    )
     # with another objective the front does not lie in this plane, and a line through its points would mean nothing
-    in_plane = list(result.objectives) == [result.metric, result.cost]
+    in_plane = list(picture.objectives) == [picture.metric, picture.cost]
     line = {"drawstyle": "steps-post", "linewidth": 1.4} if in_plane else {"linestyle": ""}
     axes.plot(front_x, front_y, color=_LINE, marker="o", markersize=5, label=f"Pareto front ({len(front_x)})", **line)
-    _mark(axes, result, point)
+    _mark(axes, picture, place)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_title("Evaluated subnets", fontsize=11)
-    axes.set_xlabel(_LABELS.get(result.cost, result.cost))
-    axes.set_ylabel(result.metric)
+    axes.set_xlabel(_LABELS.get(picture.cost, picture.cost))
+    axes.set_ylabel(picture.metric)
     _finish(axes)
 
 
@@ -110,18 +148,14 @@ def _drawn(value: float) -> float:
     return float(value) if math.isfinite(value) else math.nan
 
 
-def _mark(axes: Axes, result: SearchResult, point: Callable[[Evaluation], tuple[float, float]]) -> None:
-    """Mark the max, min and heuristic subnets; in a small space they may coincide."""
-    names: dict[int, list[str]] = {}
-    for name in _MARKS:
-        # the three are the first of the history, unless it is shorter
-        for e in result.history[:3]:
-            if e.subnet == getattr(result.space, name):
-                names.setdefault(e.index, []).append(name)
-    for index, same in names.items():
-        marker, color = _MARKS[same[0]]
-        x, y = point(result.history[index])
-        axes.scatter(x, y, s=70, marker=marker, color=color, edgecolors="white", zorder=3, label=", ".join(same))
+def _mark(axes: Axes, picture: Picture, place: Callable[[Point], tuple[float, float]]) -> None:
+    """Mark the max, min and heuristic subnets."""
+    for point in sorted((p for p in picture.points if p.names), key=lambda p: list(_MARKS).index(p.names[0])):
+        marker, color = _MARKS[point.names[0]]
+        x, y = place(point)
+        axes.scatter(
+            x, y, s=70, marker=marker, color=color, edgecolors="white", zorder=3, label=", ".join(point.names)
+        )
 
 
 def _finish(axes: Axes) -> None:

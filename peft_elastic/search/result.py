@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
+from ..common.checks import wrong
 from ..common.documents import (
     ANYTHING,
     COUNT,
@@ -43,7 +43,7 @@ from ..common.writing import atomic_write_text
 from ..cost.counts import COST_NAMES
 from ..supernet.space import SearchSpace, Subnet
 from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
-from .hypervolume import hypervolume_of
+from .hypervolume import hypervolumes
 from .values import from_json, to_json
 
 
@@ -154,6 +154,8 @@ class SearchResult:
         allowed = [e for e in self.history if self.is_eligible(e)]
         if not allowed:
             return []
+        from pymoo.util.nds.non_dominated_sorting import find_non_dominated  # only now: pymoo takes long to import
+
         values = np.array([self.minimised(e) for e in allowed], dtype=float)
         front = [allowed[i] for i in find_non_dominated(values).tolist()]
         return sorted(front, key=lambda e: (e.metrics[self.cost], -self._quality(e), e.index))
@@ -228,7 +230,7 @@ class SearchResult:
         for name, bound in (self.constraints if constrained else {}).items():
             limits[name] = min(bound, limits.get(name, math.inf))
         if max_drop is not None and (not is_number(max_drop) or max_drop < 0):
-            raise ValueError(f"`max_drop` must be a number that is not negative, got {max_drop!r}.")
+            raise wrong("max_drop", "a number >= 0", max_drop)
 
         def violation(evaluation: Evaluation) -> float:
             """The largest violation of a limit, as a share of it; not positive if all are kept."""
@@ -273,7 +275,7 @@ class SearchResult:
         limits = {}
         for name, bound in bounds.items():
             if name not in allowed:
-                raise ValueError(f"`budget` bounds {name!r}, allowed are {allowed}.")
+                raise wrong("budget", f"bounds on some of {allowed}", name)
             limits[name] = parse_bound(bound, self.reference.metrics[name])
             if not is_bound(limits[name]):
                 raise ValueError(
@@ -322,9 +324,27 @@ class SearchResult:
         Raises:
             ValueError: if matplotlib cannot write the format.
         """
-        from .plot import draw
+        from .plot import Picture, Point, draw  # only now: matplotlib takes long to import
 
-        return draw(self, path)
+        # the three are the first of the history, unless it is shorter
+        names = ("max", "min", "heuristic")
+        named = {e.index: [n for n in names if e.subnet == getattr(self.space, n)] for e in self.history[:3]}
+        points = [
+            Point(
+                e.index + 1, e.metrics[self.metric], e.metrics[self.cost], self.is_eligible(e), named.get(e.index, [])
+            )
+            for e in self.history
+        ]
+        picture = Picture(
+            points,
+            [(e.metrics[self.cost], e.metrics[self.metric]) for e in self.pareto],
+            self.hypervolume,
+            self.metric,
+            self.objectives[self.metric] == "max",
+            self.cost,
+            list(self.objectives),
+        )
+        return draw(picture, path)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `search_result.json` into `directory`, atomically."""
@@ -385,3 +405,28 @@ def _from_json(row: dict[str, Any], space: SearchSpace) -> Evaluation:
 def minimised(metrics: Mapping[str, float], objectives: Mapping[str, str]) -> list[float]:
     """The objectives in order, turned so that smaller is better."""
     return [metrics[name] if direction == "min" else -metrics[name] for name, direction in objectives.items()]
+
+
+def hypervolume_of(result: SearchResult, reference: Mapping[str, float], ideal: Mapping[str, float]) -> list[float]:
+    """The hypervolume after each evaluation of a search, normalised so that the box between `reference` and `ideal` is 1.
+
+    `SearchResult.hypervolume` does this with the result's own box. To compare two searches of the same model, measure both
+    with one box: `hypervolume_of(other, *result.hypervolume_box)`.
+
+    Args:
+        result (`SearchResult`): evaluations that violate its constraints or have failed add nothing.
+        reference, ideal (`Mapping[str, float]`): a bad and a good value of every objective, in its own unit.
+
+    Returns:
+        `list[float]`: never falling, as long as the history.
+
+    Raises:
+        ValueError: if a mapping does not name exactly the objectives, or an ideal value is worse than the reference.
+    """
+    for argument, values in (("reference", reference), ("ideal", ideal)):
+        if set(values) != set(result.objectives):
+            raise ValueError(f"`{argument}` names {sorted(values)}, the objectives are {sorted(result.objectives)}.")
+    bad, good = (minimised(point, result.objectives) for point in (reference, ideal))
+    if any(best > worst for worst, best in zip(bad, good, strict=True)):
+        raise ValueError(f"`ideal` {dict(ideal)!r} is worse than `reference` {dict(reference)!r} in an objective.")
+    return hypervolumes((result.minimised(e) if result.is_eligible(e) else None for e in result.history), bad, good)

@@ -16,41 +16,31 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ..common.progress import progress_bar
-from ..cost.counts import ALWAYS_RECORDED, CostModel
 from ..cost.latency import LatencyModel
-from ..supernet.context import eval_mode, seeded, subnet_restored
+from ..supernet.context import subnet_restored
 from ..supernet.host import ElasticHost, get_elastic_host
-from ..supernet.space import SearchSpace, Subnet
-from .algorithms import ALGORITHMS, EVOLUTIONARY, reference_subnets
-from .constraints import Constraints, collect_bounds, is_number, resolve_bounds
+from ..supernet.space import SearchSpace
+from .algorithms import ALGORITHMS
+from .constraints import Constraints, resolve_bounds
 from .history import HistoryFile
 from .hypervolume import HypervolumeTracker
-from .objectives import Objective, ObjectiveLike, parse_objectives, read_values
+from .meter import Meter
+from .objectives import Evaluate, ObjectiveLike
+from .proposals import reference_subnets
 from .result import Evaluation, SearchResult, minimised
+from .settings import LATENCY_FILE, ReferencePoints, SearchSettings
+from .shown import profile, say, show
 
 
-logger = logging.getLogger(__name__)
-
-_LATENCY_FILE = "latency.json"
 # Subnets that are looked through at most to see whether an exhaustive search is within `n_evals`.
 _MAX_LISTED = 10**5
-
-# What `evaluate` and `held_out` are: functions of the model that return a number or a dict of named numbers.
-Evaluate = Callable[[Any], float | Mapping[str, float]]
-# One point or several, each by name or in the order of the objectives.
-ReferencePoints = Mapping[str, float] | Sequence[Mapping[str, float] | Sequence[float]]
 
 
 def search_subnet(
@@ -137,64 +127,65 @@ def search_subnet(
             counts towards `n_evals`, and is never chosen (`SearchResult.failed`).
     """
     host = get_elastic_host(model)
-    space = host.search_space
-    _check_arguments(space, evaluate, held_out, algorithm, n_evals, population, seed, latency)
-    targets = parse_objectives(objectives, mode, evaluate, latency is not None)
-    directions = {target.name: target.direction for target in targets}
-    keywords = {
-        "max_bytes": max_bytes,
-        "max_latency": max_latency,
-        "max_macs": max_macs,
-        "max_parameters": max_parameters,
-        "max_params": max_params,
-    }
-    wanted = collect_bounds(constraints, keywords, latency is not None)
-    points = _parse_reference_points(reference_points, algorithm, directions)
-    settings: dict[str, Any] = {
-        "algorithm": algorithm,
-        "seed": seed,
-        "population": population if algorithm in EVOLUTIONARY else None,
-    }
-    if points is not None:
-        settings["reference_points"] = points
-    if latency is not None and save_dir is not None:
-        latency = latency.as_begun(Path(save_dir) / _LATENCY_FILE)
-    meter = _Meter(model, host, evaluate, held_out, targets, seed, latency, wanted)
-    bounds = Constraints(resolve_bounds(wanted, space, meter.costs), meter.costs)
-    if algorithm == "exhaustive":
-        _check_exhaustive(space, n_evals, bounds)
+    settings = SearchSettings.checked(
+        host.search_space,
+        evaluate=evaluate,
+        held_out=held_out,
+        objectives=objectives,
+        mode=mode,
+        algorithm=algorithm,
+        n_evals=n_evals,
+        population=population,
+        seed=seed,
+        save_dir=save_dir,
+        latency=latency,
+        constraints=constraints,
+        keywords={
+            "max_bytes": max_bytes,
+            "max_latency": max_latency,
+            "max_macs": max_macs,
+            "max_parameters": max_parameters,
+            "max_params": max_params,
+        },
+        reference_points=reference_points,
+    )
+    return _search(model, host, settings, progress)
 
-    file, held_out_file = None, None
-    if save_dir is not None:
-        costs = meter.costs(space.max)
-        header = {"space": repr(space), "fingerprint": space.fingerprint, "objectives": directions} | settings
-        header |= {f"{name} of the max subnet": costs[name] for name in ALWAYS_RECORDED}
-        header |= {"constraints": wanted} if wanted else {}
-        header |= {"latency": latency.workload} if latency is not None else {}
-        file = HistoryFile(Path(save_dir) / "history.jsonl", header, [*directions, *meter.recorded])
-        held_out_file = HistoryFile(Path(save_dir) / "held_out.jsonl", header) if held_out is not None else None
-        if latency is not None:
-            latency.save(Path(save_dir) / _LATENCY_FILE)
-    if wanted:
-        settings["constraints"] = bounds.bounds
 
-    limit = min(n_evals, space.size)
+def _search(model: torch.nn.Module, host: ElasticHost, settings: SearchSettings, progress: bool) -> SearchResult:
+    space, directions = host.search_space, settings.directions
+    meter = Meter(
+        model,
+        host,
+        settings.evaluate,
+        settings.held_out,
+        settings.targets,
+        settings.seed,
+        settings.latency,
+        settings.bounds,
+    )
+    bounds = Constraints(resolve_bounds(settings.bounds, space, meter.costs), meter.costs)
+    if settings.algorithm == "exhaustive":
+        _check_exhaustive(space, settings.n_evals, bounds)
+    file, held_out_file = _journals(space, settings, meter)
+    constraints = {"constraints": bounds.bounds} if settings.bounds else {}
+
+    limit = min(settings.n_evals, space.size)
     named = reference_subnets(space)
-    result = SearchResult(space, directions, [], settings)
+    result = SearchResult(space, directions, [], settings.recorded | constraints)
     history = result.history
-    minimised_points = None
-    if points is not None:
-        minimised_points = np.array([minimised(dict(zip(directions, point)), directions) for point in points])
-    search = ALGORITHMS[algorithm](space, len(targets), population, seed, bounds, minimised_points)
+    algorithm = ALGORITHMS[settings.algorithm](
+        space, len(settings.targets), settings.population, settings.seed, bounds, settings.minimised_points
+    )
     tracker = None
     with subnet_restored(host), progress_bar(total=limit, desc="search", disable=not progress) as bar:
-        _say(bar, _profile({name: meter.costs(subnet) for subnet, name in named.items()}, bounds.bounds))
+        say(bar, profile({name: meter.costs(subnet) for subnet, name in named.items()}, bounds.bounds))
         if file is not None and file.n_rows:
-            _say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
+            say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
         while len(history) < limit:
-            batch = search.ask()[: limit - len(history)]
+            batch = algorithm.ask()[: limit - len(history)]
             if not batch:
-                _say(bar, f"Only {len(history)} subnets keep the constraints; all are evaluated.")
+                say(bar, f"Only {len(history)} subnets keep the constraints; all are evaluated.")
                 break
             for subnet in batch:
                 evaluation = Evaluation(len(history), named.get(subnet, "search"), subnet, metrics={})
@@ -202,128 +193,44 @@ def search_subnet(
                 history.append(dataclasses.replace(evaluation, metrics=metrics))
                 if result.has_failed(history[-1]):
                     shown = {name: metrics[name] for name in directions}
-                    _say(
+                    say(
                         bar,
                         f"evaluation {evaluation.index} ({evaluation.source}) has failed with {shown}; it will not be chosen",
                     )
                 if len(history) == min(len(named), limit):
                     name = result.metric
-                    _say(bar, f"{name}: " + ", ".join(f"{e.source} {e.metrics[name]:.4g}" for e in history))
+                    say(bar, f"{name}: " + ", ".join(f"{e.source} {e.metrics[name]:.4g}" for e in history))
                     tracker = _begin_tracking(result)
                 elif tracker is not None and result.is_eligible(history[-1]):
                     tracker.add(result.minimised(history[-1]))
-                _show(bar, result, tracker)
+                show(bar, result, tracker)
             if len(history) < limit:
-                search.tell(_told(result, history[-len(batch) :]))
+                algorithm.tell(_told(result, history[-len(batch) :]))
 
-        if held_out is not None:
+        if settings.held_out is not None:
             reported = {e.index for e in result.pareto}
             reported |= {e.index for e in history if e.source in ("max", "heuristic")}
             for index in progress_bar(sorted(reported), desc="held-out", disable=not progress):
                 values = _recall_or_measure(held_out_file, history[index], meter.held_out_values)
                 history[index] = dataclasses.replace(history[index], held_out=values)
-    if save_dir is not None:
-        result.save(save_dir)
+    if settings.folder is not None:
+        result.save(settings.folder)
     return result
 
 
-class _Meter:
-    """Measures subnets of one model."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        host: ElasticHost,
-        evaluate: Evaluate,
-        held_out: Evaluate | None,
-        targets: Sequence[Objective],
-        seed: int,
-        latency: LatencyModel | None,
-        bounded: Iterable[str],
-    ) -> None:
-        self.model, self.host, self.seed = model, host, seed
-        self.evaluate, self.held_out, self.targets = evaluate, held_out, targets
-        self.cost_model, self.latency = CostModel(model, host.search_space), latency
-        asked = {target.name for target in targets if target.function is None} | set(bounded)
-        self.recorded = [
-            name for name in ("macs", "parameters", "bytes", "latency") if name in {*asked, *ALWAYS_RECORDED}
-        ]
-        self.costs = lru_cache(maxsize=4096)(self._compute_costs)
-
-    def _compute_costs(self, subnet: Subnet) -> dict[str, float]:
-        """All costs that are known without an evaluation, by name."""
-        costs: dict[str, float] = dict(self.cost_model.costs(subnet))
-        if self.latency is not None:
-            costs["latency"] = self.latency.predict(subnet)
-        return costs
-
-    def metrics(self, evaluation: Evaluation) -> dict[str, float]:
-        """All objectives of a subnet, what else `evaluate` returns, and the built-in costs."""
-        name, where = self.targets[0].name, _where(evaluation)
-        metrics = self._call(self.evaluate, "`evaluate`", name, evaluation)
-        missing = [target.name for target in self.targets if target.measured and target.name not in metrics]
-        if missing:
-            raise ValueError(f"`evaluate` returned {metrics} without {missing}, which `objectives` names ({where}).")
-        functions = {target.name: target.function for target in self.targets if target.function is not None}
-        costs = self.costs(evaluation.subnet)
-        computed: dict[str, float] = {name: costs[name] for name in self.recorded}
-        twice = [name for name in metrics if name in functions or name in computed]
-        if twice:
-            raise ValueError(
-                f"`evaluate` returned {twice}, which are computed otherwise; choose other names ({where})."
-            )
-        metrics.update(computed)
-        for name, function in functions.items():
-            values = self._call(function, f"objective {name!r}", name, evaluation)
-            if list(values) != [name]:
-                raise ValueError(f"objective {name!r} must return a number, not {values} ({where}).")
-            metrics.update(values)
-        return metrics
-
-    def held_out_values(self, evaluation: Evaluation) -> dict[str, float]:
-        """What `held_out` returns for a subnet."""
-        assert self.held_out is not None
-        return self._call(self.held_out, "`held_out`", self.targets[0].name, evaluation)
-
-    def _call(self, function: Callable[[Any], Any], what: str, name: str, evaluation: Evaluation) -> dict[str, float]:
-        self.host.set_subnet(evaluation.subnet)
-        with eval_mode(self.model), seeded(self.seed), torch.no_grad():
-            value = function(self.model)
-        if self.host.active_subnet != evaluation.subnet:
-            raise ValueError(f"{what} changed the active subnet of the model ({_where(evaluation)}).")
-        return read_values(value, name, what, _where(evaluation))
-
-
-def _check_arguments(
-    space: SearchSpace,
-    evaluate: Any,
-    held_out: Any,
-    algorithm: str,
-    n_evals: int,
-    population: int,
-    seed: int,
-    latency: Any,
-) -> None:
-    if not callable(evaluate):
-        raise ValueError(f"`evaluate` must be a function of the model, got {evaluate!r}.")
-    if held_out is not None and not callable(held_out):
-        raise ValueError(f"`held_out` must be a function of the model, got {held_out!r}.")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"`algorithm` must be one of {sorted(ALGORITHMS)}, got {algorithm!r}.")
-    for name, value, low, high in (
-        ("n_evals", n_evals, 1, None),
-        ("population", population, 4, None),
-        ("seed", seed, 0, 2**32 - 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
-            allowed = f"from {low} to {high}" if high else f"of at least {low}"
-            raise ValueError(f"`{name}` must be an integer {allowed}, got {value!r}.")
-    if latency is not None and not isinstance(latency, LatencyModel):
-        raise ValueError(f"`latency` must be a LatencyModel, got {latency!r}.")
-    if latency is not None and latency.space != space:
-        raise ValueError(
-            f"`latency` was measured for another search space ({latency.space!r}) than that of `model` ({space!r})."
-        )
+def _journals(
+    space: SearchSpace, settings: SearchSettings, meter: Meter
+) -> tuple[HistoryFile | None, HistoryFile | None]:
+    """The files of the evaluations and of the held-out ones, where there is a folder; what latency there is goes there too."""
+    folder, latency = settings.folder, settings.latency
+    if folder is None:
+        return None, None
+    header = settings.header(space, meter.costs(space.max))
+    file = HistoryFile(folder / "history.jsonl", header, [*settings.directions, *meter.recorded])
+    held_out = None if settings.held_out is None else HistoryFile(folder / "held_out.jsonl", header)
+    if latency is not None:
+        latency.save(folder / LATENCY_FILE)
+    return file, held_out
 
 
 def _check_exhaustive(space: SearchSpace, n_evals: int, constraints: Constraints) -> None:
@@ -336,38 +243,6 @@ def _check_exhaustive(space: SearchSpace, n_evals: int, constraints: Constraints
         if constraints.bounds and space.size <= _MAX_LISTED:
             which = f"the {number} subnets that keep the constraints, and max, min and heuristic"
         raise ValueError(f"`algorithm='exhaustive'` evaluates {which}, but `n_evals` is {n_evals}.")
-
-
-def _parse_reference_points(
-    points: ReferencePoints | None, algorithm: str, directions: Mapping[str, str]
-) -> list[list[float]] | None:
-    """The points as lists of numbers in the order of the objectives, in their units."""
-    names = list(directions)
-    if algorithm != "r-nsga2":
-        if points is not None:
-            raise ValueError(f"`reference_points` are for `algorithm='r-nsga2'`, not for {algorithm!r}.")
-        return None
-    example = "{" + ", ".join(f"{name!r}: ..." for name in names) + "}"
-    if len(names) < 2:
-        raise ValueError(f"`algorithm='r-nsga2'` needs at least two `objectives`, got {names}.")
-    if isinstance(points, Mapping):
-        points = [points]
-    if not isinstance(points, Sequence) or isinstance(points, str) or not points:
-        raise ValueError(f"`reference_points` must be a point such as {example} or a list of points, got {points!r}.")
-    parsed = []
-    for point in points:
-        if isinstance(point, Mapping) and set(point) == set(names):
-            values = [point[name] for name in names]
-        elif isinstance(point, Sequence) and not isinstance(point, str) and len(point) == len(names):
-            values = list(point)
-        else:
-            raise ValueError(
-                f"a point of `reference_points` must be like {example}, with every objective, got {point!r}."
-            )
-        if not all(is_number(value) for value in values):
-            raise ValueError(f"the values in `reference_points` must be finite numbers, got {point!r}.")
-        parsed.append([float(value) for value in values])
-    return parsed
 
 
 def _recall_or_measure(
@@ -391,48 +266,6 @@ def _told(result: SearchResult, evaluations: Sequence[Evaluation]) -> list[list[
     return [worse.tolist() if result.has_failed(e) else result.minimised(e) for e in evaluations]
 
 
-def _where(evaluation: Evaluation) -> str:
-    return f"evaluation {evaluation.index}, {evaluation.source}, {evaluation.subnet!r}"
-
-
-def _say(bar: Any, text: str) -> None:
-    """Above the progress bar, or to the log if there is none."""
-    if bar.disable:
-        logger.info(text)
-    else:
-        bar.write(text, file=sys.stderr)
-
-
-_UNITS = {
-    "parameters": ("parameters", 1, ",.0f"),
-    "macs": ("MACs per token", 1, ",.0f"),
-    "bytes": ("MB", 1e-6, ",.2f"),
-    "latency": ("ms", 1e3, ",.3f"),
-}
-
-
-def _profile(references: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]) -> str:
-    """The costs of the max, min and heuristic subnet, and the bounds on them, as a table."""
-    rows = dict(references) | ({"at most": bounds} if bounds else {})
-    whole = references["max"]
-    columns = [name for name in _UNITS if name in whole]
-    table = [["", *(_UNITS[name][0] for name in columns)]]
-    for row, costs in rows.items():
-        cells = []
-        for name in columns:
-            _, factor, form = _UNITS[name]
-            share = f"{costs[name] / whole[name]:>6.1%}" if name in costs and whole[name] else ""
-            cells.append(f"{format(factor * costs[name], form)} {share}" if name in costs else "")
-        table.append([row, *cells])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in table
-    )
-
-
 def _begin_tracking(result: SearchResult) -> HypervolumeTracker:
     """The hypervolume of the reference subnets, which also give its scale."""
     tracker = HypervolumeTracker(*(minimised(point, result.objectives) for point in result.hypervolume_box))
@@ -440,20 +273,3 @@ def _begin_tracking(result: SearchResult) -> HypervolumeTracker:
         if result.is_eligible(evaluation):
             tracker.add(result.minimised(evaluation))
     return tracker
-
-
-def _show(bar: Any, result: SearchResult, tracker: HypervolumeTracker | None) -> None:
-    if bar.disable:
-        return
-    direction = result.objectives[result.metric]
-    values = [e.metrics[result.metric] for e in result.history if result.is_eligible(e)]
-    shown: dict[str, Any] = {}
-    if values:
-        shown[f"best {result.metric}"] = f"{(max if direction == 'max' else min)(values):.4g}"
-    shown["pareto"] = len(result.pareto)
-    if result.failed:
-        shown["failed"] = len(result.failed)
-    if tracker is not None:
-        shown["hypervolume"] = f"{tracker.value:.3f}"
-    bar.set_postfix(shown, refresh=False)
-    bar.update()

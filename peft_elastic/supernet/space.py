@@ -54,6 +54,11 @@ _SPACE = Document(
 )
 
 
+def choice_key(kind: str, name: str) -> str:
+    """The key under which a `Subnet` holds the value of a choice: "rank:model.layers.0.self_attn.q_proj"."""
+    return f"{kind}:{name}"
+
+
 @dataclass(frozen=True)
 class Choice:
     """One elastic dimension of a super-network.
@@ -96,7 +101,7 @@ class Choice:
     @property
     def key(self) -> str:
         """`"kind:name"`, the key under which a `Subnet` holds the value of this choice."""
-        return f"{self.kind}:{self.name}"
+        return choice_key(self.kind, self.name)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import pytest
 from peft_elastic import _process
 from peft_elastic._process import is_command, settle
 from peft_elastic.common import progress
-from peft_elastic.search import search
+from peft_elastic.search.shown import say
 
 
 class Terminal(io.StringIO):
@@ -79,7 +79,7 @@ class TestProgress:
         monkeypatch.setattr(sys, "stderr", log)
         with progress.progress_bar(total=3, disable=True) as bar:
             bar.update()
-            search._say(bar, "to the log")
+            say(bar, "to the log")
         assert log.getvalue() == "" and list(progress.progress_bar([1, 2], disable=True)) == [1, 2]
 
     def test_on_a_terminal_it_is_a_bar(self):

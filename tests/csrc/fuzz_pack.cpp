@@ -40,32 +40,20 @@ using Buffer = std::unique_ptr<std::uint8_t, Free>;
 
 Buffer allocate(std::size_t bytes) { return Buffer(static_cast<std::uint8_t*>(::operator new(bytes ? bytes : 1, std::align_val_t{64}))); }
 
-void use_int4(const Weight& w) {
-  const bool dense = w.type == ValueType::kInt4Dense;
-  const auto count = static_cast<std::size_t>(dense ? w.out_features * w.in_features : w.nonzeros);
-  std::vector<std::uint8_t> bitmask(static_cast<std::size_t>(w.out_features * ((w.in_features + 7) / 8)));
-  std::vector<std::uint8_t> values((count + 1) / 2 + 1), zeros(static_cast<std::size_t>(w.out_features * w.group_count));
-  std::vector<float> scales(zeros.size());
-  unpack_int4(w, dense ? nullptr : bitmask.data(), values.data(), scales.data(), zeros.data());
-  std::vector<float> x(static_cast<std::size_t>(w.tiles * 64), 1.0f), sums(static_cast<std::size_t>(w.blocks * 16));
-  Buffer scratch = allocate(kScratchBytes);
-  const Kernel kernel = dense ? portable_kernels()->int4_dense_float : portable_kernels()->int4_float;
-  kernel(w, x.data(), w.tiles * 64, 1, 0, w.blocks, sums.data(), w.blocks * 16, scratch.get());
-}
-
 void use(const Weight& w) {
-  if (is_int4(w.type)) {
-    use_int4(w);
-    return;
-  }
-  const bool bf16 = w.type == ValueType::kBf16;
+  const ValueLayout& layout = value_layout(w.type);
+  const auto count = static_cast<std::size_t>(layout.tile_bitmap_bytes ? w.nonzeros : w.out_features * w.in_features);
   std::vector<std::uint8_t> bitmask(static_cast<std::size_t>(w.out_features * ((w.in_features + 7) / 8)));
-  std::vector<std::uint16_t> values(w.offsets[w.blocks] + 1);
-  unpack(w, bitmask.data(), values.data());
+  std::vector<std::uint8_t> values(layout.has_groups ? (count + 1) / 2 : count * static_cast<std::size_t>(layout.value_bytes));
+  std::vector<std::uint8_t> zeros(static_cast<std::size_t>(w.out_features * w.group_count));
+  std::vector<float> scales(zeros.size());
+  std::vector<std::int32_t> order(w.order ? static_cast<std::size_t>(w.in_features) : 0);
+  unpack(w, {layout.tile_bitmap_bytes ? bitmask.data() : nullptr, values.data(), scales.data(), zeros.data(),
+             w.order ? order.data() : nullptr});
   std::vector<float> x(static_cast<std::size_t>(w.tiles * 64), 1.0f), sums(static_cast<std::size_t>(w.blocks * 16));
   Buffer scratch = allocate(kScratchBytes);
-  const Kernel kernel = bf16 ? portable_kernels()->bf16_float : portable_kernels()->int8_float;
-  kernel(w, x.data(), w.tiles * tile_inputs(w.type), 1, 0, w.blocks, sums.data(), w.blocks * 16, scratch.get());
+  const Kernel kernel = portable_kernels()->floats[index_of(w.type)];
+  kernel(w, x.data(), w.tiles * layout.tile_inputs, 1, 0, w.blocks, sums.data(), w.blocks * 16, scratch.get());
 }
 
 // One mutated int4 weight: on disk, or packed.
@@ -105,11 +93,12 @@ void try_int4(std::mt19937& random) {
     // scales and zeros are of the size that the caller has checked; all other lengths are checked here
     if (group_size < 0) claimed_in = -1;
   }
-  const Int4Source source{out, claimed_in, group_size, dense ? nullptr : bitmask.data(), bitmask.size(), values.data(),
-                          values.size(), scales.data(), zeros.data(), with_order ? order.data() : nullptr};
-  std::size_t size = packed_int4_bytes(source);
+  const Source source{dense ? ValueType::kInt4Dense : ValueType::kInt4, out, claimed_in, dense ? nullptr : bitmask.data(),
+                      bitmask.size(), values.data(), values.size(), group_size, scales.data(), zeros.data(),
+                      with_order ? order.data() : nullptr};
+  std::size_t size = packed_bytes(source);
   Buffer packed = allocate(size);
-  pack_int4(source, packed.get(), size);
+  pack(source, packed.get(), size);
   if (!on_disk) {
     for (unsigned flips = 1 + random() % 3; flips; --flips) {
       const std::size_t limit = random() % 2 ? sizeof(Header) : size;
@@ -156,24 +145,21 @@ int main(int argc, char** argv) {
       if (random() % 2) {  // the form on disk
         std::vector<std::uint8_t> bitmask(static_cast<std::size_t>(out_features * ((in_features + 7) / 8)));
         std::vector<std::uint8_t> values(static_cast<std::size_t>(nonzeros * value_bytes(type)));
-        unpack(open_packed(packed.get(), size), bitmask.data(), values.data());
-        std::int64_t claimed_count = nonzeros, claimed_out = out_features, claimed_in = in_features;
+        unpack(open_packed(packed.get(), size), {bitmask.data(), values.data(), nullptr, nullptr, nullptr});
+        std::int64_t claimed_out = out_features, claimed_in = in_features;
         switch (random() % 6) {
           case 0: if (!bitmask.empty()) bitmask[random() % bitmask.size()] ^= static_cast<std::uint8_t>(1u << random() % 8); break;
           case 1: if (!values.empty()) values[random() % values.size()] = static_cast<std::uint8_t>(random()); break;
           case 2: bitmask.resize(random() % (bitmask.size() + 1)); break;
-          case 3:
-            values.resize(random() % (values.size() + 1));
-            claimed_count = static_cast<std::int64_t>(values.size()) / value_bytes(type);
-            break;
+          case 3: values.resize(random() % (values.size() + 1)); break;
           case 4: claimed_out = random() % 8 ? 1 + random() % 60 : static_cast<std::int64_t>(random()) << 31; break;
           default: claimed_in = random() % 8 ? 1 + random() % 200 : -static_cast<std::int64_t>(random()); break;
         }
-        size = packed_bytes(type, claimed_out, claimed_in, claimed_count);
-        if (size > (1u << 24)) throw std::invalid_argument("larger than the test allows");
+        const Source source{type, claimed_out, claimed_in, bitmask.data(), bitmask.size(), values.data(), values.size(), 0, nullptr,
+                            nullptr, nullptr};
+        size = packed_bytes(source);
         Buffer again = allocate(size);
-        pack_bitmask(type, bitmask.data(), bitmask.size(), values.data(), claimed_count, claimed_out, claimed_in, again.get(),
-                     size);
+        pack(source, again.get(), size);
         const Weight w = open_packed(again.get(), size);
         check_contents(w);
         use(w);

@@ -94,7 +94,7 @@ struct Linear {
     const float size = 1.0f / std::sqrt(static_cast<float>(in));
     if (type == ValueType::kInt8) scales.assign(static_cast<std::size_t>(out), size / 64);
     for (std::size_t i = 0; i < count; ++i) {
-      if (is_int4(type) || between(0, 1)) continue;
+      if (value_layout(type).has_groups || between(0, 1)) continue;
       if (type == ValueType::kBf16) {
         bf16[i] = to_bf16(2 * size * uniform());
         weight[i] = from_bf16(bf16[i]);
@@ -104,7 +104,7 @@ struct Linear {
       }
     }
     std::size_t bytes;
-    if (is_int4(type)) {
+    if (value_layout(type).has_groups) {
       // groups of 4, in the order of the inputs or from last to first
       const std::int64_t groups = (in + 3) / 4;
       std::vector<float> steps(static_cast<std::size_t>(out * groups), size / 4);
@@ -116,11 +116,11 @@ struct Linear {
         weight[i] = static_cast<double>(size / 4) * static_cast<double>(code - 6);
         values[i / 2] |= static_cast<std::uint8_t>(code << (i % 2 * 4));
       }
-      const Int4Source source{out, in, 4, nullptr, 0, values.data(), values.size(), steps.data(), zeros.data(),
-                              between(0, 1) ? order.data() : nullptr};
-      bytes = packed_int4_bytes(source);
+      const Source source{type, out, in, nullptr, 0, values.data(), values.size(), 4, steps.data(), zeros.data(),
+                          between(0, 1) ? order.data() : nullptr};
+      bytes = packed_bytes(source);
       packed.reset(static_cast<std::uint8_t*>(::operator new(bytes, std::align_val_t{64})));
-      pack_int4(source, packed.get(), bytes);
+      pack(source, packed.get(), bytes);
     } else {
       const void* dense = type == ValueType::kBf16 ? static_cast<const void*>(bf16.data()) : int8.data();
       bytes = packed_bytes(type, out, in, count_nonzeros(type, dense, out, in, in));
@@ -202,8 +202,9 @@ double round_trip() {
 
   DecodeCall call{batch, length, capacity, input.data(), cos.data(), sin.data(), rotary_per_row,
                   masked ? mask.data() : nullptr, keys.data(), values.data(), output.data(),
-                  static_cast<int>(between(1, 4)), between(0, 1) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
-  decode(model, call, *portable_kernels());
+                  static_cast<int>(between(1, 4))};
+  const bool avx2 = avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && between(0, 1);
+  decode(model, call, avx2 ? *avx2_kernels() : *portable_kernels());
 
   double error = 0, size = 0;
   for (std::int64_t b = 0; b < batch; ++b) {

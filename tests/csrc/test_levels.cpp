@@ -132,8 +132,11 @@ struct Level {
   const Kernels* kernels;
 };
 
-const Level kLevels[] = {{"portable", portable_kernels()}, {"avx2", avx2_kernels()}, {"avx512", avx512_kernels()},
-                         {"avx512_bf16", avx512_bf16_kernels()}, {"amx", amx_kernels()}};
+const Level kLevels[] = {
+#define LEVEL(name, features, needs_permission) {#name, name##_kernels()},
+    PEFT_ELASTIC_LEVELS(LEVEL)
+#undef LEVEL
+};
 
 void check_int4(std::int64_t out, std::int64_t in, std::int64_t group_size, double sparsity, bool dense, bool scattered,
                 std::mt19937& random) {
@@ -168,23 +171,23 @@ void check_int4(std::int64_t out, std::int64_t in, std::int64_t group_size, doub
   }
   std::vector<std::uint8_t> values((codes.size() + 1) / 2, 0);
   for (std::size_t i = 0; i < codes.size(); ++i) values[i / 2] |= static_cast<std::uint8_t>(codes[i] << (i % 2 * 4));
-  const Int4Source source{out, in, group_size, dense ? nullptr : bitmask.data(), bitmask.size(), values.data(), values.size(),
-                          scales.data(), zeros.data(), scattered ? order.data() : nullptr};
-  Aligned packed(packed_int4_bytes(source));
-  pack_int4(source, packed.data, packed.size);
+  const Source source{dense ? ValueType::kInt4Dense : ValueType::kInt4, out, in, dense ? nullptr : bitmask.data(), bitmask.size(),
+                      values.data(), values.size(), group_size, scales.data(), zeros.data(), scattered ? order.data() : nullptr};
+  Aligned packed(packed_bytes(source));
+  pack(source, packed.data, packed.size);
   const Weight w = open_packed(packed.data, packed.size);
   check_contents(w);
   std::vector<std::uint8_t> bits_again(bitmask.size()), values_again(values.size()), zeros_again(zeros.size());
   std::vector<float> scales_again(scales.size());
-  unpack_int4(w, bits_again.data(), values_again.data(), scales_again.data(), zeros_again.data());
+  unpack(w, {bits_again.data(), values_again.data(), scales_again.data(), zeros_again.data(), nullptr});
   if ((!dense && bits_again != bitmask) || values_again != values || scales_again != scales || zeros_again != zeros) {
     std::printf("int4 %lld x %lld is another after packing\n", static_cast<long long>(out), static_cast<long long>(in));
     ++failures;
   }
   for (const auto& level : kLevels) {
     for (const std::int64_t rows : {1, 2, 3, 8, 9, 32}) {
-      const Kernel kernel = dense ? level.kernels->int4_dense_float : level.kernels->int4_float;
-      check<float>(level.name, dense ? "dense int4" : "int4", kernel, w, exact, rows, random, coarse, w.order);
+      const Kernel kernel = level.kernels->floats[index_of(w.type)];
+      check<float>(level.name, value_layout(w.type).name, kernel, w, exact, rows, random, coarse, w.order);
     }
   }
 }
@@ -218,12 +221,13 @@ void check_shape(std::int64_t out_features, std::int64_t in_features, double spa
         continue;
       }
       for (const std::int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32}) {
+        const Kernel floats = level.kernels->floats[index_of(type)], own = level.kernels->own[index_of(type)];
         if (is_bf16) {
-          check<float>(level.name, "bf16_float", level.kernels->bf16_float, w, bf16_exact, rows, random);
-          check<std::uint16_t>(level.name, "bf16_bf16", level.kernels->bf16_bf16, w, bf16_exact, rows, random);
+          check<float>(level.name, "bf16 x float", floats, w, bf16_exact, rows, random);
+          check<std::uint16_t>(level.name, "bf16 x bf16", own, w, bf16_exact, rows, random);
         } else {
-          check<float>(level.name, "int8_float", level.kernels->int8_float, w, int8_exact, rows, random);
-          check<std::int8_t>(level.name, "int8_int8", level.kernels->int8_int8, w, int8_exact, rows, random);
+          check<float>(level.name, "int8 x float", floats, w, int8_exact, rows, random);
+          check<std::int8_t>(level.name, "int8 x int8", own, w, int8_exact, rows, random);
         }
       }
     }

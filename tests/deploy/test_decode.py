@@ -14,14 +14,13 @@
 """The decode step in C++: the same as the model's own code around the same sparse layers."""
 
 import copy
-import os
 import pickle
-import shutil
 import subprocess
 import threading
 
 import pytest
 import torch
+from support.compiling import COMPILER, CSRC, compile_file
 from support.models import CACHE
 from support.places import REPOSITORY
 from test_generation import MODELS, assert_same, make, prompt, run
@@ -34,12 +33,10 @@ from peft_elastic.layers import extension
 if not extension.is_built():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
-from peft_elastic.deploy import SparseLinear, generation
+from peft_elastic.deploy import SparseLinear
+from peft_elastic.deploy.decode.in_cpp import DenseStep, FusedLayers
 from peft_elastic.deploy.generation import explain_generation, optimize_generation, restore_generation
 from peft_elastic.layers import ops
-
-
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def sparsify(model, values="bf16", share=0.5):
@@ -72,13 +69,13 @@ def densify(model):
 def fused(monkeypatch):
     """Counts the steps that the C++ code took."""
     count = []
-    original = generation._FusedLayers.run
+    original = FusedLayers.run
 
     def counting(self, *args):
         count.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(generation._FusedLayers, "run", counting)
+    monkeypatch.setattr(FusedLayers, "run", counting)
     return count
 
 
@@ -499,7 +496,7 @@ def test_dense_layers_among_them(dtype, name, share, threads, fused):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_output_embedding(dtype, out_features, in_features, with_bias, threads):
     head = nn.Linear(in_features, out_features, bias=with_bias, dtype=dtype)
-    step = generation._DenseStep(head)
+    step = DenseStep(head)
     exact = copy.deepcopy(head).double()
     for shape in [(1, 1), (4,), (2, 2), (5, 1), (1, 300), (0, 1), ()]:
         x = torch.randn(*shape, in_features, dtype=dtype)
@@ -532,7 +529,7 @@ def test_output_embedding_is_optimized_and_restored(fused):
     expected = run(model, prompt())
     plain = dict(model.lm_head.__dict__)
     optimize_generation(model)
-    assert isinstance(model.lm_head.forward, generation._DenseStep)
+    assert isinstance(model.lm_head.forward, DenseStep)
     twin = copy.deepcopy(model)
     assert twin.lm_head.forward.linear is twin.lm_head
     seen.clear()
@@ -559,18 +556,32 @@ def test_weights_that_do_not_fit_go_to_torch(fused):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    model = extension._C.DecodeModel(0, 64, 16)
+    native = extension._C
+    model = native.DecodeModel(native.FloatType.float32, 64, 16)
     linears = {
         shape: SparseLinear.from_linear(nn.Linear(*shape)).packed for shape in [(64, 64), (64, 32), (64, 96), (96, 64)]
     }
-    norm = torch.ones(64)
+    ones = torch.ones(64)
+    norm = native.DecodeNorm(weight=ones.data_ptr(), epsilon=1e-6)
     fitting = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
 
     def add(shapes):
+        layers = [
+            native.DecodeLinear(
+                out_features=s[1],
+                in_features=s[0],
+                weight=linears[s].data_ptr(),
+                size=linears[s].numel(),
+                scales=0,
+                bias=0,
+                bias_type=native.FloatType.float32,
+            )
+            for s in shapes
+        ]
         model.add_layer(
-            [(s[1], s[0], linears[s].data_ptr(), linears[s].numel(), 0, 0, 0) for s in shapes],
-            [(norm.data_ptr(), 1e-6)] * 4,
-            1.0,
+            **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), layers)),
+            **dict.fromkeys(("input_norm", "mlp_norm", "q_norm", "k_norm"), norm),
+            scaling=1.0,
         )
 
     add(fitting)
@@ -610,15 +621,11 @@ def test_reasons_for_steps_in_torch(fused, monkeypatch):
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_sanitizers(tmp_path):
-    sources = [
-        REPOSITORY / "csrc" / f"{name}.cpp"
-        for name in ["decode", "linear", "pack", "pack_int4", "threads", "level_portable"]
-    ]
-    program = tmp_path / "program"
+    names = ("decode", "linear", "pack", "threads", "levels/portable", "levels/avx2")
+    sources = [*(CSRC / f"{name}.cpp" for name in names), REPOSITORY / "tests/csrc/test_decode.cpp"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    options = ["-std=c++17", "-O1", "-g", "-w", *sanitize, f"-I{REPOSITORY / 'csrc'}", "-pthread"]
-    subprocess.run(
-        [COMPILER, *options, *sources, REPOSITORY / "tests/csrc/test_decode.cpp", "-o", program], check=True
-    )
+    objects = [compile_file(each, tmp_path / f"{each.stem}.o", "-O1", "-g", *sanitize) for each in sources]
+    program = tmp_path / "program"
+    subprocess.run([COMPILER, *sanitize, "-pthread", *objects, "-o", program], check=True)
     result = subprocess.run([program, "40"], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and "0 failures" in result.stdout, result.stdout + result.stderr

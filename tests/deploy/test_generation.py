@@ -38,7 +38,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from peft_elastic.deploy import generation
+from peft_elastic.deploy.decode.step import DecodeStep
 from peft_elastic.deploy.generation import explain_generation, optimize_generation, restore_generation
 
 
@@ -81,13 +81,13 @@ def make(name="llama", dtype=torch.float32, **settings):
 def steps(monkeypatch):
     """Counts the steps that took the fast path."""
     count = []
-    original = generation._DecodeStep.step
+    original = DecodeStep.step
 
     def step(self, *args):
         count.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(generation._DecodeStep, "step", step)
+    monkeypatch.setattr(DecodeStep, "step", step)
     return count
 
 
@@ -452,7 +452,7 @@ def test_refusals():
             BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
         )
     model = make(attn_implementation="eager")
-    with pytest.raises(ValueError, match="'eager'; allowed is 'sdpa'"):
+    with pytest.raises(ValueError, match="must have attn_implementation 'sdpa' .*, got 'eager'"):
         optimize_generation(model)
     model = make()
     model.model.forward = lambda *args, **kwargs: None

@@ -216,10 +216,10 @@ def test_refusals_change_nothing():
     model = zero_out(tiny_llama())
     before = linears(model)
     for arguments, match in [
-        ({"dtype": "int4"}, "`dtype` is 'int4'; allowed are"),
-        ({"when": "sometimes"}, "`when` is 'sometimes'"),
-        ({"min_sparsity": 1.5}, "`min_sparsity` is 1.5"),
-        ({"skip": "q_proj"}, "`skip` is the string"),
+        ({"dtype": "int4"}, "`dtype` must be 'bf16' or 'int8', got 'int4'"),
+        ({"when": "sometimes"}, "`when` must be 'faster' or 'always', got 'sometimes'"),
+        ({"min_sparsity": 1.5}, "`min_sparsity` must be .*, got 1.5"),
+        ({"skip": "q_proj"}, "`skip` must be a list of strings, got"),
         ({"skip": ["no_such_layer"]}, "`skip`: 'no_such_layer'"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -39,7 +39,7 @@ from torch import nn  # noqa: E402
 
 from peft_elastic import PruningPlan, SearchResult, SearchSpace, SparseLinear, Subnet  # noqa: E402
 from peft_elastic.cost import timing  # noqa: E402
-from peft_elastic.deploy import checkpoint  # noqa: E402
+from peft_elastic.deploy import checkpoint, stored_files  # noqa: E402
 from peft_elastic.layers import extension  # noqa: E402
 from peft_elastic.search.result import Evaluation  # noqa: E402
 from peft_elastic.supernet.space import Choice  # noqa: E402
@@ -217,6 +217,7 @@ def packed_weight(chance, out_features, in_features):
 
 def decode(chance):
     native, kept = extension._C, []  # what is kept stays in memory
+    types = [native.FloatType.float32, native.FloatType.bfloat16, native.FloatType.float16]  # as FLOATS
     type_ = chance.choice([0, 0, 1, 1, 2]) if chance.randrange(8) == 0 else chance.randrange(2)
     dtype = FLOATS[type_]
     dim, kv_heads, group, hidden, inner = chance.choice([2, 4, 6]), chance.randint(1, 2), chance.randint(1, 2), 8, 12
@@ -237,7 +238,7 @@ def decode(chance):
 
     # that another even number is not the size of the heads, nothing tells
     claimed = chance.choice([-2, 0, 1, 3, 7]) if damaged and chance.randrange(8) == 0 else dim
-    model = native.DecodeModel(type_, hidden, claimed)
+    model = native.DecodeModel(types[type_], hidden, claimed)
     count = chance.randint(1, 2)
     for _ in range(count):
         linears = []
@@ -250,12 +251,12 @@ def decode(chance):
             bias_type = chance.randrange(2) if weight[1] else type_  # of a dense layer it is that of the model
             bias = address(numbers(chance, out_features).to(FLOATS[bias_type])) if chance.randrange(2) else 0
             linears.append([out_features, in_features, *weight, bias, bias_type])
-        norms = [[memory(size), 1e-5] for size in (hidden, hidden, dim, dim)]
+        norms = [memory(size) for size in (hidden, hidden, dim, dim)]
         if chance.randrange(2):
-            norms[2][0] = norms[3][0] = 0
+            norms[2:] = [None, None]
         if damaged and chance.randrange(2):
             linear = chance.choice(linears)
-            place = chance.randrange(6)
+            place = chance.randrange(5)
             if place < 2:
                 linear[place] = chance.choice([0, -1, linear[place] + 1, linear[place] * 2, 2**40])
                 if not linear[3]:  # of a dense layer nothing but its place among the others tells
@@ -267,11 +268,17 @@ def decode(chance):
                 linear[3] = 1 if linear[3] > kept_bytes(kept, linear[2]) else linear[3]
             elif place == 4:
                 linear[4] = 0 if linear[4] else linear[2]
-            else:
-                linear[6] = chance.choice([-1, 3, 7])
         if damaged and chance.randrange(4) == 0:
-            chance.choice(norms[:2])[0] = 0
-        model.add_layer([tuple(each) for each in linears], [tuple(each) for each in norms], 0.5)
+            norms[chance.randrange(2)] = 0
+        names = ("out_features", "in_features", "weight", "size", "scales", "bias", "bias_type")
+        given = [dict(zip(names, [*each[:6], types[each[6]]], strict=True)) for each in linears]
+        layers = zip(("q", "k", "v", "o", "gate", "up", "down"), [native.DecodeLinear(**each) for each in given])
+        norms = [None if each is None else native.DecodeNorm(weight=each, epsilon=1e-5) for each in norms]
+        model.add_layer(
+            **dict(layers),
+            **dict(zip(("input_norm", "mlp_norm", "q_norm", "k_norm"), norms, strict=True)),
+            scaling=0.5,
+        )
     cache = array("Q", [memory(batch, kv_heads, capacity, dim) for _ in range(2 * count)])
     per_row = bool(chance.randrange(2))
     mask = torch.tensor([chance.randrange(3) > 0 for _ in range(batch * (length + 1))])
@@ -279,24 +286,32 @@ def decode(chance):
     rows = batch if per_row else 1
     arguments = {
         "batch": batch, "length": length, "capacity": capacity, "hidden": memory(batch, hidden),
-        "cos": memory(rows, dim), "sin": memory(rows, dim), "per_row": per_row,
-        "mask": address(mask) if chance.randrange(2) else 0, "cache": cache.buffer_info()[0],
+        "cos": memory(rows, dim), "sin": memory(rows, dim), "rotary_per_row": per_row,
+        "mask": address(mask) if chance.randrange(2) else 0, "keys_and_values": cache.buffer_info()[0],
         "output": address(output), "threads": threads,
     }  # fmt: skip
     if damaged and chance.randrange(2):
-        key = chance.choice(["hidden", "cos", "sin", "cache", "output", "batch", "length", "capacity"])
+        key = chance.choice(["hidden", "cos", "sin", "keys_and_values", "output", "batch", "length", "capacity"])
         arguments[key] = {"batch": chance.choice([0, -1]), "length": -1, "capacity": length}.get(key, 0)
     if damaged and chance.randrange(6) == 0:
         cache[chance.randrange(2 * count)] = 0
-    native.decode(model, *arguments.values())
+    native.decode(model, **arguments)
     assert torch.isfinite(output).all()
     weight = numbers(chance, 5, hidden).to(dtype)
     x, y = numbers(chance, 2, hidden).to(dtype), torch.empty(2, 5, dtype=dtype)
-    shape = [2, 5, hidden] if chance.randrange(2) else [chance.randint(-1, 2), chance.randint(-1, 5), hidden]
+    shape = (2, 5) if chance.randrange(2) else (chance.randint(-1, 2), chance.randint(-1, 5))
     native.dense_linear(
-        x.data_ptr(), *shape, weight.data_ptr(), 0, y.data_ptr() if chance.randrange(4) else 0, type_, threads
+        x=x.data_ptr(),
+        rows=shape[0],
+        out_features=shape[1],
+        in_features=hidden,
+        weight=weight.data_ptr(),
+        bias=0,
+        y=y.data_ptr() if chance.randrange(4) else 0,
+        type=types[type_],
+        threads=threads,
     )
-    if shape == [2, 5, hidden]:
+    if shape == (2, 5):
         check(x, y, weight, None)
 
 
@@ -340,7 +355,7 @@ def documents():
     def read_header(text):
         raw = text.encode(errors="surrogatepass")
         (FOLDER / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(24))
-        checkpoint.check_safetensors(FOLDER / "a.safetensors")
+        stored_files.check_safetensors(FOLDER / "a.safetensors")
 
     def read_timings(text):
         (FOLDER / "kernel_timings.json").write_text(text, errors="surrogatepass")

@@ -37,7 +37,7 @@ if not extension.is_built():
 
 from peft_elastic.cost import timing
 from peft_elastic.layers import ops
-from peft_elastic.layers.format import compress_int4, decompress_int4, verify_int4
+from peft_elastic.layers.values import FORMATS, Sizes
 
 
 USABLE = [level["name"] for level in extension.levels() if level["usable"]]
@@ -179,17 +179,11 @@ def test_nothing_is_lost(shape, group_size, sparsity, sparse, scattered, seed):
     nnz = int((weight != 0).sum())
     assert (layer.nnz, layer.group_size, layer.has_bitmask) == (nnz, group_size, sparse)
     tensors = layer.stored_tensors()
-    numbers = {
-        "out_features": shape[0],
-        "in_features": shape[1],
-        "nnz": nnz,
-        "group_size": group_size,
-        "sparse": sparse,
-    }
-    verify_int4("layer", tensors, **numbers)
-    assert torch.equal(ops.pack_int4(tensors, shape[1], group_size), layer.packed)
+    sizes = Sizes(*shape, nnz, group_size, sparse)
+    FORMATS["int4"].verify("layer", tensors, sizes)
+    assert layer.sizes == sizes and torch.equal(FORMATS["int4"].pack(tensors, sizes)[0], layer.packed)
     assert torch.equal(layer.to_linear().weight, weight.float())
-    assert torch.equal(decompress_int4(tensors, shape[1], group_size), weight.float())
+    assert torch.equal(FORMATS["int4"].decompress(tensors, sizes), weight.float())
     back = layer.to_quantized()
     assert all(torch.equal(back[key].to(grid[key].dtype), grid[key]) for key in ("q", "scales", "zeros"))
     natural = torch.equal(grid["g_idx"], torch.arange(shape[1]) // group_size)
@@ -200,11 +194,11 @@ def test_nothing_is_lost(shape, group_size, sparsity, sparse, scattered, seed):
 def test_form_on_disk():
     q = torch.tensor([[3, 8, 15, 0, 8], [1, 1, 1, 2, 1]])
     zeros, scales = torch.tensor([[8, 8], [1, 1]]), torch.tensor([[0.5, 2.0], [1.0, 0.1]])
-    tensors = compress_int4(q, scales, zeros, None, 4, sparse=True)
+    tensors = FORMATS["int4"].compress(q, scales, zeros, None, 4, sparse=True)
     assert tensors["weight_bitmask"].tolist() == [[0b01101], [0b01000]]
     assert tensors["weight_values"].tolist() == [0xF3, 0x20] and tensors["weight_scales"].dtype == torch.float32
     assert "weight_g_idx" not in tensors
-    tensors = compress_int4(q, scales.round(), zeros, torch.tensor([0, 0, 1, 0, 0]), 4, sparse=False)
+    tensors = FORMATS["int4"].compress(q, scales.round(), zeros, torch.tensor([0, 0, 1, 0, 0]), 4, sparse=False)
     assert tensors["weight_values"].tolist() == [0x83, 0x0F, 0x18, 0x11, 0x12] and "weight_bitmask" not in tensors
     assert tensors["weight_scales"].dtype == torch.float16 and tensors["weight_g_idx"].tolist() == [0, 0, 1, 0, 0]
 
@@ -212,18 +206,18 @@ def test_form_on_disk():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"group_size": 0}, "`group_size` is 0"),
-        ({"group_size": 6}, "`group_size` is 6; allowed is a multiple of 4"),
-        ({"group_size": 16}, "`scales` is"),
-        ({"q": torch.full((3, 20), 16)}, "`q` has values from 16 to 16"),
-        ({"q": torch.zeros(3, 20)}, "`q` is torch.float32"),
-        ({"zeros": torch.full((3, 3), -1)}, "`zeros` has values from -1"),
-        ({"zeros": torch.zeros(3, 2, dtype=torch.int64)}, "`zeros` is"),
-        ({"scales": torch.full((3, 3), float("nan"))}, "`scales` has entries"),
+        ({"group_size": 0}, "`group_size` must be a whole number"),
+        ({"group_size": 6}, "`group_size` must be a multiple of 4, .* got 6"),
+        ({"group_size": 16}, "`scales` must be"),
+        ({"q": torch.full((3, 20), 16)}, "`q` must be 0 to 15, got values from 16 to 16"),
+        ({"q": torch.zeros(3, 20)}, "`q` must be whole numbers .* got torch.float32"),
+        ({"zeros": torch.full((3, 3), -1)}, "`zeros` must be 0 to 15, got values from -1"),
+        ({"zeros": torch.zeros(3, 2, dtype=torch.int64)}, "`zeros` must be"),
+        ({"scales": torch.full((3, 3), float("nan"))}, "`scales` must be finite"),
         ({"g_idx": torch.zeros(20, dtype=torch.int64)}, "`g_idx` does not put 8 of the 20 columns"),
-        ({"g_idx": torch.zeros(19, dtype=torch.int64)}, "`g_idx` is torch.int64"),
-        ({"bias": torch.zeros(4)}, "`bias` is"),
-        ({"linear_dtype": torch.int8}, "`linear_dtype` is"),
+        ({"g_idx": torch.zeros(19, dtype=torch.int64)}, "`g_idx` must be whole numbers"),
+        ({"bias": torch.zeros(4)}, "`bias` must be"),
+        ({"linear_dtype": torch.int8}, "`linear_dtype` must be"),
     ],
 )
 def test_refuses(change, message):
@@ -412,7 +406,7 @@ def test_swap_leaves_what_is_no_int4():
     report = sparsify_linears(model, when="always")
     reasons = {decision.name: decision.reason for decision in report.decisions}
     assert reasons["eight"] == "quantized to 8 bits; the kernels take 4 and fewer"
-    assert reasons["odd"].startswith("no int4: `group_size` is 6") and not report.swapped
+    assert reasons["odd"].startswith("no int4: `group_size` must be a multiple of 4") and not report.swapped
 
 
 def test_timing(tmp_path, monkeypatch):
@@ -457,12 +451,12 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path, sparsity):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("group_size", 4, "weight_scales is"),
-        ("group_size", 0, "group_size is 0"),
-        ("group_size", "8", "group_size is '8'"),
+        ("group_size", 4, "weight_scales must be"),
+        ("group_size", 0, "group_size must be .* got 0"),
+        ("group_size", "8", "group_size must be .* got '8'"),
         ("sparse", False, "weight_bitmask"),
-        ("sparse", 1, "sparse is 1"),
-        ("scale_dtype", "int8", "scale_dtype is 'int8'"),
+        ("sparse", 1, "sparse must be .* got 1"),
+        ("scale_dtype", "int8", "scale_dtype must be .* got 'int8'"),
         ("scale_dtype", "float32", "weight_scales"),
         ("value_dtype", "int8", "must have"),
         ("nnz", 3, "weight_bitmask has"),

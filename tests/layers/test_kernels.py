@@ -252,7 +252,7 @@ def test_wrong_arguments():
         ((torch.randn(2, 15), packed, scales, None, 8), "do not fit"),
         ((x, packed, scales, None, 9), "do not fit"),
         ((x.double(), packed, scales, None, 8), "`x` must be"),
-        ((x, packed, None, None, 8), "`scales`"),
+        ((x, packed, None, None, 8), "scales go with"),
         ((x, packed, scales[:-1], None, 8), "`scales`"),
         ((x, packed, scales, torch.ones(7), 8), "`bias`"),
         ((x, packed, scales, None, 8, "int4"), "`activations`"),

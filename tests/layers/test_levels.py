@@ -19,6 +19,7 @@ instructions.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -28,13 +29,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from support.compiling import COMPILER, CSRC, compile_file
 from support.places import REPOSITORY
 
 from peft_elastic.layers import extension
 
 
-LEVELS = ["level_portable", "level_avx2", "level_avx512", "level_avx512_bf16", "level_amx"]
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+LEVELS = sorted((CSRC / "levels").glob("*.cpp"))
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -56,7 +57,7 @@ def build(folder, sources, *options, link=()):
         "-g",
         "-w",
         *SANITIZE,
-        f"-I{REPOSITORY / 'csrc'}",
+        f"-I{CSRC}",
         f"-I{REPOSITORY / 'tests' / 'csrc'}",
         *options,
     ]
@@ -75,9 +76,7 @@ def run(program, *arguments):
 
 @needs_compiler
 def test_every_level_in_the_software_model(tmp_path):
-    sources = [REPOSITORY / "csrc" / f"{name}.cpp" for name in [*LEVELS, "pack", "pack_int4"]] + [
-        REPOSITORY / "tests/csrc/test_levels.cpp"
-    ]
+    sources = [*LEVELS, CSRC / "pack.cpp", REPOSITORY / "tests/csrc/test_levels.cpp"]
     program = build(tmp_path, sources, "-DPEFT_ELASTIC_SOFTWARE_MODEL", f"-I{simde_headers()}")
     for seed in range(2):
         result = run(program, seed)
@@ -85,11 +84,56 @@ def test_every_level_in_the_software_model(tmp_path):
 
 
 @needs_compiler
+def test_a_new_level_runs_nothing_but_its_own(tmp_path):
+    """A level of another name than those that there are, whose table holds the plain C++; the tables of all others note whoever
+    calls them. So it would be for a level of another architecture, to which every other one is illegal instructions."""
+    new = '-DPEFT_ELASTIC_MORE_LEVELS(LEVEL)=LEVEL(novel, "", false)'
+    sources = [*(path for path in CSRC.glob("*.cpp") if path.name != "module.cpp"), CSRC / "levels" / "portable.cpp"]
+    objects = []
+    for source in sources:
+        # the file of the portable level, under the name of the new one
+        renamed = ["-Dportable_kernels=novel_kernels"] if source.stem == "portable" else []
+        objects.append(compile_file(source, tmp_path / f"{source.stem}.o", "-O1", new, *renamed))
+    objects.append(compile_file(REPOSITORY / "tests/csrc/test_new_level.cpp", tmp_path / "test.o", "-O1"))
+    subprocess.run([COMPILER, "-pthread", *objects, "-o", tmp_path / "program"], check=True)
+    result = run(tmp_path / "program")
+    assert result.returncode == 0 and "novel: 0 calls of other levels" in result.stdout, result.stdout + result.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("source", LEVELS, ids=lambda path: path.stem)
+def test_a_level_shares_no_function_with_other_files(source, tmp_path):
+    """Of a function that several files define the linker keeps one, which may be of instructions that others must not run.
+    Without optimization nothing is inlined that need not be."""
+    names = subprocess.run(
+        ["nm", "--demangle", compile_file(source, tmp_path / "level.o", "-O0")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    defined = [line.split(maxsplit=2)[1:] for line in names.stdout.splitlines() if not line.startswith(" ")]
+    shared = {name for kind, name in defined if kind in "TWVuvw"} - {"DW.ref.__gxx_personality_v0"}
+    assert shared == {f"peft_elastic::{source.stem}_kernels()"}
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86")
+def test_no_instructions_of_a_level_outside_of_its_file(tmp_path):
+    sources = [path for path in CSRC.glob("*.cpp") if path.name != "module.cpp"] + [CSRC / "levels" / "portable.cpp"]
+    for source in sources:
+        made = compile_file(source, tmp_path / f"{source.stem}.o", "-O3")
+        text = subprocess.run(["objdump", "-d", made], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"%[yzt]mm|\bv\w+ .*%xmm", text), source
+
+
+@needs_compiler
 def test_fuzzing(tmp_path):
     """PEFT_ELASTIC_FUZZ sets how many mutated weights; `make fuzz` runs 200,000, and half as many inputs from Python."""
     count = int(os.environ.get("PEFT_ELASTIC_FUZZ", "5000"))
-    sources = [REPOSITORY / "csrc" / f"{name}.cpp" for name in ("pack", "pack_int4", "level_portable")]
-    program = build(tmp_path, [*sources, REPOSITORY / "tests/csrc/fuzz_pack.cpp"])
+    sources = [CSRC / "pack.cpp", CSRC / "levels" / "portable.cpp", REPOSITORY / "tests/csrc/fuzz_pack.cpp"]
+    program = build(tmp_path, sources)
     result = run(program, count, count)
     assert result.returncode == 0, result.stderr
     refused, accepted = map(int, re.findall(r"\d+", result.stdout))
@@ -113,14 +157,7 @@ def test_fuzzing_from_python(tmp_path):
     include += [f"-DPEFT_ELASTIC_VERSION={getattr(extension._C, '__version__', '')}"]
     include += [f"-DPEFT_ELASTIC_FINGERPRINT={getattr(extension._C, 'fingerprint', '')}"]
     # without the options of the levels all but the portable one are empty
-    built = build(
-        tmp_path,
-        sorted((REPOSITORY / "csrc").glob("*.cpp")),
-        "-fPIC",
-        "-fno-sanitize=vptr",
-        *include,
-        link=["-shared"],
-    )
+    built = build(tmp_path, sorted(CSRC.rglob("*.cpp")), "-fPIC", "-fno-sanitize=vptr", *include, link=["-shared"])
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(runtimes),

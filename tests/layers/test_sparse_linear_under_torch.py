@@ -276,7 +276,7 @@ def test_state_dicts_with_strides(kind, how, assign):
 def test_state_dicts_that_are_no_memory_are_refused(odd):
     sparse, _ = make("int8")
     state, before = sparse.state_dict(), sparse(X)
-    with pytest.raises(RuntimeError, match="weight_scales is"):
+    with pytest.raises(RuntimeError, match="weight_scales must be"):
         sparse.load_state_dict({**state, "weight_scales": odd(state["weight_scales"])})
     assert torch.equal(sparse(X), before)
 

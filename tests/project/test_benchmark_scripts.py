@@ -31,6 +31,7 @@ from peft_elastic.common import assets
 from peft_elastic.layers import extension, ops
 
 
+BUILT = str(getattr(extension._C, "__file__", None))
 EXTENSION = pytest.mark.skipif(not extension.is_built(), reason="needs the C++ extension")
 COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 PROC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory and libraries are read from /proc")
@@ -52,6 +53,7 @@ SCRIPTS = {
     "importance": (["--out", "--smoke"], [MINILM, REVIEWS]),
     "int4": (["--out", "--smoke"], [EXTENSION, COMPILER]),
     "kernels": (["--out", "--smoke", "--threads", "1", "--deepsparse-python", ""], [EXTENSION, COMPILER, PROC]),
+    "levels_before_after": (["--out", "--smoke", "--before", BUILT, "--after", BUILT], [EXTENSION]),
     "lonas": (["--out", "--smoke", "--methods", "sandwich"], [MINILM, REVIEWS]),
     "merging": (["--model", "tiny"], [PROC]),
     "nls_vs_lora": ([], [pytest.mark.skip("test_benchmarks.py runs it")]),

@@ -97,12 +97,14 @@ class TestStaleExtension:
 
     def test_its_own_sources(self, checkout):
         extension._check(extension._C, checkout)
-        for file in checkout.parent.joinpath("csrc").iterdir():  # as git writes them on Windows
+        for file in checkout.parent.joinpath("csrc").rglob("*.*"):  # as git writes them on Windows
             file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
         checkout.parent.joinpath("csrc", "notes.txt").write_text("not compiled")
         extension._check(extension._C, checkout)
 
-    @pytest.mark.parametrize("change", ["one more", "one less", "one changed", "one renamed"])
+    @pytest.mark.parametrize(
+        "change", ["one more", "one less", "one changed", "one renamed", "one changed further down", "one moved"]
+    )
     def test_other_sources(self, change, checkout):
         sources = checkout.parent / "csrc"
         if change == "one more":
@@ -112,6 +114,11 @@ class TestStaleExtension:
         elif change == "one changed":
             with (sources / "layout.h").open("a") as file:
                 file.write(" ")
+        elif change == "one changed further down":
+            with (sources / "levels" / "avx2.cpp").open("a") as file:
+                file.write(" ")
+        elif change == "one moved":
+            (sources / "levels" / "avx2.cpp").rename(sources / "values" / "avx2.cpp")
         else:
             (sources / "pack.cpp").rename(sources / "packs.cpp")
         with pytest.raises(ImportError, match="Build it again: `pip install --no-deps -e .` in ") as error:

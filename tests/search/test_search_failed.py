@@ -22,8 +22,7 @@ import pytest
 import torch
 from support.elastic_net import ElasticNet, quality, search
 
-from peft_elastic.search import SearchResult
-from peft_elastic.search.hypervolume import hypervolume_of
+from peft_elastic.search import SearchResult, hypervolume_of
 
 
 BAD = [math.nan, math.inf, -math.inf, torch.tensor(math.nan), np.float32("inf")]

@@ -40,12 +40,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ...common.checks import check_choice
 from ...common.parameters import check_parameters
 from ...deploy.sparsify import find_obstacle, sparsify_linears
 from ...layers.backends.bitsandbytes import allow_packing, is_bitsandbytes, keep_unpacked, unpack
 from ...layers.backends.gptqmodel import is_gptqmodel
-from ...layers.format import check_dtype
 from ...layers.quantized_linear import QuantizedLinear
+from ...layers.values import ROUNDED
 from ...structure.blocks import KINDS, Structure, Width
 from ...structure.description import extract_described, undescribable
 from ...structure.importance import (
@@ -1056,7 +1057,7 @@ class ElasticLoraModel(LoraModel):
         """
         if sparse_kernel not in ("auto", True, False):
             raise ValueError(f"`sparse_kernel` is {sparse_kernel!r}; allowed are 'auto', True and False.")
-        check_dtype("sparse_dtype", sparse_dtype)
+        check_choice("sparse_dtype", sparse_dtype, ROUNDED)
         obstacle = find_obstacle(self.model)
         if sparse_kernel is True and obstacle:
             raise ValueError(f"`sparse_kernel=True` cannot work on this model: {obstacle}.")

@@ -40,7 +40,7 @@ from ...layers.grid import Grid
 # element, several times, which is faster in the cache.
 _PANEL_ELEMENTS = 2**21
 _BLOCK_ELEMENTS = 2**16
-_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # FloatType in csrc/linear.h
+_KERNEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # to what C++ calls them
 
 
 def effective_weight(
@@ -311,17 +311,18 @@ class _Update:
             scales, zeros = grid.scales[rows].float().contiguous(), grid.zeros[rows].float().contiguous()
             groups = weight.shape[0], weight.shape[1] // grid.group_size
         extension._C.effective_panel(  # type: ignore[union-attr]
-            weight.data_ptr(),
-            _KERNEL_DTYPES[weight.dtype],
-            *weight.shape,
-            weight.stride(0),
-            address("panel", panel, torch.float32, weight.shape),
-            0 if slopes is None else address("slopes", slopes, torch.float32, weight.shape),
-            self.masked,
-            adds,
-            0 if scales is None else address("scales", scales, torch.float32, groups),
-            0 if zeros is None else address("zeros", zeros, torch.float32, groups),
-            0 if grid is None else grid.group_size,
-            0 if grid is None else 2**grid.bits - 1,
-            torch.get_num_threads(),
+            weight=weight.data_ptr(),
+            weight_type=getattr(extension._C.FloatType, _KERNEL_DTYPES[weight.dtype]),  # type: ignore[union-attr]
+            rows=weight.shape[0],
+            columns=weight.shape[1],
+            weight_stride=weight.stride(0),
+            panel=address("panel", panel, torch.float32, weight.shape),
+            slopes=0 if slopes is None else address("slopes", slopes, torch.float32, weight.shape),
+            masked=self.masked,
+            add=adds,
+            scales=0 if scales is None else address("scales", scales, torch.float32, groups),
+            zeros=0 if zeros is None else address("zeros", zeros, torch.float32, groups),
+            group_size=0 if grid is None else grid.group_size,
+            top=0 if grid is None else 2**grid.bits - 1,
+            threads=torch.get_num_threads(),
         )

@@ -15,8 +15,8 @@
 // int4 for the levels above AVX2, multiplied as whole numbers (limbs.h) and scaled at the end of each segment of the inputs.
 #pragma once
 
-#include "avx512.h"
-#include "limbs.h"
+#include "levels/avx512.h"
+#include "levels/limbs.h"
 
 namespace peft_elastic {
 namespace {

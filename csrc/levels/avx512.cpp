@@ -12,24 +12,24 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// AVX512 with the dot product of bf16 (Intel from Cooper Lake and Sapphire Rapids, AMD from Zen 4).
+// AVX512 with VBMI2 and VNNI (Intel from Ice Lake, AMD from Zen 4), float arithmetic.
 
 #include "kernels.h"
 
-#if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
+#if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
-#include "avx512_bf16.h"
+#include "levels/avx512_int4.h"
+#include "levels/fill.h"
 
 namespace peft_elastic {
 
-const Kernels* avx512_bf16_kernels() {
+const Kernels* avx512_kernels() {
   static const Kernels kKernels = {
-      &multiply_rows<Bf16Float>,
-      &multiply_rows<Bf16Bf16>,
-      &multiply_rows<Int8Float>,
-      &multiply_rows<Int8Int8>,
-      avx512_kernels()->int4_float,  // needs nothing that this level adds
-      avx512_kernels()->int4_dense_float,
+      {&multiply_rows<Bf16Float>, &multiply_rows<Int8Float>, &multiply_int4<false>, &multiply_int4<true>},
+      {nullptr, &multiply_rows<Int8Int8>},
+      avx2_kernels()->attend,  // needs nothing that this level adds
+      avx2_kernels()->dense,
+      &fill,
   };
   return &kKernels;
 }
@@ -39,7 +39,7 @@ const Kernels* avx512_bf16_kernels() {
 #else
 
 namespace peft_elastic {
-const Kernels* avx512_bf16_kernels() { return nullptr; }
+const Kernels* avx512_kernels() { return nullptr; }
 }  // namespace peft_elastic
 
 #endif

@@ -134,8 +134,7 @@ void multiply_in_limbs(const Weight& w, const float* x, std::int64_t x_stride, s
       multiply(inputs, begin);
       continue;
     }
-    const Kernels* portable = portable_kernels();
-    (w.type == ValueType::kInt4 ? portable->int4_float : portable->int4_dense_float)(
+    portable_kernels()->floats[index_of(w.type)](
         w, x + begin * x_stride, x_stride, count, first, last, sums + begin * sums_stride, sums_stride, scratch);
   }
 }

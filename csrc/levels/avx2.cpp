@@ -22,8 +22,10 @@
 
 #if (defined(__AVX2__) && defined(__FMA__) && defined(__BMI2__) && defined(__POPCNT__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
-#include "avx2_int4.h"
-#include "simd.h"
+#include "levels/attention.h"
+#include "levels/avx2_int4.h"
+#include "levels/fill.h"
+#include "levels/simd.h"
 
 namespace peft_elastic {
 namespace {
@@ -429,8 +431,13 @@ void int8_int8(const Weight& w, const void* x, std::int64_t x_stride, std::int64
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kKernels = {&bf16_float, nullptr, &int8_float, &int8_int8, &multiply_int4<false>,
-                                       &multiply_int4<true>};
+  static constexpr Kernels kKernels = {
+      {&bf16_float, &int8_float, &multiply_int4<false>, &multiply_int4<true>},
+      {nullptr, &int8_int8},
+      &attend,
+      &multiply_dense,
+      &fill,
+  };
   return &kKernels;
 }
 

@@ -12,34 +12,23 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// AVX512 with VBMI2 and VNNI (Intel from Ice Lake, AMD from Zen 4), float arithmetic.
+#pragma once
 
-#include "kernels.h"
+#include <cstdint>
 
-#if (defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)) || defined(PEFT_ELASTIC_SOFTWARE_MODEL)
-
-#include "avx512_int4.h"
-
-namespace peft_elastic {
-
-const Kernels* avx512_kernels() {
-  static constexpr Kernels kKernels = {
-      &multiply_rows<Bf16Float>,
-      nullptr,
-      &multiply_rows<Int8Float>,
-      &multiply_rows<Int8Int8>,
-      &multiply_int4<false>,
-      &multiply_int4<true>,
-  };
-  return &kKernels;
-}
-
-}  // namespace peft_elastic
-
-#else
+#include "floats.h"
+#include "values/plain.h"
 
 namespace peft_elastic {
-const Kernels* avx512_kernels() { return nullptr; }
-}  // namespace peft_elastic
 
-#endif
+struct Bf16 : PlainValues<Bf16, std::uint16_t> {
+  static constexpr ValueType kType = ValueType::kBf16;
+  static constexpr ValueLayout kLayout = {"bf16", 2, 32, 2, 64, false, false};
+
+  static bool is_stored(Value value) { return (value & 0x7fffu) != 0; }  // zeros of either sign are dropped
+  static const char* fault(Value value) { return is_stored(value) ? nullptr : "a stored value is zero"; }
+  static constexpr bool kDenseMayBeFaulty = false;
+  static PE_INLINE float widen(Value value) { return widen_bf16(value); }
+};
+
+}  // namespace peft_elastic

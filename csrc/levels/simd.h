@@ -16,10 +16,10 @@
 // processors that lack their instructions (tests/csrc).
 #pragma once
 
+#include "floats.h"
+
 #if defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 #include "software_model.h"
 #else
 #include <immintrin.h>
 #endif
-
-#define PE_INLINE inline __attribute__((always_inline))

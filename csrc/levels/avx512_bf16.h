@@ -15,7 +15,7 @@
 // The dot product of bf16 (VDPBF16PS), for the levels that have it.
 #pragma once
 
-#include "avx512.h"
+#include "levels/avx512.h"
 
 namespace peft_elastic {
 namespace {

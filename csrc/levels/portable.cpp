@@ -16,47 +16,25 @@
 
 #include <cstring>
 
+#include "bits.h"
 #include "kernels.h"
+#include "levels/attention.h"
+#include "levels/fill.h"
 
 namespace peft_elastic {
 namespace {
 
-std::uint64_t load_bits(const std::uint8_t* p, int bytes) {
-  std::uint64_t bits = 0;
-  for (int i = 0; i < bytes; ++i) bits |= static_cast<std::uint64_t>(p[i]) << (8 * i);
-  return bits;
-}
-
-float widen_bf16(std::uint16_t value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-struct Bf16 {
-  using Value = std::uint16_t;
-  static constexpr ValueType kType = ValueType::kBf16;
-  static float widen(Value value) { return widen_bf16(value); }
-};
-
-struct Int8 {
-  using Value = std::int8_t;
-  static constexpr ValueType kType = ValueType::kInt8;
-  static std::int32_t widen(Value value) { return value; }
-};
-
 // Activations and sums are float, or int8 with sums of 32 bits. Each row of a tile is expanded once for all activations.
-template <typename W, typename X, typename Sum>
+template <typename V, typename X, typename Sum>
 void multiply(const Weight& w, const void* x_void, std::int64_t x_stride, std::int64_t rows, std::int64_t first,
               std::int64_t last, float* sums, std::int64_t sums_stride, void* scratch) {
-  using Value = typename W::Value;
-  constexpr int kGroup = static_cast<int>(group_inputs(W::kType));
+  using Value = typename V::Value;
+  constexpr int kGroup = static_cast<int>(group_inputs(V::kType));
   constexpr int kRow = static_cast<int>(kBlock) * kGroup;
   const X* x = static_cast<const X*>(x_void);
   Sum* total = static_cast<Sum*>(scratch);  // [rows][16]
   for (std::int64_t block = first; block < last; ++block) {
-    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(W::kType);
+    const std::uint8_t* bitmap = w.bitmaps + block * w.tiles * tile_bitmap_bytes(V::kType);
     const std::uint8_t* values = w.values + w.offsets[block] * sizeof(Value);
     for (std::int64_t i = 0; i < rows * kBlock; ++i) total[i] = 0;
     for (std::int64_t row = 0; row < w.tiles * kTileRows; ++row, bitmap += kRow / 8) {
@@ -68,7 +46,7 @@ void multiply(const Weight& w, const void* x_void, std::int64_t x_stride, std::i
           std::memcpy(&value, values, sizeof(value));
           values += sizeof(value);
         }
-        dense[i] = static_cast<Sum>(W::widen(value));
+        dense[i] = static_cast<Sum>(V::widen(value));
       }
       for (std::int64_t m = 0; m < rows; ++m) {
         const X* inputs = x + m * x_stride + row * kGroup;
@@ -141,12 +119,11 @@ void multiply_int4(const Weight& w, const void* x_void, std::int64_t x_stride, s
 
 const Kernels* portable_kernels() {
   static constexpr Kernels kKernels = {
-      &multiply<Bf16, float, float>,
-      nullptr,
-      &multiply<Int8, float, float>,
-      &multiply<Int8, std::int8_t, std::int32_t>,
-      &multiply_int4<false>,
-      &multiply_int4<true>,
+      {&multiply<Bf16, float, float>, &multiply<Int8, float, float>, &multiply_int4<false>, &multiply_int4<true>},
+      {nullptr, &multiply<Int8, std::int8_t, std::int32_t>},
+      &attend,
+      &multiply_dense,
+      &fill,
   };
   return &kKernels;
 }

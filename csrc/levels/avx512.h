@@ -20,7 +20,7 @@
 #include <type_traits>
 
 #include "kernels.h"
-#include "simd.h"
+#include "levels/simd.h"
 
 namespace peft_elastic {
 namespace {

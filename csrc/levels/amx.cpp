@@ -20,7 +20,7 @@
      defined(__AVX512BF16__)) ||                                                                          \
     defined(PEFT_ELASTIC_SOFTWARE_MODEL)
 
-#include "avx512_bf16.h"
+#include "levels/avx512_bf16.h"
 
 // The intrinsics say nothing to gcc about the memory that they read.
 #define PE_COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
@@ -171,12 +171,13 @@ void int8_int8(const Weight& w, const void* x, std::int64_t x_stride, std::int64
 
 const Kernels* amx_kernels() {
   static const Kernels kKernels = {
-      &multiply_rows<Bf16Float>,
-      &bf16_bf16,
-      &multiply_rows<Int8Float>,
-      &int8_int8,
-      avx512_kernels()->int4_float,  // needs nothing that this level adds
-      avx512_kernels()->int4_dense_float,
+      {&multiply_rows<Bf16Float>, &multiply_rows<Int8Float>,
+       avx512_kernels()->floats[index_of(ValueType::kInt4)],  // needs nothing that this level adds
+       avx512_kernels()->floats[index_of(ValueType::kInt4Dense)]},
+      {&bf16_bf16, &int8_int8},
+      avx512_kernels()->attend,
+      avx512_kernels()->dense,
+      avx512_kernels()->fill,
   };
   return &kKernels;
 }

@@ -17,8 +17,8 @@
 
 #include <cstddef>
 
-#include "limbs.h"
-#include "simd.h"
+#include "levels/limbs.h"
+#include "levels/simd.h"
 
 namespace peft_elastic {
 namespace {
