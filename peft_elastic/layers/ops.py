@@ -20,7 +20,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -36,8 +36,12 @@ _C = extension._C
 _VALUE_DTYPES = (torch.bfloat16, torch.int8)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What C++ calls them; empty without the extension.
-_VALUE_TYPES = {} if _C is None else {torch.bfloat16: _C.ValueType.bf16, torch.int8: _C.ValueType.int8}
-FLOAT_TYPES = {} if _C is None else {dtype: getattr(_C.FloatType, f"{dtype}"[6:]) for dtype in FLOAT_DTYPES}
+_VALUE_TYPES: dict[torch.dtype, Any] = (
+    {} if _C is None else {torch.bfloat16: _C.ValueType.bf16, torch.int8: _C.ValueType.int8}
+)
+FLOAT_TYPES: dict[torch.dtype, Any] = (
+    {} if _C is None else {dtype: getattr(_C.FloatType, str(dtype).removeprefix("torch.")) for dtype in FLOAT_DTYPES}
+)
 
 # From this many rows on (measured: benchmarks/crossover.py, docs/performance.md) the weight is expanded and torch's dense
 # multiplication is used.

@@ -118,7 +118,10 @@ void run_products(const Kernels& kernels) {
 void run_decode(const Kernels& kernels, FloatType type) {
   constexpr std::int64_t kDim = 16, kLength = 5;
   const Packed packed = ones(ValueType::kBf16);  // 48 x 96: queries from a hidden state of 96
-  std::vector<float> numbers(static_cast<std::size_t>(kIn * kIn), 0.01f);  // small, and finite as bf16 too
+  const std::uint32_t hundredth = 0x3c243c24;  // as float, and each half of it as bf16
+  float number;
+  std::memcpy(&number, &hundredth, sizeof(number));
+  const std::vector<float> numbers(static_cast<std::size_t>(kIn * kIn), number);
   const auto dense = [&](std::int64_t out, std::int64_t in) {
     DecodeLinear each{};
     each.out_features = out;
@@ -136,7 +139,7 @@ void run_decode(const Kernels& kernels, FloatType type) {
                           none, 0.25f});
   check_layer(model, model.layers[0]);
   std::vector<float> keys(numbers), values(numbers), output(static_cast<std::size_t>(kIn), NAN);
-  void* all_keys[] = {keys.data()};
+  void* const all_keys[] = {keys.data()};
   void* all_values[] = {values.data()};
   DecodeCall call{1, kLength, kLength + 1, numbers.data(), numbers.data(), numbers.data(), false, nullptr, all_keys, all_values,
                   output.data(), 2};
