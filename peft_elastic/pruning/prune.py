@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,17 +22,9 @@ from torch import nn
 
 from ..structure.modules import routers, weight_matrix, zero_fraction
 from ..structure.selection import check_changeable, select_layers, warn_of_fused_experts
-from .config import MagnitudeConfig, PruningConfig, WandaConfig
-from .magnitude import prune_magnitude
+from .config import PruningConfig
+from .methods import PRUNING_METHODS
 from .report import PruningReport
-from .wanda import prune_wanda
-
-
-# A method prunes the layers in place and returns the number of calibration tokens: f(model, layers, config, calibration, progress).
-_METHODS: dict[type[PruningConfig], Callable[..., int]] = {
-    MagnitudeConfig: prune_magnitude,
-    WandaConfig: prune_wanda,
-}
 
 
 def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, progress: bool = True) -> PruningReport:
@@ -65,9 +56,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
         >>> report = prune(model, WandaConfig(sparsity=0.5), calibration=loader)
         >>> print(report)
     """
-    if type(config) not in _METHODS:
-        known = ", ".join(sorted(c.__name__ for c in _METHODS))
-        raise ValueError(f"config: got {config!r}; it must be an instance of one of {known}.")
+    method = PRUNING_METHODS.of(config)
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     check_prunable(model, layers, config.n_of_m)
     if config.target_modules is None:
@@ -75,7 +64,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
 
     start = time.perf_counter()
     before = {name: zero_fraction(layer) for name, layer in layers.items()}
-    tokens = _METHODS[type(config)](model, layers, config, calibration, progress)
+    tokens = method.run(model, layers, config, calibration, progress)
     rows = [
         {
             "name": name,

@@ -363,8 +363,6 @@ def _absolute_weights(model: nn.Module, slot: Slot, units: int) -> torch.Tensor:
 class _InputSquares(InputCollector):
     """Sums of squares of each input feature over the calibration tokens."""
 
-    fallback = "its units keep their order"
-
     def _measure(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.square().sum(0)
 
@@ -375,7 +373,7 @@ def _input_squares(
     layers = {path: layer_at(model, path) for path in dict.fromkeys(paths)}
     squares: dict[str, torch.Tensor] = {}
     with calibration_mode(model):
-        collector = _InputSquares(batches, is_encoder_decoder(model))
+        collector = _InputSquares(batches, is_encoder_decoder(model), fallback="its units keep their order")
         walker = BlockWalker(model, batches, layers)
         for unit in progress_bar(walker, desc="importance", unit="block", disable=not progress):
             squares |= collector.collect(unit)
