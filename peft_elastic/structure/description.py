@@ -39,11 +39,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from .blocks import Block, Removed, Structure, Width, layer_at, layer_sizes
+from .blocks import Structure
 from .extract import config_of, extract
+from .features import layer_at, layer_sizes
 from .layouts import BlockLayout, layouts
 from .modules import linear_layers, module_at
 from .narrow import active_ranges, is_skipped, set_skipped, set_width
+from .parts import Block, Width
+from .reading import Reading
+from .removed import Removed
 from .space import PARTS, activate
 
 
@@ -562,7 +566,7 @@ def _build(cls: type[PreTrainedModel], config: PreTrainedConfig, full: bool = Fa
 
 def _blueprint(model: nn.Module) -> Structure:
     """What the names of the layers say of a model without weights: its sizes. What is true of it was tried on the model itself."""
-    return Structure.by_names(model, {})
+    return Reading(model)
 
 
 def _creation() -> Any:

@@ -26,9 +26,10 @@ from torch import nn
 
 from ...common.documents import FINITE, ListOf, Record, read_json
 from ...common.writing import atomic_write_text
-from ...structure.blocks import Width, layer_at
+from ...structure.features import layer_at
 from ...structure.importance import apply_orders, measure_importance
 from ...structure.modules import weight_matrix
+from ...structure.parts import Width
 from .setup import Setup
 
 

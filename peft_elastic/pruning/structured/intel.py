@@ -29,8 +29,9 @@ import torch
 from torch import nn
 
 from ...common.documents import read_json
-from ...structure.blocks import Block, Structure, Width
+from ...structure.blocks import Structure
 from ...structure.importance import noted_orders
+from ...structure.parts import Block, Width
 from .cost import Costs
 from .importance import l1_scores
 from .plan import PruningPlan, check_whole, describe_model

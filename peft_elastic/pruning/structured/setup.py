@@ -22,11 +22,13 @@ from typing import Any
 
 from torch import nn
 
-from ...structure.blocks import Structure, Width, layer_at
+from ...structure.blocks import Structure
 from ...structure.calibration import calibration_batches
 from ...structure.description import undescribable
+from ...structure.features import layer_at
 from ...structure.importance import check_sortable
 from ...structure.narrow import check_narrowable
+from ...structure.parts import Width
 from ...structure.space import PARTS
 from ...supernet.host import HOST_ATTRIBUTE
 from .config import StructuredPruningConfig

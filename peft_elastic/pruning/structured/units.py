@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...structure.blocks import Block, Structure, Width
+from ...structure.blocks import Structure
+from ...structure.parts import Block, Width
 from ...structure.space import PARTS, layer_shapes
 from ...supernet.space import Choice, SearchSpace
 
