@@ -55,7 +55,7 @@ from ..layers import ops
 from ..layers.format import VALUE_DTYPES, decompress, decompress_int4, verify, verify_int4
 from ..layers.sparse_linear import SparseLinear
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
-from ..structure.description import adopt_layer_sizes, rebuild, take_layer_sizes
+from ..structure.rebuild import adopt_layer_sizes, rebuild, take_layer_sizes
 
 
 logger = get_logger(__name__)
