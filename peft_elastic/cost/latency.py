@@ -115,7 +115,7 @@ class LatencyModel:
         cls,
         model: nn.Module,
         space: SearchSpace,
-        activate: Callable[[Subnet], None],
+        activate: Callable[[Subnet], object],
         inputs: Mapping[str, Any],
         mode: str = "forward",
         kernel: str = "dense",
@@ -141,7 +141,7 @@ class LatencyModel:
         self,
         model: nn.Module,
         space: SearchSpace,
-        activate: Callable[[Subnet], None],
+        activate: Callable[[Subnet], object],
         inputs: Mapping[str, Any],
         mode: str,
         kernel: str,
@@ -336,7 +336,7 @@ class LatencyModel:
     def _measure_rest(
         self,
         model: nn.Module,
-        activate: Callable[[Subnet], None],
+        activate: Callable[[Subnet], object],
         modules: Sequence[nn.Module],
         seconds: float,
     ) -> list[float]:

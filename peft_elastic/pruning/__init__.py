@@ -21,6 +21,7 @@ from .magnitude import MagnitudeConfig
 from .methods import PRUNING_METHODS
 from .prune import prune
 from .report import PruningReport, measure_sparsity
+from .sparsegpt import SparseGPTConfig
 from .wanda import WandaConfig
 
 
@@ -29,6 +30,7 @@ __all__ = [
     "MagnitudeConfig",
     "PruningConfig",
     "PruningReport",
+    "SparseGPTConfig",
     "WandaConfig",
     "measure_sparsity",
     "prune",

@@ -31,7 +31,7 @@ class PruningConfig:
 
     Args:
         sparsity (`float`, *optional*):
-            Fraction of weights set to zero, in [0, 1). In each comparison group of `n` weights (a row, or a layer) exactly
+            Fraction of weights set to zero, in [0, 1). In each comparison group of `n` weights (a row, a layer, or what the method says) exactly
             `floor(sparsity * n)` are pruned. Zeros that are already there count as pruned first.
         pattern (`str`, *optional*):
             Semi-structured sparsity "n:m": of every m consecutive weights along the inputs, n stay and m - n are set to

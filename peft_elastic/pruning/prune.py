@@ -29,7 +29,8 @@ from .report import PruningReport
 
 def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, progress: bool = True) -> PruningReport:
     """
-    Sets the least important base weights of a model to zero, in place. Every other parameter keeps its bits.
+    Sets the least important base weights of a model to zero, in place. Every other parameter keeps its bits, but for the other
+    weights of the same layers with `SparseGPTConfig`, which make up for those that go.
 
     A model with peft adapters is pruned in its base weights, with the adapters active where activations are measured; a
     merged adapter has to be unmerged first. An interrupted run leaves the blocks done so far pruned, and a second call with
@@ -37,7 +38,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
 
     Args:
         model: any transformers decoder, encoder or encoder-decoder; any other module with linear layers is one block.
-        config: `WandaConfig` or `MagnitudeConfig`; it chooses the method, the sparsity and the layers.
+        config: `WandaConfig`, `SparseGPTConfig` or `MagnitudeConfig`; it chooses the method, the sparsity and the layers.
         calibration: iterable of batches (a DataLoader, a list) for methods that measure activations. A batch is a mapping of
             model inputs such as `input_ids` and `attention_mask`, each (sequences, length), or `pixel_values`; or a tensor
             of token ids. It is read once. Padding marked by `attention_mask` does not count. Magnitude pruning ignores it.
@@ -50,7 +51,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
         ValueError: a bad argument, before anything is changed: an unknown config, patterns that match no layer, weights that
             are quantised, tied to another module or not finite, an n:m pattern that does not divide the inputs, missing or
             empty calibration data, or data that never reaches some of the layers. During the run: activations that are not
-            finite.
+            finite, or a Hessian that no damping makes positive definite.
 
     Example:
         >>> report = prune(model, WandaConfig(sparsity=0.5), calibration=loader)

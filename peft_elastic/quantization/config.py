@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from ..common.checks import check_choice
 from ..layers.grid import CLIPPING, check_grid_options
 from ..structure.selection import check_patterns
 
@@ -68,6 +69,5 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         check_grid_options(self.bits, self.group_size, self.symmetric)
-        if self.clipping not in CLIPPING:
-            raise ValueError(f"`clipping` is {self.clipping!r}; allowed are {list(CLIPPING)}.")
+        check_choice("clipping", self.clipping, CLIPPING)
         check_patterns(self)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.checks import check_max_samples
+from ..common.checks import check_bool, check_max_samples, check_whole
 from ..common.progress import progress_bar
 from ..layers.grid import Grid, fit_grid
 from ..structure.calibration import calibration_batches, calibration_mode
-from ..structure.hessian import InputGrams, by_hessian, inverse_factor
+from ..structure.hessian import InputGrams, by_hessian, check_damping, inverse_factor
 from ..structure.inputs import is_encoder_decoder
 from ..structure.modules import weight_matrix
 from ..structure.sequential import BlockWalker
@@ -71,12 +71,9 @@ class GPTQConfig(QuantizationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.act_order, bool):
-            raise ValueError(f"`act_order` is {self.act_order!r}; allowed are True and False.")
-        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
-            raise ValueError(f"`damping` is {self.damping!r}; it must be a number above 0 and at most 1.")
-        if type(self.block_size) is not int or self.block_size < 1:
-            raise ValueError(f"`block_size` is {self.block_size!r}; it must be a whole number >= 1.")
+        check_bool("act_order", self.act_order)
+        check_damping(self.damping)
+        check_whole("block_size", self.block_size, least=1)
         check_max_samples(self.max_samples)
 
 

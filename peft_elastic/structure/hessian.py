@@ -15,8 +15,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from ..common.checks import is_finite, wrong
 from .inputs import InputCollector
 
 
@@ -71,6 +74,12 @@ def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Te
                 "more varied, calibration data, or a model in float32."
             )
         share = min(share * 10, 1.0)
+
+
+def check_damping(damping: Any) -> None:
+    """ValueError unless this is a share of the mean of a Hessian's diagonal, as `inverse_factor` takes it."""
+    if not is_finite(damping) or not 0 < damping <= 1:
+        raise wrong("damping", "a number above 0 and at most 1", damping)
 
 
 def output_error(difference: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float | None:
