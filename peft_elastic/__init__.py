@@ -26,7 +26,7 @@ from .deploy import (
 )
 from .layers.quantized_linear import QuantizedLinear
 from .layers.sparse_linear import SparseLinear
-from .pruning import MagnitudeConfig, PruningReport, WandaConfig, prune
+from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig, prune
 from .pruning.structured import (
     BlockPrunerConfig,
     MultiPrunerConfig,
@@ -83,6 +83,7 @@ __all__ = [
     "SandwichSampler",
     "SearchResult",
     "SearchSpace",
+    "SparseGPTConfig",
     "SparseLinear",
     "SparseQALoraConfig",
     "SparseQALoraModel",

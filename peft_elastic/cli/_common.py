@@ -38,7 +38,7 @@ from peft_elastic import Subnet
 from peft_elastic.common.files import scratch_folder
 from peft_elastic.common.writing import writing
 from peft_elastic.pruning import measure_sparsity
-from peft_elastic.structure.description import BLOCKS_ATTRIBUTE
+from peft_elastic.structure.rebuild import BLOCKS_ATTRIBUTE
 
 from ._data import first_line
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.names import has_suffix
-from ..structure.blocks import Removed
+from ..structure.removed import Removed
 from ..supernet.space import Choice, LayerShape, SearchSpace
 from .merged import base_modules, is_mergeable, merged_linears
 

@@ -41,7 +41,7 @@ from ..common.writing import atomic_write_text
 from ..layers import ops
 from ..layers.values import ROUNDED, grid_format, parse_values
 from ..supernet.context import eval_mode, subnet_restored
-from ..supernet.host import ElasticHost, get_elastic_host
+from ..supernet.host import get_elastic_host
 from ..supernet.space import LayerShape, SearchSpace, Subnet
 from . import timing
 from .merged import MIN_SPARSITY, MergedLinear, base_modules, merged_linears
@@ -98,6 +98,8 @@ class LatencyModel:
             cannot run `inputs`; or without the C++ extension for another kernel than `"dense"`.
     """
 
+    space: SearchSpace
+
     def __init__(
         self,
         model: nn.Module,
@@ -108,10 +110,51 @@ class LatencyModel:
         seconds: float = 20.0,
     ) -> None:
         host = get_elastic_host(model)
+        with subnet_restored(host):
+            self._measure(model, host.search_space, host.set_subnet, inputs, mode, kernel, sparse_dtype, seconds)
+
+    @classmethod
+    def of_space(
+        cls,
+        model: nn.Module,
+        space: SearchSpace,
+        activate: Callable[[Subnet], object],
+        inputs: Mapping[str, Any],
+        mode: str = "forward",
+        kernel: str = "dense",
+        sparse_dtype: str = "bf16",
+        seconds: float = 20.0,
+    ) -> LatencyModel:
+        """The latency model of a module that is no elastic model.
+
+        Args:
+            model (`nn.Module`): what computes the subnets. It is left in one of them.
+            space (`SearchSpace`): the subnets.
+            activate (`Callable`): `activate(subnet)` lets `model` compute that subnet from now on.
+            inputs, mode, kernel, sparse_dtype, seconds: as of the class.
+
+        Raises:
+            ValueError: as the class.
+        """
+        made = object.__new__(cls)
+        made._measure(model, space, activate, inputs, mode, kernel, sparse_dtype, seconds)
+        return made
+
+    def _measure(
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        activate: Callable[[Subnet], object],
+        inputs: Mapping[str, Any],
+        mode: str,
+        kernel: str,
+        sparse_dtype: str,
+        seconds: float,
+    ) -> None:
         linears = merged_linears(model)
         _check_arguments(model, linears, mode, kernel, seconds)
         check_choice("sparse_dtype", sparse_dtype, ROUNDED)
-        self.space: SearchSpace = host.search_space
+        self.space = space
         self._run = _Workload(inputs, mode)
         self.workload: dict[str, Any] = {
             "mode": mode,
@@ -120,11 +163,11 @@ class LatencyModel:
             "inputs": self._run.shapes,
             "threads": torch.get_num_threads(),
         }
-        with torch.no_grad(), eval_mode(model), subnet_restored(host):
-            host.set_subnet("max")
+        with torch.no_grad(), eval_mode(model):
+            activate(space.max)
             calls = _record_calls(model, linears, self._run)
             self._fixed, self._layers = self._time_linears(linears, calls)
-            self._rest = self._measure_rest(model, host, [linears[name].module for name in calls], seconds)
+            self._rest = self._measure_rest(model, activate, [linears[name].module for name in calls], seconds)
 
     # -- prediction --------------------------------------------------------------------------------------------------
 
@@ -294,13 +337,17 @@ class LatencyModel:
         return measured(best, rows).sparse
 
     def _measure_rest(
-        self, model: nn.Module, host: ElasticHost, modules: Sequence[nn.Module], seconds: float
+        self,
+        model: nn.Module,
+        activate: Callable[[Subnet], object],
+        modules: Sequence[nn.Module],
+        seconds: float,
     ) -> list[float]:
         """Seconds outside of the linear layers for one unit of each feature."""
         subnets = _calibration_subnets(self.space)
         steps = []
         for subnet in subnets:
-            host.set_subnet(subnet)
+            activate(subnet)
             steps.append(self._run.begin(model))
         outside: list[list[float]] = [[] for _ in subnets]
         with _stopwatch(modules) as watch:
@@ -308,7 +355,7 @@ class LatencyModel:
             rounds = 0
             while rounds < _MIN_ROUNDS or time.perf_counter() - start < seconds:
                 for subnet, step, times in zip(subnets, steps, outside, strict=True):
-                    host.set_subnet(subnet)
+                    activate(subnet)
                     # what the switch has left in the caches is not what a deployed model finds, and a small one needs
                     # several runs until it runs as when it is served
                     visit = step()

@@ -45,7 +45,7 @@ from ..layers import ops
 from ..layers.sparse_linear import SparseLinear
 from ..layers.values import FORMATS, STORED_NAMES, Sizes
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
-from ..structure.description import adopt_layer_sizes, rebuild, take_layer_sizes
+from ..structure.rebuild import adopt_layer_sizes, rebuild, take_layer_sizes
 from .stored_files import check_files, checksum, dense_checksums
 
 

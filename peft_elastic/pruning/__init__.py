@@ -16,12 +16,25 @@
 blocks, channels and heads are removed by `structured`."""
 
 from ..common.moved import moved_modules
-from .config import MagnitudeConfig, PruningConfig, WandaConfig
+from .config import PruningConfig
+from .magnitude import MagnitudeConfig
+from .methods import PRUNING_METHODS
 from .prune import prune
 from .report import PruningReport, measure_sparsity
+from .sparsegpt import SparseGPTConfig
+from .wanda import WandaConfig
 
 
-__all__ = ["MagnitudeConfig", "PruningConfig", "PruningReport", "WandaConfig", "measure_sparsity", "prune"]
+__all__ = [
+    "PRUNING_METHODS",
+    "MagnitudeConfig",
+    "PruningConfig",
+    "PruningReport",
+    "SparseGPTConfig",
+    "WandaConfig",
+    "measure_sparsity",
+    "prune",
+]
 
 __getattr__ = moved_modules(
     __name__,

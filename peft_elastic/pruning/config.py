@@ -17,9 +17,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from ..common.checks import check_max_samples
 from ..structure.selection import check_patterns
 
 
@@ -32,7 +31,7 @@ class PruningConfig:
 
     Args:
         sparsity (`float`, *optional*):
-            Fraction of weights set to zero, in [0, 1). In each comparison group of `n` weights (a row, or a layer) exactly
+            Fraction of weights set to zero, in [0, 1). In each comparison group of `n` weights (a row, a layer, or what the method says) exactly
             `floor(sparsity * n)` are pruned. Zeros that are already there count as pruned first.
         pattern (`str`, *optional*):
             Semi-structured sparsity "n:m": of every m consecutive weights along the inputs, n stay and m - n are set to
@@ -93,50 +92,3 @@ class PruningConfig:
             return None
         n, m = self.pattern.split(":")
         return int(n), int(m)
-
-
-@dataclass(frozen=True)
-class WandaConfig(PruningConfig):
-    """
-    Wanda (Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models", equation 1): the score of a
-    weight is |W_ij| * ||X_j||_2, with the norm taken over all calibration tokens of input j of that layer. The lowest
-    scores of each output row (with `pattern`: of each group of m inputs) go. Blocks are pruned in order, so that later ones
-    see the activations of the pruned earlier ones. Needs calibration data.
-
-    Args:
-        max_samples (`int`, *optional*):
-            Number of calibration sequences to use at most; by default all that `calibration` yields. The paper uses 128.
-    """
-
-    method: ClassVar[str] = "wanda"
-
-    max_samples: int | None = field(
-        default=None, metadata={"help": "Calibration sequences used at most. Default: all."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_max_samples(self.max_samples)
-
-
-@dataclass(frozen=True)
-class MagnitudeConfig(PruningConfig):
-    """
-    Magnitude pruning: the weights with the smallest |W_ij| go. Needs no data.
-
-    Args:
-        scope (`str`):
-            The weights compared with each other: `"layer"` (the usual baseline, also that of the Wanda paper) or `"row"`,
-            each output row by itself. With `pattern` the groups of m inputs are compared, whatever the scope.
-    """
-
-    method: ClassVar[str] = "magnitude"
-
-    scope: Literal["layer", "row"] = field(
-        default="layer", metadata={"help": "Compare weights per 'layer' or per 'row'."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scope not in ("layer", "row"):
-            raise ValueError(f"scope: got {self.scope!r}; it must be 'layer' or 'row'.")

@@ -12,19 +12,45 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Pruning by weights alone."""
+
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..common.progress import progress_bar
 from ..structure.modules import weight_matrix
-from .config import MagnitudeConfig
+from .config import PruningConfig
 from .masks import pruning_mask
+from .methods import pruning_method
 
 
+@dataclass(frozen=True)
+class MagnitudeConfig(PruningConfig):
+    """
+    Magnitude pruning: the weights with the smallest |W_ij| go. Needs no data.
+
+    Args:
+        scope (`str`):
+            The weights compared with each other: `"layer"` (the usual baseline, also that of the Wanda paper) or `"row"`,
+            each output row by itself. With `pattern` the groups of m inputs are compared, whatever the scope.
+    """
+
+    scope: Literal["layer", "row"] = field(
+        default="layer", metadata={"help": "Compare weights per 'layer' or per 'row'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope not in ("layer", "row"):
+            raise ValueError(f"scope: got {self.scope!r}; it must be 'layer' or 'row'.")
+
+
+@pruning_method("magnitude", MagnitudeConfig)
 def prune_magnitude(
     model: nn.Module, layers: dict[str, nn.Module], config: MagnitudeConfig, calibration: Any, progress: bool
 ) -> int:

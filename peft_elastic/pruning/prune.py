@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,22 +22,15 @@ from torch import nn
 
 from ..structure.modules import routers, weight_matrix, zero_fraction
 from ..structure.selection import check_changeable, select_layers, warn_of_fused_experts
-from .config import MagnitudeConfig, PruningConfig, WandaConfig
-from .magnitude import prune_magnitude
+from .config import PruningConfig
+from .methods import PRUNING_METHODS
 from .report import PruningReport
-from .wanda import prune_wanda
-
-
-# A method prunes the layers in place and returns the number of calibration tokens: f(model, layers, config, calibration, progress).
-_METHODS: dict[type[PruningConfig], Callable[..., int]] = {
-    MagnitudeConfig: prune_magnitude,
-    WandaConfig: prune_wanda,
-}
 
 
 def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, progress: bool = True) -> PruningReport:
     """
-    Sets the least important base weights of a model to zero, in place. Every other parameter keeps its bits.
+    Sets the least important base weights of a model to zero, in place. Every other parameter keeps its bits, but for the other
+    weights of the same layers with `SparseGPTConfig`, which make up for those that go.
 
     A model with peft adapters is pruned in its base weights, with the adapters active where activations are measured; a
     merged adapter has to be unmerged first. An interrupted run leaves the blocks done so far pruned, and a second call with
@@ -46,7 +38,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
 
     Args:
         model: any transformers decoder, encoder or encoder-decoder; any other module with linear layers is one block.
-        config: `WandaConfig` or `MagnitudeConfig`; it chooses the method, the sparsity and the layers.
+        config: `WandaConfig`, `SparseGPTConfig` or `MagnitudeConfig`; it chooses the method, the sparsity and the layers.
         calibration: iterable of batches (a DataLoader, a list) for methods that measure activations. A batch is a mapping of
             model inputs such as `input_ids` and `attention_mask`, each (sequences, length), or `pixel_values`; or a tensor
             of token ids. It is read once. Padding marked by `attention_mask` does not count. Magnitude pruning ignores it.
@@ -59,15 +51,13 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
         ValueError: a bad argument, before anything is changed: an unknown config, patterns that match no layer, weights that
             are quantised, tied to another module or not finite, an n:m pattern that does not divide the inputs, missing or
             empty calibration data, or data that never reaches some of the layers. During the run: activations that are not
-            finite.
+            finite, or a Hessian that no damping makes positive definite.
 
     Example:
         >>> report = prune(model, WandaConfig(sparsity=0.5), calibration=loader)
         >>> print(report)
     """
-    if type(config) not in _METHODS:
-        known = ", ".join(sorted(c.__name__ for c in _METHODS))
-        raise ValueError(f"config: got {config!r}; it must be an instance of one of {known}.")
+    method = PRUNING_METHODS.of(config)
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     check_prunable(model, layers, config.n_of_m)
     if config.target_modules is None:
@@ -75,7 +65,7 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
 
     start = time.perf_counter()
     before = {name: zero_fraction(layer) for name, layer in layers.items()}
-    tokens = _METHODS[type(config)](model, layers, config, calibration, progress)
+    tokens = method.run(model, layers, config, calibration, progress)
     rows = [
         {
             "name": name,

@@ -17,13 +17,17 @@ from ..common.moved import moved_modules
 from ..layers.grid import Grid, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from .checkpoint import save_gptq
-from .config import GPTQConfig, QuantizationConfig, RTNConfig
+from .config import QuantizationConfig
+from .gptq import GPTQConfig
 from .loading import load_gptq
+from .methods import QUANTIZATION_METHODS
 from .quantize import quantize
 from .report import QuantizationReport
+from .rtn import RTNConfig
 
 
 __all__ = [
+    "QUANTIZATION_METHODS",
     "GPTQConfig",
     "Grid",
     "QuantizationConfig",

@@ -11,29 +11,104 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""GPTQ of one matrix. What walks through the model is in quantize.py."""
+"""GPTQ: the options, the walk through the model, and the algorithm for one matrix."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
+from ..common.checks import check_bool, check_max_samples, check_whole
+from ..common.progress import progress_bar
 from ..layers.grid import Grid, fit_grid
-from .config import GPTQConfig
+from ..structure.calibration import calibration_batches, calibration_mode
+from ..structure.hessian import InputGrams, by_hessian, check_damping, inverse_factor
+from ..structure.inputs import is_encoder_decoder
+from ..structure.modules import weight_matrix
+from ..structure.sequential import BlockWalker
+from .config import QuantizationConfig
+from .methods import quantization_method
+from .rounding import Rounded, Rows, commit, report_row, round_to_nearest, wide
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """The result of a quantisation of one matrix.
+class GPTQConfig(QuantizationConfig):
+    """
+    GPTQ (Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm
+    1): the inputs of a layer are rounded one after the other, and the error that each makes in the outputs of the layer is made
+    up for by the weights that follow. Blocks are quantised in order, so that later ones see the activations of the quantised
+    earlier ones. Needs calibration data.
+
+    Weights that are zero stay exactly zero, with the others making up for it where they had to be changed, as in SparseGPT
+    (Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", section 3.5).
+
+    The weights that make up for errors are stored in the dtype of the model, on the side of the rounding where they were. With 8
+    bits bfloat16 is too coarse for that: some integers differ by one from those of GPTQ.
 
     Args:
-        weight: (out, in), as it was right before it was rounded, so `grid.quantize(weight)` gives the integers.
-        grid: scales and zero points.
+        act_order (`bool`):
+            Inputs are rounded by falling strength (the diagonal of the Hessian) and not in the order in which they are stored.
+            The groups stay what they are and are fitted before the first rounding ("static groups"), so checkpoints have
+            groups that follow each other, as without `act_order`, and are as fast.
+        damping (`float`):
+            Added to the diagonal of the Hessian, as a share of its mean. It grows tenfold, up to the mean, where a matrix is
+            not positive definite with less.
+        block_size (`int`):
+            Inputs after which the rest of the matrix is brought up to date. It changes the speed alone.
+        max_samples (`int`, *optional*):
+            Number of calibration sequences to use at most; by default all that `calibration` yields. The paper uses 128.
     """
 
-    weight: torch.Tensor
-    grid: Grid
+    act_order: bool = field(default=False, metadata={"help": "Round inputs by falling strength."})
+    damping: float = field(default=0.01, metadata={"help": "Added to the Hessian's diagonal, as a share of its mean."})
+    block_size: int = field(default=128, metadata={"help": "Inputs between two updates of the rest of the matrix."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Calibration sequences used at most. Default: all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bool("act_order", self.act_order)
+        check_damping(self.damping)
+        check_whole("block_size", self.block_size, least=1)
+        check_max_samples(self.max_samples)
+
+
+@quantization_method("gptq", GPTQConfig, calibrated=True)
+def quantize_gptq(
+    model: nn.Module, layers: dict[str, nn.Module], config: GPTQConfig, calibration: Any, progress: bool
+) -> tuple[Rows, int]:
+    batches = calibration_batches(calibration, config.max_samples)
+    rows: Rows = {}
+    with calibration_mode(model):
+        collector = InputGrams(batches, is_encoder_decoder(model), fallback="rounded to nearest")
+        for unit in progress_bar(BlockWalker(model, batches, layers), desc="GPTQ", unit="block", disable=not progress):
+            weights = {name: wide(weight_matrix(layer)) for name, layer in unit.layers.items()}
+            rounded: dict[str, Rounded] = {}
+            for names, hessian in by_hessian(collector.collect(unit)):
+                together = torch.cat([weights[name] for name in names])
+                hessian = hessian.to(together)
+                result = gptq(together, hessian, config, " and ".join(names))
+                begin = 0
+                for name in names:
+                    part = slice(begin, begin + len(weights[name]))
+                    grid, dtype = _rows_of(result.grid, part), weight_matrix(unit.layers[name]).dtype
+                    # In a narrower dtype a weight might leave its cell.
+                    stored = result.weight[part].to(dtype)
+                    stored = grid.into_cells(stored, grid.quantize(result.weight[part]))
+                    rounded[name] = Rounded(stored, grid)
+                    rows[name] = report_row(name, weights[name], rounded[name], hessian)
+                    begin = part.stop
+            for name, layer in unit.layers.items():
+                if name not in rounded:  # no token reached it
+                    rounded[name] = round_to_nearest(weight_matrix(layer), config)
+                    rows[name] = report_row(name, weights[name], rounded[name], None)
+            # All layers of a block before any change, so that an interrupted run leaves whole blocks.
+            commit(model, unit.layers, rounded)
+    return rows, collector.tokens
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, config: GPTQConfig, name: str = "the weight") -> Rounded:
@@ -101,41 +176,5 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, config: GPTQConfig, name: 
     return Rounded(before.T.contiguous(), grid)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """
-    The upper triangular U with U^T U = (H + d I)^-1, d = damping * mean(diag H).
-
-    Inputs that are always zero have zero rows and columns in H; with the damping they are independent of all others, and their
-    weights are rounded to nearest.
-
-    Raises:
-        ValueError: no damping up to the mean of the diagonal makes H positive definite.
-    """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if not mean > 0:
-        mean = torch.ones_like(mean)  # no input was ever anything but zero
-    share = damping
-    while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(mean * share)
-        # H = R R^T with R upper triangular is Cholesky's H = L L^T with the order of the inputs turned round, and U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if bool(torch.isfinite(factor).all()):
-                return factor
-        if share >= 1:
-            raise ValueError(
-                f"`damping` is {damping}, and the Hessian of {name} is not positive definite with any up to 1; give more, or "
-                "more varied, calibration data, or a model in float32."
-            )
-        share = min(share * 10, 1.0)
-
-
-def output_error(difference: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float | None:
-    """||X D^T|| / ||X W^T|| (Frobenius norms) for D (out, in), from H = X^T X; None if X W^T is zero."""
-    total = ((weight @ hessian) * weight).sum()
-    wrong = ((difference @ hessian) * difference).sum()
-    return (wrong.clamp(min=0) / total).sqrt().item() if total > 0 else None
+def _rows_of(grid: Grid, part: slice) -> Grid:
+    return Grid(grid.scales[part].clone(), grid.zeros[part].int(), in_features=grid.in_features, bits=grid.bits)

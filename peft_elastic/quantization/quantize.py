@@ -16,27 +16,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.progress import progress_bar
-from ..layers.grid import Grid, check_group_size, fit_grid
+from ..layers.grid import check_group_size
 from ..layers.quantized_linear import QuantizedLinear
-from ..structure.calibration import calibration_batches, calibration_mode
-from ..structure.inputs import InputCollector, is_encoder_decoder
-from ..structure.modules import replace_layers, routers, weight_matrix
+from ..structure.modules import routers, weight_matrix
 from ..structure.selection import check_changeable, select_layers, warn_of_fused_experts
-from ..structure.sequential import BlockWalker
-from .config import GPTQConfig, QuantizationConfig, RTNConfig
-from .gptq import Rounded, gptq, output_error
+from .config import QuantizationConfig
+from .methods import QUANTIZATION_METHODS
 from .report import QuantizationReport
-from .saving import check_unquantized, guard_saving
+from .saving import check_unquantized
 
 
 def quantize(
@@ -72,9 +66,7 @@ def quantize(
         >>> print(report)
         >>> save_gptq(model, "out")
     """
-    if type(config) not in _METHODS:
-        known = ", ".join(sorted(c.__name__ for c in _METHODS))
-        raise ValueError(f"config: got {config!r}; it must be an instance of one of {known}.")
+    method = QUANTIZATION_METHODS.of(config)
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     layers = _without_done(layers, config)
     check_changeable(model, layers, "quantise", "quantised")
@@ -86,128 +78,10 @@ def quantize(
         warn_of_fused_experts(model, "quantised")
 
     start = time.perf_counter()
-    rows, tokens = _METHODS[type(config)](model, layers, config, calibration, progress)
+    rows, tokens = method.run(model, layers, config, calibration, progress)
     ordered = [rows[name] for name in layers]
     left_out = [name for name in routers(model) if name not in layers]
     return QuantizationReport(config.method, asdict(config), ordered, time.perf_counter() - start, tokens, left_out)
-
-
-_Rows = dict[str, dict[str, Any]]
-
-
-def _quantize_rtn(
-    model: nn.Module, layers: dict[str, nn.Module], config: RTNConfig, calibration: Any, progress: bool
-) -> tuple[_Rows, int]:
-    rows: _Rows = {}
-    for name, layer in progress_bar(layers.items(), desc="RTN", unit="layer", disable=not progress):
-        rounded = _round_to_nearest(weight_matrix(layer), config)
-        rows[name] = _row(name, weight_matrix(layer), rounded, None)
-        _commit(model, {name: layer}, {name: rounded})
-    return rows, 0
-
-
-def _quantize_gptq(
-    model: nn.Module, layers: dict[str, nn.Module], config: GPTQConfig, calibration: Any, progress: bool
-) -> tuple[_Rows, int]:
-    batches = calibration_batches(calibration, config.max_samples)
-    rows: _Rows = {}
-    with calibration_mode(model):
-        collector = InputGrams(batches, is_encoder_decoder(model))
-        for unit in progress_bar(BlockWalker(model, batches, layers), desc="GPTQ", unit="block", disable=not progress):
-            weights = {name: _wide(weight_matrix(layer)) for name, layer in unit.layers.items()}
-            rounded: dict[str, Rounded] = {}
-            for names, hessian in _by_hessian(collector.collect(unit)):
-                together = torch.cat([weights[name] for name in names])
-                hessian = hessian.to(together)
-                result = gptq(together, hessian, config, " and ".join(names))
-                begin = 0
-                for name in names:
-                    part = slice(begin, begin + len(weights[name]))
-                    grid, dtype = _rows_of(result.grid, part), weight_matrix(unit.layers[name]).dtype
-                    # In a narrower dtype a weight might leave its cell.
-                    stored = result.weight[part].to(dtype)
-                    stored = grid.into_cells(stored, grid.quantize(result.weight[part]))
-                    rounded[name] = Rounded(stored, grid)
-                    rows[name] = _row(name, weights[name], rounded[name], hessian)
-                    begin = part.stop
-            for name, layer in unit.layers.items():
-                if name not in rounded:  # no token reached it
-                    rounded[name] = _round_to_nearest(weight_matrix(layer), config)
-                    rows[name] = _row(name, weights[name], rounded[name], None)
-            # All layers of a block before any change, so that an interrupted run leaves whole blocks.
-            _commit(model, unit.layers, rounded)
-    return rows, collector.tokens
-
-
-# A method replaces the layers and returns the rows of the report, by name, and the number of calibration tokens.
-_METHODS: dict[type[QuantizationConfig], Callable[..., tuple[_Rows, int]]] = {
-    RTNConfig: _quantize_rtn,
-    GPTQConfig: _quantize_gptq,
-}
-
-
-class InputGrams(InputCollector):
-    """X^T X (in, in) of the inputs X (tokens, in) of layers over all calibration tokens: half the Hessian of GPTQ's squared
-    error with respect to a row of the weight."""
-
-    fallback = "rounded to nearest"
-
-    def _measure(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.T @ tokens
-
-
-def _by_hessian(hessians: dict[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
-    """Layers with the same Hessian, because they have the same inputs (q, k and v of an attention), are quantised together."""
-    groups: list[tuple[list[str], torch.Tensor]] = []
-    for name, hessian in hessians.items():
-        for names, other in groups:
-            if torch.equal(hessian, other):
-                names.append(name)
-                break
-        else:
-            groups.append(([name], hessian))
-    return groups
-
-
-def _rows_of(grid: Grid, part: slice) -> Grid:
-    return Grid(grid.scales[part].clone(), grid.zeros[part].int(), in_features=grid.in_features, bits=grid.bits)
-
-
-def _round_to_nearest(weight: torch.Tensor, config: QuantizationConfig) -> Rounded:
-    return Rounded(weight, fit_grid(weight, config.bits, config.group_size, config.symmetric, config.clipping))
-
-
-def _row(name: str, weight: torch.Tensor, rounded: Rounded, hessian: torch.Tensor | None) -> dict[str, Any]:
-    """The row of the report for a layer whose weight was `weight` (out, in)."""
-    weight = _wide(weight)
-    values = rounded.grid.round(_wide(rounded.weight))
-    difference = weight - values
-    norm = weight.square().sum().item()
-    return {
-        "name": name,
-        "shape": list(weight.shape),
-        "bits": rounded.grid.bits,
-        "group_size": rounded.grid.group_size,
-        "weight_error": difference.square().sum().item() / norm if norm else 0.0,
-        "output_error": None if hessian is None else output_error(difference, weight, hessian),
-        "sparsity": 1 - weight.count_nonzero().item() / weight.numel(),
-        "zeros": 1 - values.count_nonzero().item() / values.numel(),
-    }
-
-
-def _commit(model: nn.Module, layers: dict[str, nn.Module], rounded: dict[str, Rounded]) -> None:
-    """Puts the quantised layers in the place of `layers`."""
-    replacements: list[tuple[nn.Module, nn.Module]] = []
-    for name, layer in layers.items():
-        quantized = QuantizedLinear.from_linear(layer, rounded[name].grid)
-        quantized.weight.data.copy_(rounded[name].weight)
-        replacements.append((layer, quantized))
-    replace_layers(model, replacements)
-    guard_saving(model)
-
-
-def _wide(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _without_done(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[str, nn.Module]:

@@ -21,7 +21,7 @@ import inspect
 import math
 import types
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,10 +33,8 @@ from transformers.pytorch_utils import Conv1D
 from ..common.parameters import computed_tensors
 from ..layers.backends.bitsandbytes import is_bitsandbytes
 from ..layers.quantized_linear import QuantizedLinear
+from .parts import ConfigOfPart
 
-
-if TYPE_CHECKING:
-    from .blocks import ConfigOfPart
 
 BATCH, LENGTH = 2, 8
 # Blocks with more weights than this are copied with fewer heads and channels.
@@ -169,9 +167,8 @@ class Copier:
             return {key: self._value(entry) for key, entry in value.items()}
         if isinstance(value, PreTrainedConfig):
             return self._config(value)
-        if type(value).__name__ == "ConfigOfPart":
-            part: ConfigOfPart = value
-            return self._config(part.whole)
+        if isinstance(value, ConfigOfPart):
+            return self._config(value.whole)
         return value
 
     def _config(self, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -28,11 +28,14 @@ from transformers.pytorch_utils import Conv1D
 from ..layers.backends.bitsandbytes import dequantize, is_bitsandbytes
 from ..layers.grid import Grid
 from ..layers.quantized_linear import QuantizedLinear
-from .blocks import Block, Ranges, Removed, Structure, empty_block
+from .features import set_sizes
 from .importance import note_orders
 from .inputs import is_encoder_decoder
 from .modules import linear_layers, replace_layers
 from .narrow import active_ranges, is_skipped, set_active, take
+from .parts import Block, Ranges
+from .reading import Reading
+from .removed import Removed, empty_block
 
 
 # What the module that holds a stack may call the number of its blocks.
@@ -44,7 +47,7 @@ _REGISTERS = ("_modules", "_parameters", "_buffers")
 
 def extract(
     model: nn.Module,
-    structure: Structure,
+    structure: Reading,
     empty: Collection[str] = (),
     finish: Callable[[], object] = lambda: None,
 ) -> dict[str, list[int]]:
@@ -56,7 +59,7 @@ def extract(
 
     Args:
         model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
-        structure (`Structure`): of `model`; it does not fit it any more afterwards.
+        structure (`Reading`): of `model`; it does not fit it any more afterwards.
         empty (`Collection[str]`): paths of the stacks in which skipped blocks stay, without any parameters, so that the others
             keep their numbers.
         finish (`Callable`): called at the end. What it raises leaves the model as it was, too.
@@ -208,17 +211,6 @@ def _cut(layer: nn.Module, undo: list[Callable[[], None]]) -> None:
     if grid is not None:
         layer.grid = Grid.copy_of(grid)
     set_sizes(layer)
-
-
-def set_sizes(layer: nn.Module) -> None:
-    """Let the attributes of a layer follow the shape of its weight."""
-    sizes = layer.get_parameter("weight").shape
-    if isinstance(layer, Conv1D):
-        layer.nx, layer.nf = sizes
-    elif isinstance(layer, nn.Embedding):
-        layer.embedding_dim = sizes[1]
-    else:
-        layer.__dict__["out_features"], layer.__dict__["in_features"] = sizes
 
 
 def _ordinary(layer: Any, dtype: torch.dtype) -> nn.Module:

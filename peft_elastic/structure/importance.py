@@ -24,7 +24,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -32,10 +31,12 @@ from transformers.pytorch_utils import Conv1D
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
 from ..layers.backends.bitsandbytes import is_bitsandbytes
-from .blocks import KINDS, Slot, Structure, Width, layer_at, layer_sizes
+from .blocks import Structure
 from .calibration import calibration_batches, calibration_mode
+from .features import layer_at, layer_sizes, permute
 from .inputs import InputCollector, is_encoder_decoder
 from .narrow import is_narrowed
+from .parts import KINDS, Slot, Width
 from .sequential import BlockWalker
 
 
@@ -308,33 +309,6 @@ def move_adapter(
     return moved
 
 
-def permute(module: nn.Module, side: str, index: torch.Tensor) -> None:
-    """Put the features of one side of a layer and of the adapters around it into another order, in place."""
-    if isinstance(module, LoraLayer):
-        factors, dim = (module.lora_B, 0) if side == "out" else (module.lora_A, 1)
-        for factor in factors.values():
-            _permute_parameter(factor._parameters["weight"], dim, index)
-            if side == "out":
-                _permute_parameter(factor._parameters.get("bias"), 0, index)
-        for magnitude in module.lora_magnitude_vector.values() if side == "out" else ():
-            _permute_parameter(magnitude.weight, 0, index)
-        for grid in getattr(module, "lora_grid", {}).values():
-            grid.permute(side, index)
-    layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    transposed = isinstance(layer, (Conv1D, nn.Embedding))
-    _permute_parameter(layer._parameters["weight"], int((side == "in") != transposed), index)
-    if side == "out":
-        _permute_parameter(layer._parameters.get("bias"), 0, index)
-    if (grid := layer._modules.get("grid")) is not None:
-        grid.permute(side, index)
-
-
-@torch.no_grad()
-def _permute_parameter(parameter: torch.Tensor | None, dim: int, index: torch.Tensor) -> None:
-    if parameter is not None:
-        parameter.data = parameter.data.index_select(dim, index.to(parameter.device))
-
-
 def _matrix(layer: nn.Module) -> torch.Tensor:
     """The whole weight as (out, in)."""
     weight = layer.get_parameter("weight").detach()
@@ -363,8 +337,6 @@ def _absolute_weights(model: nn.Module, slot: Slot, units: int) -> torch.Tensor:
 class _InputSquares(InputCollector):
     """Sums of squares of each input feature over the calibration tokens."""
 
-    fallback = "its units keep their order"
-
     def _measure(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.square().sum(0)
 
@@ -375,7 +347,7 @@ def _input_squares(
     layers = {path: layer_at(model, path) for path in dict.fromkeys(paths)}
     squares: dict[str, torch.Tensor] = {}
     with calibration_mode(model):
-        collector = _InputSquares(batches, is_encoder_decoder(model))
+        collector = _InputSquares(batches, is_encoder_decoder(model), fallback="its units keep their order")
         walker = BlockWalker(model, batches, layers)
         for unit in progress_bar(walker, desc="importance", unit="block", disable=not progress):
             squares |= collector.collect(unit)

@@ -19,7 +19,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,16 +41,13 @@ class InputCollector:
     Args:
         batches: what the walker was given.
         is_encoder_decoder: whether `attention_mask` belongs to the encoder.
-
-    Attributes:
-        fallback: what happens to a layer that no token reached, for the warning.
+        fallback: what happens to a layer that no token reached, for the warning: "pruned by magnitude".
     """
 
-    fallback: ClassVar[str]
-
-    def __init__(self, batches: list[dict[str, Any]], is_encoder_decoder: bool):
+    def __init__(self, batches: list[dict[str, Any]], is_encoder_decoder: bool, fallback: str):
         self._batches = batches
         self._is_encoder_decoder = is_encoder_decoder
+        self._fallback = fallback
         self._warned = False
         self.tokens = 0  # that entered the first of all layers
         self._counted: set[int] = set()  # batches counted in it
@@ -112,7 +109,7 @@ class InputCollector:
             raise ValueError(f"calibration: no token reaches {unit.name or ', '.join(unit.layers)}.")
         if unseen:
             warnings.warn(
-                f"No calibration token reaches {', '.join(unseen)}: {self.fallback}. More data may help (experts), or "
+                f"No calibration token reaches {', '.join(unseen)}: {self._fallback}. More data may help (experts), or "
                 "exclude_modules.",
                 stacklevel=2,
             )

@@ -31,9 +31,11 @@ from transformers.pytorch_utils import Conv1D
 from ..common.parameters import check_parameters
 from ..layers.backends.bitsandbytes import dequantize, is_bitsandbytes
 from ..layers.quantized_linear import QuantizedLinear
-from .blocks import Block, Ranges, Width, keep_places, layer_at, main_first
+from .features import layer_at
 from .layouts import Skip
 from .modules import module_at
+from .parts import Block, Ranges, Width
+from .removed import keep_places, main_first
 
 
 def take(tensor: torch.Tensor, dim: int, ranges: Optional[Ranges]) -> torch.Tensor:

@@ -22,9 +22,11 @@ from typing import Any
 from torch import nn
 
 from ..supernet.space import Choice, LayerShape
-from .blocks import Block, Structure, Width, layer_at, layer_sizes
+from .features import layer_at, layer_sizes
 from .modules import linear_layers
 from .narrow import check_narrowable, set_skipped, set_width
+from .parts import Block, Width
+from .reading import Reading
 
 
 PARTS = ("attention", "mlp")
@@ -46,7 +48,7 @@ def check_width_options(kind: str, options: Any) -> None:
 
 
 def structural_choices(
-    structure: Structure,
+    structure: Reading,
     elastic_width: Mapping[str, Sequence[int | float]] | None,
     elastic_depth: Sequence[int | str] | None,
 ) -> list[Choice]:
@@ -73,7 +75,7 @@ def structural_choices(
     return choices
 
 
-def check_narrowable_layers(model: nn.Module, structure: Structure, choices: Sequence[Choice]) -> None:
+def check_narrowable_layers(model: nn.Module, structure: Reading, choices: Sequence[Choice]) -> None:
     """ValueError if a layer that a choice narrows cannot be."""
 
     for choice in choices:
@@ -83,7 +85,7 @@ def check_narrowable_layers(model: nn.Module, structure: Structure, choices: Seq
 
 
 def layer_shapes(
-    model: nn.Module, structure: Structure, choices: Sequence[Choice], rank_keys: Mapping[str, str]
+    model: nn.Module, structure: Reading, choices: Sequence[Choice], rank_keys: Mapping[str, str]
 ) -> list[LayerShape]:
     """The layers that these choices change.
 
@@ -105,7 +107,7 @@ def layer_shapes(
     return [shape for shape in shapes if shape.choices != (shape.rank,) and shape.choices]
 
 
-def check_depth(structure: Structure, values: Mapping[str, int]) -> None:
+def check_depth(structure: Reading, values: Mapping[str, int]) -> None:
     """ValueError if a stack would be left without blocks."""
     for stack in {block.stack for block in structure.blocks}:
         names = [block.path for block in structure.blocks if block.stack == stack]
@@ -116,7 +118,7 @@ def check_depth(structure: Structure, values: Mapping[str, int]) -> None:
             )
 
 
-def activate(model: nn.Module, structure: Structure, values: Mapping[str, int]) -> list[str]:
+def activate(model: nn.Module, structure: Reading, values: Mapping[str, int]) -> list[str]:
     """Let a model compute with these values of its structural choices, and with everything of what they do not name.
 
     Returns:
@@ -211,7 +213,7 @@ def _value_of(width: Width, option: int | float, options: Sequence[int | float])
     return max(1, round(option * width.units)) * width.unit
 
 
-def _read_depth(structure: Structure, entry: int | str) -> dict[str, str]:
+def _read_depth(structure: Reading, entry: int | str) -> dict[str, str]:
     """Name of what may be skipped -> its part, for an entry of `elastic_depth`."""
     text, part = str(entry), "block"
     for ending in PARTS:
@@ -255,12 +257,12 @@ def _read_depth(structure: Structure, entry: int | str) -> dict[str, str]:
     return {block.path if part == "block" else f"{block.path}.{part}": part for block in blocks}
 
 
-def _paths(structure: Structure) -> str:
+def _paths(structure: Reading) -> str:
     paths = [block.path for block in structure.blocks]
     return ", ".join(map(repr, paths[:3])) + (f", ... {paths[-1]!r}" if len(paths) > 3 else "")
 
 
-def _why_not(structure: Structure, what: str) -> str:
+def _why_not(structure: Reading, what: str) -> str:
     problem = next((block.problems[what] for block in structure.blocks if what in block.problems), None)
     if problem is not None:
         return f"{problem}."

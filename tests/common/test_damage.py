@@ -48,7 +48,7 @@ from peft_elastic.common.documents import COUNT, NUMBER, Document, ListOf, MapOf
 from peft_elastic.cost import timing
 from peft_elastic.deploy import checkpoint, stored_files
 from peft_elastic.layers import extension
-from peft_elastic.pruning.structured import from_pruning_config, prune, recall, to_pruning_config
+from peft_elastic.pruning.structured import from_pruning_config, importance, recall, to_pruning_config
 from peft_elastic.search.history import HistoryFile
 from peft_elastic.structure.blocks import Structure
 from peft_elastic.supernet.space import SearchSpace
@@ -212,7 +212,7 @@ class Files:
             folder / "pruning_config.json", model
         )
         self.readers[folder / "evaluations.jsonl"] = read_evaluations
-        self.readers[order] = lambda: prune._read_scores(order, widths)
+        self.readers[order] = lambda: importance.read_scores(order, widths)
 
     def _others(self):
         stages, splits = self.folder / "stages.json", self.folder / "data.json"

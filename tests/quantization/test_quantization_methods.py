@@ -30,7 +30,8 @@ from peft_elastic import MultiPrunerConfig, prune_structured, sparsify_linears
 from peft_elastic.layers import ops
 from peft_elastic.pruning import MagnitudeConfig, measure_sparsity, prune
 from peft_elastic.quantization import GPTQConfig, QuantizationConfig, QuantizedLinear, RTNConfig, fit_grid, quantize
-from peft_elastic.quantization.gptq import gptq, inverse_factor, output_error
+from peft_elastic.quantization.gptq import gptq
+from peft_elastic.structure.hessian import inverse_factor, output_error
 from peft_elastic.structure.modules import weight_matrix
 
 
@@ -336,7 +337,7 @@ def test_padding_does_not_count():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_half_precision_keeps_the_integers(dtype, bits, monkeypatch):
     """The weight at the moment of its rounding is known in float32; in half precision it has to be rounded to the same."""
-    module = importlib.import_module("peft_elastic.quantization.quantize")
+    module = importlib.import_module("peft_elastic.quantization.gptq")
     results = []
     original = module.gptq
     monkeypatch.setattr(module, "gptq", lambda *args: results.append(original(*args)) or results[-1])

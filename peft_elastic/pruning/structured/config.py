@@ -15,10 +15,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ...structure.importance import IMPORTANCES
 from .units import GRANULARITIES
@@ -27,6 +27,8 @@ from .units import GRANULARITIES
 MEASURES = ("parameters", "macs", "latency")
 CHOICES = ("metric", "score", "uniform", "random")
 ORDERS = (*IMPORTANCES, "l1")
+
+_C = TypeVar("_C", bound="StructuredPruningConfig")
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,22 @@ class StructuredPruningConfig:
         object.__setattr__(self, "choose", choices)
 
 
+# The methods by name: sets of defaults of one procedure.
+STRUCTURED_METHODS: dict[str, type[StructuredPruningConfig]] = {}
+
+
+def structured_method(name: str) -> Callable[[type[_C]], type[_C]]:
+    """Make a decorator that registers a config under the name by which users ask for its method, its attribute `method`."""
+
+    def register(config: type[_C]) -> type[_C]:
+        config.method = name
+        STRUCTURED_METHODS[name] = config
+        return config
+
+    return register
+
+
+@structured_method("multipruner")
 @dataclass(frozen=True)
 class MultiPrunerConfig(StructuredPruningConfig):
     """
@@ -181,38 +199,33 @@ class MultiPrunerConfig(StructuredPruningConfig):
     (the paper's is "l1"). Arguments as in `StructuredPruningConfig`.
     """
 
-    method: ClassVar[str] = "multipruner"
 
-
+@structured_method("blockpruner")
 @dataclass(frozen=True)
 class BlockPrunerConfig(StructuredPruningConfig):
     """BlockPruner (Zhong et al. 2024, https://huggingface.co/papers/2406.10594): attentions and MLPs alone. Arguments as in
     `StructuredPruningConfig`."""
 
-    method: ClassVar[str] = "blockpruner"
-
     stages: tuple[str, ...] = ("sub-blocks",)
     split: tuple[float, ...] | str = (1,)
 
 
+@structured_method("width")
 @dataclass(frozen=True)
 class WidthPrunerConfig(StructuredPruningConfig):
     """Width alone: MLP channels, then heads. With `choose="uniform"` the same share of every block. Arguments as in
     `StructuredPruningConfig`."""
 
-    method: ClassVar[str] = "width"
-
     stages: tuple[str, ...] = ("channels", "heads")
     split: tuple[float, ...] | str = (93, 7)
 
 
+@structured_method("two-stage")
 @dataclass(frozen=True)
 class TwoStagePrunerConfig(StructuredPruningConfig):
     """In the manner of 2SSP (Sandri et al. 2025, https://huggingface.co/papers/2501.17771): MLP channels by their score at once,
     evenly in all blocks; then attentions, by perplexity. The split is a number here, where the paper has a formula. Arguments as
     in `StructuredPruningConfig`."""
-
-    method: ClassVar[str] = "two-stage"
 
     stages: tuple[str, ...] = ("channels", "attentions")
     split: tuple[float, ...] | str = (80, 20)

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -24,28 +23,25 @@ from ...cost.counts import CostModel
 from ...cost.latency import LatencyModel
 from ...structure.blocks import Structure
 from ...structure.space import activate
-from ...supernet.host import HOST_ATTRIBUTE
-from ...supernet.space import SearchSpace, Subnet
 from .config import StructuredPruningConfig
 from .units import State, Units
 
 
 class Costs:
-    """
+    """What the ratio of a run is of, and what a plan says besides.
+
     Args:
         model: the whole model, nothing of it narrowed.
         units: of `model`.
-        config: what is measured, and for latencies of which inputs.
+        measure: "parameters", "macs" or "latency".
+        latency: of the model, if that is measured.
     """
 
-    def __init__(self, model: nn.Module, units: Units, config: StructuredPruningConfig) -> None:
+    def __init__(self, model: nn.Module, units: Units, measure: str, latency: LatencyModel | None = None) -> None:
         self._whole = units.space.max.to_dict()
         self._model = CostModel(model, units.space)
         self._measure: Callable[[Mapping[str, int]], float]
-        if config.measure == "latency":
-            self._measure = _latency_model(model, units, config).predict
-        else:
-            self._measure = getattr(self._model, config.measure)
+        self._measure = getattr(self._model, measure) if latency is None else latency.predict
 
     def __call__(self, state: State) -> float:
         """What the ratio is of."""
@@ -60,29 +56,16 @@ class Costs:
         return self._model.macs({**self._whole, **state})
 
 
-def _latency_model(model: nn.Module, units: Units, config: StructuredPruningConfig) -> LatencyModel:
-    host = _Host(model, units)
-    model.__dict__[HOST_ATTRIBUTE] = host
+def measure_latency(model: nn.Module, units: Units, config: StructuredPruningConfig) -> LatencyModel:
+    """Time the parts of a model with the inputs of the config; it is whole afterwards."""
+    structure = Structure(model)
     try:
-        return LatencyModel(model, config.latency_inputs, mode=config.latency_mode)
+        return LatencyModel.of_space(
+            model,
+            units.space,
+            lambda subnet: activate(model, structure, subnet),
+            config.latency_inputs,
+            mode=config.latency_mode,
+        )
     finally:
-        del model.__dict__[HOST_ATTRIBUTE]
-        host.set_subnet("max")
-
-
-class _Host:
-    """A model without adapters whose structure can be chosen as that of a super-network; see `ElasticHost`."""
-
-    def __init__(self, model: nn.Module, units: Units) -> None:
-        self._model, self._structure = model, Structure(model)
-        self.search_space: SearchSpace = units.space
-        self.active_subnet: Subnet = units.space.max
-
-    def set_subnet(self, subnet: Any) -> None:
-        self.active_subnet = self.search_space.subnet(subnet)
-        activate(self._model, self._structure, self.active_subnet)
-
-    sample_subnet = set_subnet
-
-    def restore_subnet(self) -> None:
-        """Nothing is sampled."""
+        activate(model, structure, units.space.max)

@@ -35,14 +35,14 @@ class Stage:
         granularities: what it removes.
         target: the cost it comes as near to as it can.
         choose: "metric", "score", "uniform" or "random".
-        metric: of its evaluations; None if it chooses without any.
+        metric: name of the metric of its evaluations; None if it chooses without any.
         per_cost: whether harm is divided by what a removal saves.
     """
 
     granularities: tuple[str, ...]
     target: float
     choose: str
-    metric: Metric | None
+    metric: str | None
     per_cost: bool = False
 
 
@@ -51,6 +51,7 @@ class GreedyPruning:
     Args:
         units: what can be removed.
         costs: of the states.
+        metrics: by the names that stages call them by.
         slack: see `StructuredPruningConfig`.
         scores: of the units of each order, the most important first; for the choice "score".
         seed: of the choice "random".
@@ -65,12 +66,13 @@ class GreedyPruning:
         self,
         units: Units,
         costs: Costs,
+        metrics: Mapping[str, Metric],
         slack: float,
         scores: Mapping[str, torch.Tensor],
         seed: int,
         report: Callable[[GreedyPruning], None],
     ) -> None:
-        self._units, self._costs, self._slack, self._scores = units, costs, slack, scores
+        self._units, self._costs, self._metrics, self._slack, self._scores = units, costs, metrics, slack, scores
         self._random = random.Random(seed)
         self._report = report
         self.state: dict[str, int] = {}
@@ -81,9 +83,9 @@ class GreedyPruning:
         self.block_passes = 0.0
         self.seconds = 0.0
 
-    def measure(self, metric: Metric, state: State) -> Measurement:
-        """A measurement of a state that is near to the present one."""
-        measured = metric(state, self.state)
+    def measure(self, metric: str, state: State) -> Measurement:
+        """A measurement, by the metric of that name, of a state that is near to the present one."""
+        measured = self._metrics[metric](state, self.state)
         self.evaluations += 1
         self.block_passes += measured.block_passes
         self.seconds += measured.seconds

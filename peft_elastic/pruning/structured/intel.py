@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from ...common.documents import read_json
-from ...structure.blocks import Block, Structure, Width
+from ...structure.blocks import Structure
 from ...structure.importance import noted_orders
-from .config import MultiPrunerConfig
+from ...structure.parts import Block, Width
 from .cost import Costs
 from .importance import l1_scores
 from .plan import PruningPlan, check_whole, describe_model
@@ -100,7 +100,7 @@ def from_pruning_config(
             if type(number) is not int or not 0 <= number < len(blocks) or part not in blocks[number].skips:
                 raise ValueError(f"config: {name!r} has {number!r}; the model has {len(blocks)} blocks, from 0.")
             values[depth_key(blocks[number], part)] = 0
-    units = Units(model, structure, MultiPrunerConfig(mlp_group=1, order=order))
+    units = Units(model, structure, {"mlp": 1, "heads": 1})
     for name, kind in _WIDTHS.items():
         widths = _widths(structure, blocks, kind)
         for number, channels in read.get(name, {}).items():
@@ -123,7 +123,7 @@ def from_pruning_config(
         state = units.after(state, move)
     if not units.leaves_something(state):
         raise ValueError("config: it removes every attention and MLP of the model.")
-    costs = Costs(model, units, MultiPrunerConfig())
+    costs = Costs(model, units, "parameters")
     return PruningPlan(
         method="multipruner",
         config={"order": order, "ratio": 1 - costs.parameters(state) / costs.parameters({}), "measure": "parameters"},

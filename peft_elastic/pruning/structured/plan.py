@@ -32,10 +32,12 @@ from torch import nn
 
 from ...common.documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...common.writing import atomic_path, atomic_write_text
-from ...structure.blocks import Structure, Width, layer_at
+from ...structure.blocks import Structure
 from ...structure.description import active_values, extract_described, is_left, plan_extraction
+from ...structure.features import layer_at
 from ...structure.importance import ORDER_SETTING, check_sortable, noted_orders, reorder
 from ...structure.narrow import check_narrowable, is_narrowed
+from ...structure.parts import Width
 from ...structure.space import activate
 from .units import depth_key
 

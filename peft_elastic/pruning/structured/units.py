@@ -22,17 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ...structure.blocks import Block, Structure, Width
+from ...structure.blocks import Structure
+from ...structure.parts import Block, Width
 from ...structure.space import PARTS, layer_shapes
 from ...supernet.space import Choice, SearchSpace
 
-
-if TYPE_CHECKING:
-    from .config import StructuredPruningConfig
 
 State = Mapping[str, int]
 Move = tuple[str, int]
@@ -44,7 +41,8 @@ class Units:
     Args:
         model (`nn.Module`): the whole model.
         structure (`Structure`): of `model`.
-        config (`StructuredPruningConfig`): its groups.
+        groups (`Mapping[str, int]`): how many channels ("mlp") and key-value groups ("heads") a step removes; a kind that is not
+            there is not narrowed.
         without (`Collection[str]`): keys of choices that are left alone.
 
     Attributes:
@@ -52,12 +50,11 @@ class Units:
     """
 
     def __init__(
-        self, model: nn.Module, structure: Structure, config: StructuredPruningConfig, without: Collection[str] = ()
+        self, model: nn.Module, structure: Structure, groups: Mapping[str, int], without: Collection[str] = ()
     ) -> None:
         self.structure, self.without = structure, without
-        kinds = {stage: kind for stage, kind in (("channels", "mlp"), ("heads", "heads")) if stage in config.stages}
-        self.widths = {f"{w.kind}:{w.name}": w for w in structure.widths if w.kind in kinds.values()}
-        self.groups = {key: _group(width, structure, config) for key, width in self.widths.items()}
+        self.widths = {f"{w.kind}:{w.name}": w for w in structure.widths if w.kind in groups}
+        self.groups = {key: groups[width.kind] * width.unit for key, width in self.widths.items()}
         choices = [_width_choice(width, self.groups[key]) for key, width in self.widths.items()]
         for block in structure.blocks:
             for part in ("block", *PARTS):
@@ -150,20 +147,6 @@ GRANULARITIES = {
     "channels": Granularity(lambda units, state: _narrowings(units, state, "mlp"), narrows=True),
     "heads": Granularity(lambda units, state: _narrowings(units, state, "heads"), narrows=True),
 }
-
-
-def _group(width: Width, structure: Structure, config: StructuredPruningConfig) -> int:
-    """Heads or channels that a step removes."""
-    if width.kind == "heads":
-        return config.head_group * width.unit
-    if isinstance(config.mlp_group, int):
-        return config.mlp_group
-    widest = max(other.full for other in structure.widths if other.kind == "mlp")
-    if config.mlp_group is None and dict(zip(config.stages, config.choose))["channels"] == "uniform":
-        return 8 if widest % 8 == 0 else 1  # a step removes as much from every block, and costs nothing
-    share = (1 / 14 if config.mlp_group is None else config.mlp_group) * widest
-    multiple = next(multiple for multiple in (64, 8, 1) if share >= multiple / 2)
-    return max(1, round(share / multiple)) * multiple
 
 
 def _width_choice(width: Width, group: int) -> Choice:

@@ -25,8 +25,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 
 from ...common.documents import read_json
 from ...common.writing import atomic_write_text
-from ...structure.blocks import KINDS
 from ...structure.importance import IMPORTANCES
+from ...structure.parts import KINDS
 from ...structure.space import check_width_options
 
 

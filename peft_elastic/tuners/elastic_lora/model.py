@@ -47,7 +47,7 @@ from ...layers.backends.bitsandbytes import allow_packing, is_bitsandbytes, keep
 from ...layers.backends.gptqmodel import is_gptqmodel
 from ...layers.quantized_linear import QuantizedLinear
 from ...layers.values import ROUNDED
-from ...structure.blocks import KINDS, Structure, Width
+from ...structure.blocks import Structure
 from ...structure.description import extract_described, undescribable
 from ...structure.importance import (
     check_sortable,
@@ -61,6 +61,7 @@ from ...structure.importance import (
 )
 from ...structure.modules import module_at
 from ...structure.narrow import active_ranges, is_narrowed
+from ...structure.parts import KINDS, Width
 from ...structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules, plain_path
 from ...supernet.host import HOST_ATTRIBUTE
