@@ -222,7 +222,7 @@ def test_other_programs_read_a_padded_export_right(tmp_path, settings, seed):
     randomize(model, seed=seed)
     model.set_subnet(model.search_space.sample(seed))
     model.export_lora(tmp_path)
-    for path, layer in model.base_model._elastic("default").layers.items():
+    for path, layer in model.base_model._state.layers("default").items():
         expected = layer.get_delta_weight("default").double()
         for reader, update in reader_rules(tmp_path, path).items():
             torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-6, msg=f"{reader}, {path}")
@@ -238,7 +238,7 @@ def test_an_unpadded_export_says_the_largest_rank(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (5, 7.5)
     assert sorted(config["rank_pattern"].values()) == [3, 3, 3]
-    for path, layer in model.base_model._elastic("default").layers.items():
+    for path, layer in model.base_model._state.layers("default").items():
         readers = reader_rules(tmp_path, path)
         for reader in ("vLLM", "a reader of the patterns"):
             torch.testing.assert_close(

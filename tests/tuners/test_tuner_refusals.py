@@ -380,6 +380,7 @@ def test_warnings_of_peft_are_given_once():
 def test_the_dry_run_finds_exactly_what_is_adapted():
     """The names that are checked before injection are those that the layers get."""
     from peft_elastic.tuners.elastic_lora.model import ElasticLoraModel
+    from peft_elastic.tuners.elastic_lora.state import find_layers
 
     seen = {}
 
@@ -400,12 +401,12 @@ def test_the_dry_run_finds_exactly_what_is_adapted():
     ]
     for make, settings in cases:
         tuner = Watched(make(), ElasticLoraConfig(**settings), "default")
-        layers = dict(tuner._find_layers("default"))
+        layers = dict(find_layers(tuner.model, "default"))
         assert seen["plan"].keys() == layers.keys()
         assert {name: rank for name, (_, rank) in seen["plan"].items()} == {
             name: layer.r["default"] for name, layer in layers.items()
         }
         tuner.peft_config["second"] = ElasticLoraConfig(**settings)
         tuner.inject_adapter(tuner.model, "second")
-        assert seen["plan"].keys() == dict(tuner._find_layers("second")).keys()
+        assert seen["plan"].keys() == dict(find_layers(tuner.model, "second")).keys()
     assert PEFT_TYPE_TO_TUNER_MAPPING["ELASTIC_LORA"] is ElasticLoraModel

@@ -12,14 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """Elastic LoRA (peft type ELASTIC_LORA): LoRA whose rank can be chosen, module by module, after training.
-Importing this folder registers the type with peft."""
+Importing this folder registers the type with peft, and a hook of torch that tells of new PeftModels."""
 
 from ..register import register_tuner
 from .config import ElasticLoraConfig
-from .model import ElasticLoraModel, SubnetSummary
+from .model import ElasticLoraModel
+from .peft_model import watch_peft_models
+from .subnets import SubnetSummary
 
 
 __all__ = ["ElasticLoraConfig", "ElasticLoraModel", "SubnetSummary"]
 
 
 register_tuner("elastic_lora", config_cls=ElasticLoraConfig, model_cls=ElasticLoraModel)
+watch_peft_models()

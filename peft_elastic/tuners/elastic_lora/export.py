@@ -30,7 +30,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from ...common.checks import check_bool
 from ...common.files import replaced_files
+from ...common.names import has_suffix
 from ...common.writing import writing
 from ...structure.importance import move_adapter, noted_orders
 from ...supernet.groups import plain_path
@@ -63,8 +65,7 @@ def export_lora(
             "changed. First convert it: `model.save_pretrained(dir, path_initial_model_for_weight_conversion=...)`, "
             "load `dir` on the original base model, then export."
         )
-    if not isinstance(pad, bool):
-        raise ValueError(f"`pad` must be True or False, got {pad!r}.")
+    check_bool("pad", pad)
     directory = Path(save_directory)
     if directory.is_file():
         raise ValueError(f"`save_directory` must be a folder, {os.fspath(save_directory)!r} is a file.")
@@ -187,7 +188,7 @@ def _pattern_key(name: str, names: Iterable[str]) -> str:
     """The key for one module in `rank_pattern`, a regular expression that peft matches with any end of a path: the
     module's path, anchored if another path ends in it."""
     key = name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
-    return f"^{key}" if any(other.endswith(f".{name}") for other in names) else key
+    return f"^{key}" if any(other != name and has_suffix(other, name) for other in names) else key
 
 
 def _whole(value: float) -> float | int:

@@ -21,33 +21,30 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .layer import full_weights
-
-
-if TYPE_CHECKING:
-    from .model import ElasticLoraModel
+from .state import ElasticState
 
 
 _LORA_FA, _RIEMANNIAN = "LoraFAOptimizer", "RiemannianPreconditionedOptimizer"
-# The models of which a subnet has been sampled.
-_sampled: weakref.WeakSet[ElasticLoraModel] = weakref.WeakSet()
+# The states of the models of which a subnet has been sampled; each lives as long as its model.
+_sampled: weakref.WeakSet[ElasticState] = weakref.WeakSet()
 _hooks: list[Any] = []
 # Attribute of an optimizer: the matrices A in whose place something else stands during a step, as (list, index, A).
 _PUT_ASIDE = "_peft_elastic_put_aside"
 
 
-def watch_optimizers(model: ElasticLoraModel) -> None:
+def watch_optimizers(state: ElasticState) -> None:
     """From now on, let steps of any optimizer that mix the ranks of this model's adapters be right, or be refused."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
-    _sampled.add(model)
+    _sampled.add(state)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -87,8 +84,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 def _factors() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, bool]]:
     """(path, full A, full B, whether their ranks are in different orders) of all adapters of the models watched."""
-    for model in list(_sampled):
-        for name, adapter in model._elastic_adapters.items():
+    for state in list(_sampled):
+        for name, adapter in state.adapters.items():
             for path, layer in adapter.layers.items():
                 a, b = full_weights(layer, name)
                 if a.dim() == 2:  # neither of the optimizers knows convolutions

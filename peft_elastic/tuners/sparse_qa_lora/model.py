@@ -28,6 +28,7 @@ from ...layers.grid import Grid
 from ...layers.quantized_linear import QuantizedLinear
 from ...quantization.saving import guard_saving
 from ..elastic_lora import ElasticLoraModel
+from ..elastic_lora.state import find_layers
 from . import base_layer as base
 from .config import SparseQALoraConfig
 from .layer import SparseLoraLinear, check_target
@@ -53,7 +54,7 @@ class SparseQALoraModel(ElasticLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        layers = [layer for _, layer in self._find_layers(adapter_name) if isinstance(layer, SparseLoraLinear)]
+        layers = [layer for _, layer in find_layers(self.model, adapter_name) if isinstance(layer, SparseLoraLinear)]
         if config.quantization_aware:
             _note_grid(config, [layer.lora_grid[adapter_name] for layer in layers])
         if config.sparse_adapter and layers and not config.inference_mode:
