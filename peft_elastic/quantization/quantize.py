@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..common.progress import progress_bar
+from ..layers.backends import backend_of
+from ..layers.backends.float import FLOAT
 from ..layers.grid import Grid, check_group_size, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from ..structure.calibration import calibration_batches, calibration_mode
@@ -238,7 +239,7 @@ def _check_replaceable(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         ValueError: a layer is of a type that `QuantizedLinear` cannot stand for.
     """
     for name, layer in layers.items():
-        if type(layer) not in (nn.Linear, Conv1D):
+        if type(layer) not in FLOAT.exact:
             raise ValueError(
                 f"model: {name} is a {type(layer).__name__}; only nn.Linear and Conv1D can be quantised, as what a subclass does "
                 "besides would be lost. Name it in exclude_modules."
@@ -247,7 +248,7 @@ def _check_replaceable(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
-            if isinstance(base, Conv1D) and id(base) in chosen:
+            if id(base) in chosen and backend_of(base).out_dim(base):
                 raise ValueError(
                     f"model: {name} is a Conv1D with an adapter, which counts on its layout; quantise before adding adapters."
                 )

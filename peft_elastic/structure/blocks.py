@@ -24,15 +24,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Cache, EncoderDecoderCache
-from transformers.pytorch_utils import Conv1D
 
+from ..layers.backends import find_backend, find_linear_backend
+from ..layers.narrowed import Ranges
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
 from .modules import find_stacks, module_at
 from .proof import prove
 
 
-# Runs of one dimension of a weight, as (start, stop).
-Ranges = tuple[tuple[int, int], ...]
 KINDS = ("heads", "mlp")
 
 
@@ -378,12 +377,9 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer, or of an embedding as (columns, rows), with all of its features."""
-    weight = layer._parameters.get("weight")
-    if isinstance(layer, Conv1D):
-        assert weight is not None
-        return weight.shape[1], weight.shape[0]
-    if isinstance(layer, nn.Embedding):
-        return layer.embedding_dim, layer.num_embeddings
+    backend = find_backend(layer)
+    if backend is not None:
+        return backend.sizes(layer)
     return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
 
 
@@ -407,7 +403,7 @@ def _fits(block: nn.Module, layout: BlockLayout) -> bool:
             layer = layer_at(block, path)
         except AttributeError:
             return False
-        if not isinstance(layer, Conv1D) and not hasattr(layer, "in_features"):
+        if find_linear_backend(layer) is None and not hasattr(layer, "in_features"):
             return False
     return True
 

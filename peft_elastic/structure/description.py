@@ -39,11 +39,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
+from ..layers.narrowed import active_ranges
 from .blocks import Block, Removed, Structure, Width, layer_at, layer_sizes
 from .extract import config_of, extract
 from .layouts import BlockLayout, layouts
 from .modules import linear_layers, module_at
-from .narrow import active_ranges, is_skipped, set_skipped, set_width
+from .narrow import is_skipped, set_skipped, set_width
 from .space import PARTS, activate
 
 

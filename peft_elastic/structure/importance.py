@@ -27,11 +27,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
-from ..layers.backends.bitsandbytes import is_bitsandbytes
+from ..layers.backends import backend_of, find_backend
+from ..layers.backends.float import permute_parameter
 from .blocks import KINDS, Slot, Structure, Width, layer_at, layer_sizes
 from .calibration import calibration_batches, calibration_mode
 from .inputs import InputCollector, is_encoder_decoder
@@ -154,14 +154,11 @@ def check_sortable(model: nn.Module, widths: list[Width]) -> None:
         for slot in width.slots:
             layer = layer_at(model, slot.path)
             check_parameters({slot.path: layer})
-            weight = layer._parameters.get("weight")
-            if is_bitsandbytes(layer) or weight is None or not weight.is_floating_point():
-                raise ValueError(
-                    f"`importance`: {slot.path!r} is of type {type(layer).__name__}, whose packed weight cannot be sorted. Sort "
-                    "the model in floating point (`sort_by_importance`), save it, and quantise that; then use "
-                    "`importance='none'`."
-                )
-            if weight.is_meta:
+            backend = find_backend(layer)
+            obstacle = "whose weight is of no known form." if backend is None else backend.obstacle("sort")
+            if obstacle:
+                raise ValueError(f"`importance`: {slot.path!r} is of type {type(layer).__name__}, {obstacle}")
+            if layer.get_parameter("weight").is_meta:
                 raise ValueError(f"`importance`: the weight of {slot.path!r} is not in memory.")
 
 
@@ -313,32 +310,20 @@ def permute(module: nn.Module, side: str, index: torch.Tensor) -> None:
     if isinstance(module, LoraLayer):
         factors, dim = (module.lora_B, 0) if side == "out" else (module.lora_A, 1)
         for factor in factors.values():
-            _permute_parameter(factor._parameters["weight"], dim, index)
+            permute_parameter(factor._parameters["weight"], dim, index)
             if side == "out":
-                _permute_parameter(factor._parameters.get("bias"), 0, index)
+                permute_parameter(factor._parameters.get("bias"), 0, index)
         for magnitude in module.lora_magnitude_vector.values() if side == "out" else ():
-            _permute_parameter(magnitude.weight, 0, index)
+            permute_parameter(magnitude.weight, 0, index)
         for grid in getattr(module, "lora_grid", {}).values():
             grid.permute(side, index)
     layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    transposed = isinstance(layer, (Conv1D, nn.Embedding))
-    _permute_parameter(layer._parameters["weight"], int((side == "in") != transposed), index)
-    if side == "out":
-        _permute_parameter(layer._parameters.get("bias"), 0, index)
-    if (grid := layer._modules.get("grid")) is not None:
-        grid.permute(side, index)
-
-
-@torch.no_grad()
-def _permute_parameter(parameter: torch.Tensor | None, dim: int, index: torch.Tensor) -> None:
-    if parameter is not None:
-        parameter.data = parameter.data.index_select(dim, index.to(parameter.device))
+    backend_of(layer).permute(layer, side, index)
 
 
 def _matrix(layer: nn.Module) -> torch.Tensor:
     """The whole weight as (out, in)."""
-    weight = layer.get_parameter("weight").detach()
-    return weight.T if isinstance(layer, (Conv1D, nn.Embedding)) else weight
+    return backend_of(layer).weight(layer, whole=True)
 
 
 def _for_each_order(

@@ -42,9 +42,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
+from ..layers.backends import backend_of
+from ..layers.backends.float import FLOAT
 from .copies import FEW, LARGE, Copier, arguments_for, is_packed, plain_module, shorten
 from .layouts import Returning, Skip
 from .modules import module_at
@@ -319,8 +320,9 @@ class _Trial:
 
     def _few(self, root: nn.Module, kinds: tuple[str, ...]) -> None:
         """Cut a copy of large blocks down to a few heads and channels."""
+        from ..layers.narrowed import active_ranges
         from .blocks import Structure
-        from .narrow import active_ranges, set_width
+        from .narrow import set_width
 
         if not kinds:
             return
@@ -466,10 +468,11 @@ class _Trial:
                         continue
                     layer = layer_at(self._root, slot.path)
                     weight = layer.get_parameter("weight")
-                    mask = torch.zeros(weight.shape[0 if isinstance(layer, Conv1D) else 1])
+                    in_dim = 1 - backend_of(layer).out_dim(layer)
+                    mask = torch.zeros(weight.shape[in_dim])
                     for start, stop in slot.ranges(kept, width.units):
                         mask[start:stop] = 1
-                    weight.data = weight.data * (mask[:, None] if isinstance(layer, Conv1D) else mask)
+                    weight.data = weight.data * (mask if in_dim else mask[:, None])
             expected = self._outputs()
         try:
             for width in widths:
@@ -619,7 +622,6 @@ class _Trial:
 
 def _cut(layer: Any) -> None:
     """Leave the active part of a narrowed layer of a copy alone."""
-    from .extract import set_sizes
     from .narrow import set_active
 
     active = {"weight": layer.weight.clone(), "bias": None if layer.bias is None else layer.bias.clone()}
@@ -628,7 +630,7 @@ def _cut(layer: Any) -> None:
     for name, value in active.items():
         if value is not None:
             layer.get_parameter(name).data = value
-    set_sizes(layer)
+    FLOAT.set_sizes(layer)
 
 
 def _hidden_size(root: nn.Module, blocks: list[Block]) -> int:
