@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..layers.quantized_linear import QuantizedLinear
+from ..layers.backends import backend_of, find_linear_backend
 from ..layers.values import Sizes, grid_format
 from ..layers.values.bf16 import BF16
 
@@ -89,8 +88,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_mergeable(module: nn.Module) -> bool:
     """Whether it is a linear layer whose weight is a floating point matrix, to be rounded to a grid or not."""
-    weight = module._parameters.get("weight")
-    return isinstance(module, (nn.Linear, Conv1D)) and weight is not None and weight.is_floating_point()
+    backend = find_linear_backend(module)
+    return backend is not None and not backend.packed and module._parameters.get("weight") is not None
 
 
 def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
@@ -111,15 +110,16 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
             continue
         weight: Any = module._parameters["weight"]  # all of it, whatever width is active
         called = model.get_submodule(name) if name else module
-        out_features, in_features = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
+        backend = backend_of(module)
+        out_features, in_features = backend.weight(module, whole=True).shape
         masked, grid = _adapter(called)
-        if grid is None and isinstance(module, QuantizedLinear):
+        if grid is None and backend.on_grid:
             grid = module._modules["grid"]
         stays_dense = shared[id(weight)] > 1 or module is output
         sparsity = 0.0
         if masked and not stays_dense and weight.numel():
             # an adapter on a grid is masked by the zeros from before the rounding
-            rounded = called is module and isinstance(module, QuantizedLinear)
+            rounded = called is module and backend.on_grid
             values = grid.round(weight.detach()) if rounded else weight
             sparsity = 1 - int(torch.count_nonzero(values)) / weight.numel()
         linears[name] = MergedLinear(

@@ -24,7 +24,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..common.checks import check_choice, is_finite, wrong
 from ..common.names import has_suffix
@@ -33,8 +32,10 @@ from ..common.progress import progress_bar
 from ..common.tables import text_table
 from ..cost import timing
 from ..layers import ops
+from ..layers.backends import backend_of, grid_layers
+from ..layers.backends.float import FLOAT
+from ..layers.backends.sparse import SPARSE
 from ..layers.groups import groups_in_order
-from ..layers.quantized_linear import QuantizedLinear
 from ..layers.sparse_linear import SparseLinear
 from ..layers.values import ROUNDED, grid_format, most_bits, parse_values
 from ..quantization.saving import GridQuantizer, unguard_saving
@@ -197,13 +198,12 @@ def sparsify_linears(
         if decision.swapped:
             sparse = _swap(linear, decision.values)
             model.set_submodule(name, sparse)
-            decision = replace(decision, bytes=sparse.nbytes)
+            decision = replace(decision, bytes=SPARSE.stored_bytes(sparse))
         decisions.append(decision)
     if isinstance(model, PreTrainedModel) and any(decision.swapped for decision in decisions):
         # what stays of the quantized layers is saved as ordinary ones, with the values that they compute with
-        for name, linear in linears:
-            if isinstance(linear, QuantizedLinear) and model.get_submodule(name) is linear:
-                model.set_submodule(name, linear.to_linear())
+        for name, linear in grid_layers(model).items():
+            model.set_submodule(name, linear.to_linear())
         unguard_saving(model)
         checkpoint.mark_checkpoint(model)
     return SwapReport(tuple(decisions), dtype, ops.level(), torch.get_num_threads())
@@ -222,7 +222,7 @@ def find_obstacle(model: nn.Module, skip: Collection[str] = ()) -> str:
         )
     if not any(parameter.device.type == "cpu" for parameter in model.parameters()):
         return "it is not on the CPU"
-    layers = {name: each for name, each in linear_layers(model).items() if isinstance(each, (nn.Linear, Conv1D))}
+    layers = {name: each for name, each in linear_layers(model).items() if not backend_of(each).packed}
     try:
         check_parameters(
             {name: each for name, each in layers.items() if not any(has_suffix(name, entry) for entry in skip)}
@@ -239,7 +239,7 @@ def densify_linears(model: nn.Module) -> nn.Module:
         `nn.Module`: `model` itself.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
+        if SPARSE.matches(module):
             model.set_submodule(name, module.to_linear())
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, checkpoint.SparseQuantizer):
@@ -249,7 +249,7 @@ def densify_linears(model: nn.Module) -> nn.Module:
 
 def _find_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if name and (type(module) in (nn.Linear, Conv1D) or _is_quantized(module)):
+        if name and (type(module) in FLOAT.exact or _is_quantized(module)):
             yield name, module
 
 
@@ -307,8 +307,9 @@ def _not_asked(
 
 def _decide(name: str, linear: Any, dtype: str, when: str, min_sparsity: float, not_asked: str | None) -> SwapDecision:
     weight = linear.weight
-    in_features, out_features = weight.shape if isinstance(linear, Conv1D) else weight.shape[::-1]
-    size = weight.numel() * weight.element_size()
+    backend = backend_of(linear)
+    out_features, in_features = backend.sizes(linear)
+    size = backend.stored_bytes(linear)
     sparsity, dense, sparse, values = float("nan"), None, None, dtype
     swapped, reason, group_size = False, not_asked, None
     candidates = [dtype]

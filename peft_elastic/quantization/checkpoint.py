@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from ..common.files import replaced_files
+from ..layers.backends import grid_layers
 from ..layers.gptq_format import FORMATS, check_packable, pack_gptq
 from ..layers.grid import Grid
 from ..layers.quantized_linear import QuantizedLinear
@@ -82,7 +83,7 @@ def save_gptq(
             "when='always')` and `model.save_pretrained(...)` store the integers as well, for `from_pretrained` after `import "
             "peft_elastic`."
         )
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers = grid_layers(model)
     if not layers:
         raise ValueError("`model` has no quantised layers; quantize(model, ...) makes some.")
     symmetric = all(layer.grid.symmetric for layer in layers.values())

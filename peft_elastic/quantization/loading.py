@@ -31,8 +31,9 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from ..layers.backends import backend_of
+from ..layers.backends.float import FLOAT
 from ..layers.gptq_format import TENSORS, convention_of, stored_zeros, unpack_gptq
 from ..layers.grid import BITS, Grid
 from ..layers.quantized_linear import QuantizedLinear
@@ -148,7 +149,7 @@ def load_gptq(
             raise ValueError(
                 f"`dtype` is {dtype}, which cannot hold the {bits}-bit weights of {name}; use torch.float32."
             )
-        state[f"{name}.weight"] = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+        state[f"{name}.weight"] = weight.T.contiguous() if backend_of(module).out_dim(module) else weight
         grids[place.module] = grid
     if not grids:
         raise ValueError(f"{os.fspath(path)!r} has no quantised weights that are linear layers of the model.")
@@ -386,7 +387,7 @@ def _places(
                 raise ValueError(f"{name} has quantised weights, but the model has no linear layer of this name.")
             del packed[name]
             continue
-        alone = not converted and type(modules.get(path)) in (nn.Linear, Conv1D)
+        alone = not converted and type(modules.get(path)) in FLOAT.exact
         if not converted and taken.setdefault(path, name) != name:
             raise ValueError(f"{name} and {taken[path]} are both {path} in the model.")
         has_bias = found.get(f"{name}.bias", ("", False))[0] in known
@@ -538,7 +539,7 @@ def _weights_of(
     return {
         name: weight_matrix(layer)
         for name, layer in linear_layers(dense).items()  # type: ignore[arg-type]
-        if isinstance(layer, (nn.Linear, Conv1D))
+        if not backend_of(layer).packed
     }
 
 

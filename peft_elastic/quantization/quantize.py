@@ -21,8 +21,9 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..layers.backends import backend_of
+from ..layers.backends.float import FLOAT
 from ..layers.grid import check_group_size
 from ..layers.quantized_linear import QuantizedLinear
 from ..structure.modules import routers, weight_matrix
@@ -112,7 +113,7 @@ def _check_replaceable(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         ValueError: a layer is of a type that `QuantizedLinear` cannot stand for.
     """
     for name, layer in layers.items():
-        if type(layer) not in (nn.Linear, Conv1D):
+        if type(layer) not in FLOAT.exact:
             raise ValueError(
                 f"model: {name} is a {type(layer).__name__}; only nn.Linear and Conv1D can be quantised, as what a subclass does "
                 "besides would be lost. Name it in exclude_modules."
@@ -121,7 +122,7 @@ def _check_replaceable(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
-            if isinstance(base, Conv1D) and id(base) in chosen:
+            if id(base) in chosen and backend_of(base).out_dim(base):
                 raise ValueError(
                     f"model: {name} is a Conv1D with an adapter, which counts on its layout; quantise before adding adapters."
                 )

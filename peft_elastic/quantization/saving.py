@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..layers.quantized_linear import QuantizedLinear
+from ..layers.backends import grid_layers
 from ..structure.modules import replace_layers
 
 
@@ -64,7 +64,7 @@ def state_to_save(model: nn.Module) -> dict[str, torch.Tensor] | None:
     Raises:
         ValueError: if quantised layers would be written as they were before the rounding.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers = grid_layers(model)
     inexact = [name for name, layer in layers.items() if not layer.exact]
     if inexact:
         raise ValueError(
@@ -80,8 +80,7 @@ def state_to_save(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 def replace_quantized(model: nn.Module) -> None:
     """Put ordinary layers with the rounded weights in the place of the quantised ones."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    replace_layers(model, [(layer, layer.to_linear()) for layer in layers])
+    replace_layers(model, [(layer, layer.to_linear()) for layer in grid_layers(model).values()])
 
 
 def guard_saving(model: nn.Module) -> None:

@@ -28,11 +28,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from ..common.parameters import computed_tensors
-from ..layers.backends.bitsandbytes import is_bitsandbytes
-from ..layers.quantized_linear import QuantizedLinear
+from ..layers.backends import find_backend, find_linear_backend
 from .parts import ConfigOfPart
 
 
@@ -59,13 +57,10 @@ def plain_module(module: nn.Module) -> tuple[nn.Module, type[nn.Module]]:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a linear layer keeps its weight in a form of its own, or computes it from others."""
-    if isinstance(module, QuantizedLinear) or is_bitsandbytes(module) or hasattr(module, "qweight"):
+    backend = find_linear_backend(module)
+    if backend is not None and (backend.packed or backend.on_grid):
         return True
-    if isinstance(module, nn.Linear) and computed_tensors(module):
-        return True
-    weight = module._parameters.get("weight")
-    is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-    return is_linear and weight is not None and (not weight.is_floating_point() or weight.element_size() == 1)
+    return isinstance(module, nn.Linear) and bool(computed_tensors(module))
 
 
 # -- a small copy ---------------------------------------------------------------------------------------------------------
@@ -142,7 +137,9 @@ class Copier:
         if len(shape) < 2:
             # scales of norms are somewhere around one
             return torch.randn(shape, generator=self._random) * 0.3 + (1.0 if "weight" in name else 0.0)
-        fan_in = shape[0] if isinstance(module, Conv1D) else shape[-1] if len(shape) == 3 else math.prod(shape[1:])
+        backend = find_backend(module)
+        transposed = backend is not None and backend.out_dim(module) == 1
+        fan_in = shape[0] if transposed else shape[-1] if len(shape) == 3 else math.prod(shape[1:])
         scale = 1.0 if isinstance(module, nn.Embedding) else max(fan_in, 1) ** -0.5
         if math.prod(shape) <= LARGE * (1 if len(shape) == 2 else 16):
             return torch.randn(shape, generator=self._random) * scale

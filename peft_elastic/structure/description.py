@@ -32,6 +32,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..layers.narrowed import active_ranges
 from .blocks import Structure
 from .comparing import difference_of, mismatch
 from .configurations import build_whole, candidates, read_again
@@ -39,7 +40,7 @@ from .extract import config_of, extract
 from .features import layer_at
 from .layouts import layouts
 from .modules import module_at
-from .narrow import active_ranges, is_skipped
+from .narrow import is_skipped
 from .parts import Block
 from .reading import Reading
 from .rebuild import BUILD_ERRORS, blueprint, build

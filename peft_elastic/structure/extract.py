@@ -19,21 +19,19 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from ..layers.backends.bitsandbytes import dequantize, is_bitsandbytes
+from ..layers.backends import backend_of, find_backend
+from ..layers.backends.float import cut_parameter
 from ..layers.grid import Grid
-from ..layers.quantized_linear import QuantizedLinear
-from .features import set_sizes
+from ..layers.narrowed import active_ranges
 from .importance import note_orders
 from .inputs import is_encoder_decoder
 from .modules import linear_layers, replace_layers
-from .narrow import active_ranges, is_skipped, set_active, take
-from .parts import Block, Ranges
+from .narrow import is_skipped, set_active
+from .parts import Block
 from .reading import Reading
 from .removed import Removed, empty_block
 
@@ -54,8 +52,8 @@ def extract(
     """Make what is active in a model all there is of it, in place. Adapters around the layers are cut along.
 
     Skipped blocks leave their list (some of an encoder may stay without any parameters), and the layers of the key-value cache
-    are numbered again. A skipped attention or MLP becomes a module without parameters. Layers of bitsandbytes become ordinary
-    ones, as its blocks of numbers cannot be cut, and no checkpoint holds both. The configuration is left alone but for that.
+    are numbered again. A skipped attention or MLP becomes a module without parameters. Packed layers, those of bitsandbytes,
+    become ordinary ones, as their blocks of numbers cannot be cut, and no checkpoint holds both. The configuration is left alone but for that.
 
     Args:
         model (`nn.Module`): the base model, in which `set_width` and `set_skipped` chose the active part.
@@ -95,13 +93,15 @@ def extract(
         replacements = []
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         for layer in list(model.modules()):
-            if is_bitsandbytes(layer):
-                replacements.append((layer, _ordinary(layer, dtype)))
+            backend = find_backend(layer)
+            ordinary = None if backend is None else backend.ordinary(layer, dtype)
+            if ordinary is not None:
+                replacements.append((layer, ordinary))
             elif active_ranges(layer) != (None, None):
                 _cut(layer, undo)
         if replacements:
             replace_layers(model, replacements)
-            _leave_bitsandbytes(model, [new for _, new in replacements])
+            _leave_quantizer(model, [new for _, new in replacements])
         kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
         note_orders(model, {})  # what is left of the units has no order of the whole
         finish()
@@ -187,9 +187,9 @@ def _cut_adapters(module: LoraLayer, undo: list[Callable[[], None]]) -> None:
         if ranges is None:
             continue
         for factor in factors.values():
-            size = _cut_parameter(factor._parameters["weight"], dim, ranges, undo)
+            size = cut_parameter(factor._parameters["weight"], dim, ranges, undo)
             if dim == 0:
-                _cut_parameter(factor._parameters.get("bias"), 0, ranges, undo)
+                cut_parameter(factor._parameters.get("bias"), 0, ranges, undo)
             factor.__dict__.pop("active_width", None)
             factor.__dict__["out_features" if dim == 0 else "in_features"] = size
             module.__dict__["out_features" if dim == 0 else "in_features"] = size
@@ -201,34 +201,13 @@ def _cut_adapters(module: LoraLayer, undo: list[Callable[[], None]]) -> None:
 def _cut(layer: nn.Module, undo: list[Callable[[], None]]) -> None:
     """Leave the active part of a layer alone."""
     outputs, inputs = active_ranges(layer)
-    grid = layer.grid if isinstance(layer, QuantizedLinear) else None
     set_active(layer, "out", None)
     set_active(layer, "in", None)
-    out_dim = int(isinstance(layer, (Conv1D, nn.Embedding)))
-    for dim, ranges in ((out_dim, outputs), (1 - out_dim, inputs)):
-        _cut_parameter(layer._parameters["weight"], dim, ranges, undo)
-    _cut_parameter(layer._parameters.get("bias"), 0, outputs, undo)
-    if grid is not None:
-        layer.grid = Grid.copy_of(grid)
-    set_sizes(layer)
+    backend_of(layer).cut(layer, outputs, inputs, undo)
 
 
-def _ordinary(layer: Any, dtype: torch.dtype) -> nn.Module:
-    """The active part of a layer of bitsandbytes."""
-    outputs, inputs = active_ranges(layer)
-    full = dequantize(layer._parameters["weight"], getattr(layer, "state", None))
-    weight = take(take(full, 0, outputs), 1, inputs).to(dtype, memory_format=torch.contiguous_format, copy=True)
-    bias = layer.bias
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return linear.train(layer.training)
-
-
-def _leave_bitsandbytes(model: Any, ordinary: list[nn.Module]) -> None:
-    """Let a model, and the adapters in it, forget that these layers were of bitsandbytes."""
+def _leave_quantizer(model: Any, ordinary: list[nn.Module]) -> None:
+    """Let a model, and the adapters in it, forget that these layers were packed by the quantizer that loaded it."""
     replaced = {id(layer) for layer in ordinary}
     for module in model.modules():
         if (
@@ -243,39 +222,3 @@ def _leave_bitsandbytes(model: Any, ordinary: list[nn.Module]) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-
-
-@torch.no_grad()
-def _cut_parameter(
-    parameter: torch.Tensor | None, dim: int, ranges: Ranges | None, undo: list[Callable[[], None]]
-) -> int:
-    """Keep a part of one dimension, in memory of its own; returns its size."""
-    if parameter is None:
-        return 0
-    if ranges is not None:
-        shape = parameter.shape
-        others = _others(ranges, shape[dim])
-        # what goes is kept until the whole model has been cut, and what stays is not held twice
-        lost = take(parameter.data, dim, others).clone() if others else None
-
-        @torch.no_grad()
-        def put_back() -> None:
-            if parameter.shape == shape:  # it had not been cut yet
-                return
-            whole = parameter.data.new_empty(shape)
-            for part, runs in ((parameter.data, ranges), (lost, others)):
-                sizes = [stop - start for start, stop in runs]
-                for (start, _), piece in zip(runs, () if part is None else part.split(sizes, dim)):
-                    whole.narrow(dim, start, piece.shape[dim]).copy_(piece)
-            parameter.data = whole
-
-        undo.append(put_back)
-        parameter.data = take(parameter.data, dim, ranges).clone(memory_format=torch.contiguous_format)
-    return parameter.shape[dim]
-
-
-def _others(ranges: Ranges, size: int) -> Ranges:
-    """The runs between, before and behind these."""
-    ends = [0, *(stop for _, stop in ranges)]
-    starts = [*(start for start, _ in ranges), size]
-    return tuple((end, start) for end, start in zip(ends, starts) if end < start)

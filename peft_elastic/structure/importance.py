@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
-from ..layers.backends.bitsandbytes import is_bitsandbytes
+from ..layers.backends import backend_of, find_backend
 from .blocks import Structure
 from .calibration import calibration_batches, calibration_mode
 from .features import layer_at, layer_sizes, permute
@@ -155,14 +154,11 @@ def check_sortable(model: nn.Module, widths: list[Width]) -> None:
         for slot in width.slots:
             layer = layer_at(model, slot.path)
             check_parameters({slot.path: layer})
-            weight = layer._parameters.get("weight")
-            if is_bitsandbytes(layer) or weight is None or not weight.is_floating_point():
-                raise ValueError(
-                    f"`importance`: {slot.path!r} is of type {type(layer).__name__}, whose packed weight cannot be sorted. Sort "
-                    "the model in floating point (`sort_by_importance`), save it, and quantise that; then use "
-                    "`importance='none'`."
-                )
-            if weight.is_meta:
+            backend = find_backend(layer)
+            obstacle = "whose weight is of no known form." if backend is None else backend.obstacle("sort")
+            if obstacle:
+                raise ValueError(f"`importance`: {slot.path!r} is of type {type(layer).__name__}, {obstacle}")
+            if layer.get_parameter("weight").is_meta:
                 raise ValueError(f"`importance`: the weight of {slot.path!r} is not in memory.")
 
 
@@ -311,8 +307,7 @@ def move_adapter(
 
 def _matrix(layer: nn.Module) -> torch.Tensor:
     """The whole weight as (out, in)."""
-    weight = layer.get_parameter("weight").detach()
-    return weight.T if isinstance(layer, (Conv1D, nn.Embedding)) else weight
+    return backend_of(layer).weight(layer, whole=True)
 
 
 def _for_each_order(

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..common.parameters import check_parameters
+from ..layers.backends import backend_of, find_linear_backend
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -42,7 +42,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, BaseTunerLayer):
             wrapped += (f"{name}.",)
             module = module.get_base_layer()
-        if isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight"):
+        if find_linear_backend(module) is not None:
             layers[name] = module
     return layers
 
@@ -62,8 +62,7 @@ def weight_matrix(layer: nn.Module) -> torch.Tensor:
         ValueError: the weight is computed from other parameters (`check_parameters`).
     """
     check_parameters({"": layer})
-    weight = layer.get_parameter("weight").detach()
-    return weight.T if isinstance(layer, Conv1D) else weight
+    return backend_of(layer).weight(layer, whole=True)
 
 
 def replace_layers(model: nn.Module, replacements: list[tuple[nn.Module, nn.Module]]) -> None:
@@ -138,7 +137,9 @@ def routers(model: nn.Module) -> list[str]:
                 prefix = f"{name}." if name else ""
                 for path, layer in linears.items() if experts else ():
                     first = path.removeprefix(prefix).partition(".")[0]
-                    if path.startswith(prefix) and first not in experts and _outputs(layer) in (1, *experts.values()):
+                    if not path.startswith(prefix) or first in experts:
+                        continue
+                    if backend_of(layer).sizes(layer)[0] in (1, *experts.values()):
                         found[f"{block_name}.{path}"] = None
     return list(found)
 
@@ -152,10 +153,6 @@ def _expert_count(module: nn.Module) -> int:
         return 0
     sizes = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
     return sizes.pop() if len(sizes) == 1 else 0
-
-
-def _outputs(layer: nn.Module) -> int:
-    return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)  # type: ignore[arg-type]
 
 
 def enclosing_names(name: str) -> list[str]:

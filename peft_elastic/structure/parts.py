@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.narrowed import Ranges
 from .layouts import AttentionLayout, BlockLayout, Skip
 
 
-# Runs of one dimension of a weight, as (start, stop).
-Ranges = tuple[tuple[int, int], ...]
 KINDS = ("heads", "mlp")
 
 

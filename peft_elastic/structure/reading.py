@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..layers.backends import find_linear_backend
 from .features import layer_at, layer_sizes
 from .layouts import AttentionLayout, BlockLayout, Skip, layouts
 from .modules import find_stacks
@@ -100,7 +100,7 @@ def _fits(block: nn.Module, layout: BlockLayout) -> bool:
             layer = layer_at(block, path)
         except AttributeError:
             return False
-        if not isinstance(layer, Conv1D) and not hasattr(layer, "in_features"):
+        if find_linear_backend(layer) is None and not hasattr(layer, "in_features"):
             return False
     return True
 

@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..common.parameters import check_parameters
+from ..layers.backends import backend_of
 from .modules import enclosing_names, find_stacks, linear_layers, output_head, routers
 
 
@@ -118,8 +119,9 @@ def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, 
     }
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        if hasattr(layer, "qweight") or (weight is not None and weight.dtype not in _PRUNABLE_DTYPES):
-            found = "packed integers" if weight is None else weight.dtype
+        odd = weight is not None and weight.dtype not in _PRUNABLE_DTYPES
+        if backend_of(layer).packed or odd:
+            found = weight.dtype if odd else "packed integers"
             raise ValueError(f"model: {name} has quantised weights ({found}); {verb} the floating-point model first.")
         if weight is None or type(weight.data) is not torch.Tensor or weight.is_meta:
             raise ValueError(

@@ -28,14 +28,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
+from ..layers.backends import backend_of
+from ..layers.backends.float import FLOAT
+from ..layers.narrowed import active_ranges
 from .copies import FEW, LARGE, Copier, arguments_for, plain_module, shorten
-from .features import layer_at, layer_sizes, permute, set_sizes
+from .features import layer_at, layer_sizes, permute
 from .layouts import Returning, Skip
 from .modules import module_at
-from .narrow import active_ranges, check_narrowable, set_active, set_skipped, set_width
+from .narrow import check_narrowable, set_active, set_skipped, set_width
 from .parts import Block, Width
 from .reading import Reading
 from .removed import main_first
@@ -313,10 +315,11 @@ class Trial:
                         continue
                     layer = layer_at(self._root, slot.path)
                     weight = layer.get_parameter("weight")
-                    mask = torch.zeros(weight.shape[0 if isinstance(layer, Conv1D) else 1])
+                    in_dim = 1 - backend_of(layer).out_dim(layer)
+                    mask = torch.zeros(weight.shape[in_dim])
                     for start, stop in slot.ranges(kept, width.units):
                         mask[start:stop] = 1
-                    weight.data = weight.data * (mask[:, None] if isinstance(layer, Conv1D) else mask)
+                    weight.data = weight.data * (mask if in_dim else mask[:, None])
             expected = self._outputs()
         try:
             for width in widths:
@@ -471,7 +474,7 @@ def _cut(layer: Any) -> None:
     for name, value in active.items():
         if value is not None:
             layer.get_parameter(name).data = value
-    set_sizes(layer)
+    FLOAT.set_sizes(layer)
 
 
 def _hidden_size(root: nn.Module, blocks: list[Block]) -> int:

@@ -25,12 +25,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ..common.progress import progress_bar
+from ..layers.backends import backend_of, find_linear_backend, grid_layers
 from ..layers.backends.gptqmodel import leave_gptqmodel
 from ..layers.grid import Grid, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from ..quantization.saving import guard_saving
 from ..structure.report import layer_table, mean_over_weights
-from .sparse_qa_lora import base_layer as base
 from .sparse_qa_lora.layer import SparseLoraLinear
 from .tied_weights import check_tied_weights, merged_once
 
@@ -126,14 +126,14 @@ def merge_and_requantize(
     options = {"sparse_kernel": False} if elastic else {}
     with merged_once({} if elastic else twice, adapter_names):  # an elastic tuner sees to it itself
         merged_model = model.merge_and_unload(progressbar=progressbar, adapter_names=adapter_names, **options)
-    if any(isinstance(module, QuantizedLinear) for module in merged_model.modules()):
+    if grid_layers(merged_model):
         guard_saving(merged_model)
     return merged_model, RequantizationReport(rows)
 
 
 def _is_rounded_again(layer: LoraLayer, names: list[str]) -> bool:
-    base_layer = layer.get_base_layer()
-    if not base.is_supported(base_layer) or (base.is_float(base_layer) and base.grid_of(base_layer) is None):
+    backend = find_linear_backend(layer.get_base_layer())
+    if backend is None or backend.obstacle("requantize") or not (backend.packed or backend.on_grid):
         return False
     return not (isinstance(layer, SparseLoraLinear) and all(name in layer.lora_grid for name in names))
 
@@ -151,8 +151,9 @@ def _check(name: str, layer: LoraLayer, names: list[str]) -> None:
 
 def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, dict[str, Any]]:
     base_layer = layer.get_base_layer()
-    grid = base.grid_of(base_layer)
-    before = base.weight_of(base_layer).float()
+    backend = backend_of(base_layer)
+    grid = backend.grid(base_layer)
+    before = backend.weight(base_layer).float()
     if grid is not None:
         before = grid.round(before)
     update = torch.zeros_like(before)
@@ -164,8 +165,8 @@ def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, 
     wanted = before + update
     merged: Any = base_layer
     if grid is None:
-        base.replace_weight(base_layer, wanted)
-        after = base.weight_of(base_layer).float()
+        backend.replace(base_layer, wanted)
+        after = backend.weight(base_layer).float()
     else:
         if refit:
             grid = _refit(wanted, grid)

@@ -52,7 +52,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, quantize
-from peft_elastic.structure.narrow import is_narrowed, plain_class
+from peft_elastic.layers.narrowed import plain_class
+from peft_elastic.structure.narrow import is_narrowed
 from peft_elastic.supernet import get_elastic_host
 
 

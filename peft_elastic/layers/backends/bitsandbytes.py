@@ -11,20 +11,86 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading the weights of bitsandbytes."""
+"""Weights of bitsandbytes, 4 and 8 bit."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Optional
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import nn
 
+from ..grid import Grid
+from .base import OldWeight, PackedBackend
 
-def is_bitsandbytes(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and bool(get_bnb_param_type(layer._parameters.get("weight")))
+
+class OldBitsAndBytes(OldWeight):
+    """A parameter of bitsandbytes, and what is kept beside it."""
+
+    def __init__(self, parameter: Any, state: tuple[Any, ...]) -> None:
+        self.parameter, self.state = parameter, state
+
+    def matrix(self, layer: nn.Module) -> torch.Tensor:
+        scales = SimpleNamespace(SCB=next((scale for scale in self.state[1::2] if scale is not None), None))
+        return dequantize(self.parameter, scales)
+
+    def put_back(self, layer: nn.Module) -> None:
+        layer.weight = self.parameter
+        if get_bnb_param_type(self.parameter) == "4bit":
+            (layer.quant_state,) = self.state
+        else:
+            state: Any = layer.state
+            self.parameter.CB, self.parameter.SCB, state.CB, state.SCB = self.state
+
+
+class BitsAndBytesBackend(PackedBackend):
+    """`Linear4bit` and `Linear8bitLt`, known by their parameter."""
+
+    name = "bitsandbytes"
+    layers = "the layers of bitsandbytes"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear) and bool(get_bnb_param_type(layer._parameters.get("weight")))
+
+    def dequantize(self, layer: nn.Module) -> torch.Tensor:
+        return dequantize(layer._parameters["weight"], getattr(layer, "state", None))
+
+    def stored_bytes(self, layer: nn.Module) -> int:
+        weight: Any = layer._parameters["weight"]
+        state = getattr(layer, "state", None)
+        scales = [
+            next((s for s in (getattr(weight, "SCB", None), getattr(state, "SCB", None)) if s is not None), None)
+        ]
+        quant_state = getattr(weight, "quant_state", None)
+        while quant_state is not None:  # the scales may be quantised as well
+            scales.append(quant_state.absmax)
+            quant_state = quant_state.state2 if quant_state.nested else None
+        return sum(t.numel() * t.element_size() for t in (weight.data, *scales) if t is not None)
+
+    def replace(self, layer: nn.Module, weight: torch.Tensor, grid: Optional[Grid] = None) -> OldWeight:
+        import bitsandbytes as bnb
+
+        old: Any = layer.weight
+        new: Any
+        if get_bnb_param_type(old) == "4bit":
+            old_weight = OldBitsAndBytes(old, (old.quant_state,))
+            options = {
+                key: getattr(old, key) for key in ("quant_type", "quant_storage", "compress_statistics", "blocksize")
+            }
+            new = bnb.nn.Params4bit(weight.to("cpu"), requires_grad=False, module=layer, **options)  # type: ignore[arg-type]
+            layer.weight = new.to(old.device)
+            return old_weight
+
+        # An 8-bit layer moves the scales from its weight to its state in its first forward pass.
+        state: Any = layer.state
+        old_weight = OldBitsAndBytes(old, (old.CB, old.SCB, state.CB, state.SCB))
+        new = bnb.nn.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+        layer.weight = new.to(old.device)
+        state.CB = state.SCB = None
+        return old_weight
 
 
 def dequantize(weight: Any, state: Any) -> torch.Tensor:
@@ -80,3 +146,7 @@ def _unpacked(data: torch.Tensor, quant_state: Any) -> tuple[torch.Tensor, Any]:
     values, plain = functional._convert_weight_packed_for_cpu_inverse(data, plain)
     plain.absmax = quant_state.absmax.T.reshape(-1).float().contiguous()  # which that function leaves in its order
     return values, plain
+
+
+BITSANDBYTES = BitsAndBytesBackend()
+is_bitsandbytes = BITSANDBYTES.matches

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -23,13 +23,45 @@ from torch import nn
 from ..gptq_format import TENSORS, unpack_gptq
 from ..grid import Grid
 from ..quantized_linear import QuantizedLinear
+from .base import PackedBackend
+from .grid import MERGED_IS_ROUNDED
 
 
-def is_gptqmodel(layer: nn.Module) -> bool:
-    """Whether this is a quantised linear layer of GPTQModel."""
-    return any(
-        cls.__name__ == "BaseQuantLinear" and cls.__module__.startswith("gptqmodel.") for cls in type(layer).__mro__
-    )
+class GPTQModelBackend(PackedBackend):
+    """The quantised linear layers of GPTQModel, whichever its kernel."""
+
+    name = "GPTQModel"
+    layers = "the layers of GPTQModel"
+    on_grid = True
+    obstacles = {
+        "merge": MERGED_IS_ROUNDED,
+        "write": "A layer of GPTQModel cannot be written to, so adapters are not merged in place. `merge_and_unload()` puts a "
+        "QuantizedLinear in its place; `peft_elastic.load_gptq` loads a checkpoint with such layers.",
+        "narrow": "which cannot be narrowed. Load a GPTQ checkpoint with `peft_elastic.load_gptq`.",
+    }
+
+    def matches(self, layer: nn.Module) -> bool:
+        return any(
+            cls.__name__ == "BaseQuantLinear" and cls.__module__.startswith("gptqmodel.")
+            for cls in type(layer).__mro__
+        )
+
+    def is_exact(self, layer: nn.Module) -> bool:
+        return True
+
+    def dequantize(self, layer: nn.Module) -> torch.Tensor:
+        integers, grid = read_layer(layer)
+        return grid.dequantize(integers)
+
+    def grid(self, layer: nn.Module) -> Optional[Grid]:
+        return read_layer(layer)[1]
+
+    def stored_bytes(self, layer: nn.Module) -> int:
+        tensors = [getattr(layer, key, None) for key in TENSORS]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+    def writable(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return to_quantized_linear(layer, dtype=dtype)
 
 
 def read_layer(layer: Any, name: str = "the layer") -> tuple[torch.Tensor, Grid]:
@@ -74,10 +106,14 @@ def leave_gptqmodel(model: nn.Module) -> None:
     a quantised model, so that it can be saved (`save_gptq`) as it is now."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, layer in list(model.named_modules()):
-        if is_gptqmodel(layer):
+        if GPTQMODEL.matches(layer):
             model.set_submodule(name, to_quantized_linear(layer, name, dtype))
     quantizer = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     if getattr(method, "value", method) == "gptq":
         quantizer.remove_quantization_config(model)  # type: ignore[union-attr]
         model.config._is_quantized = False  # type: ignore[union-attr]
+
+
+GPTQMODEL = GPTQModelBackend()
+is_gptqmodel = GPTQMODEL.matches

@@ -26,11 +26,11 @@ from torch import nn
 
 from ...common.names import has_suffix
 from ...layers.backends.bitsandbytes import unpack
+from ...layers.narrowed import active_ranges
 from ...structure.blocks import Structure
 from ...structure.description import undescribable
 from ...structure.importance import check_sortable, noted_orders, sort_by_importance
 from ...structure.modules import module_at
-from ...structure.narrow import active_ranges
 from ...structure.parts import KINDS
 from ...structure.space import activate, check_narrowable_layers, structural_choices
 from ...supernet.host import HOST_ATTRIBUTE

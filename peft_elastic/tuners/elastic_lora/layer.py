@@ -28,8 +28,14 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
-from ...structure.narrow import is_asked_by_name, set_in_replica, store_in_replica, stored_tensor, take
-from ...structure.parts import Ranges
+from ...layers.narrowed import (
+    Ranges,
+    is_asked_by_name,
+    set_in_replica,
+    store_in_replica,
+    stored_tensor,
+    take,
+)
 
 
 def _leading(full: torch.Tensor, dim: int, kept: int, blocks: int = 1) -> torch.Tensor:

@@ -22,14 +22,12 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...common.parameters import check_parameters
-from ...layers.backends.gptqmodel import is_gptqmodel, to_quantized_linear
+from ...layers.backends import BACKENDS, Backend, OldWeight, backend_of, find_linear_backend
 from ...layers.grid import Grid, check_group_size, fit_grid
+from ...layers.narrowed import active_ranges
 from ...layers.quantized_linear import QuantizedLinear
-from ...structure.narrow import active_ranges
-from . import base_layer as base
 from .config import SparseQALoraConfig
 from .effective_weight import effective_linear, effective_weight
 
@@ -49,7 +47,7 @@ class SparseLoraLinear(lora.Linear):
     # Whether `get_delta_weight` leaves out the mask and the rounding, for what puts them on again.
     unmasked_delta = False
     # The base weight as it was before the merge.
-    _old: Optional[base.OldWeight] = None
+    _old: Optional[OldWeight] = None
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: SparseQALoraConfig, **kwargs: Any
@@ -100,13 +98,13 @@ class SparseLoraLinear(lora.Linear):
         the update is then a product of its own."""
         if self.training and any(getattr(self.lora_dropout[name], "p", 0) for name in names):
             return False
-        if base.is_bitsandbytes(self.base_layer) or not base.computes_plainly(self.base_layer):
+        if not computes_plainly(self.base_layer):
             return False
         weight = getattr(self.base_layer, "weight", None)
         if weight is not None and weight.requires_grad:
             return False  # its gradient comes from the base layer
         masked, grid = self.kind(names)
-        if grid is None and base.is_rounded(self.base_layer):
+        if grid is None and self._backend.on_grid:
             return False  # and the update is not
         return len({self.masked[name] for name in names}) == 1 and (masked or grid is not None)
 
@@ -125,9 +123,8 @@ class SparseLoraLinear(lora.Linear):
                         "accelerate has offloaded the weights of the base, which masked and quantisation-aware adapters need "
                         "to compute. Choose a `device_map` without 'cpu' or 'disk' offloading, or merge the adapter first."
                     )
-                base_layer = self.get_base_layer()
-                rounded = grid is not None and base.is_rounded(base_layer)
-                minus = base.grid_of(base_layer) if rounded else "weight"
+                rounded = grid is not None and self._backend.on_grid
+                minus = self._backend.grid(self.get_base_layer()) if rounded else "weight"
                 update = effective_linear(dropped, weight, None, *self._factors(group), masked, grid, minus, read)
             else:
                 lora_A, lora_B = self.lora_A[group[0]], self.lora_B[group[0]]
@@ -137,10 +134,10 @@ class SparseLoraLinear(lora.Linear):
         return result.to(dtype)
 
     def _weight_or_reader(self) -> tuple[Optional[torch.Tensor], Optional[Callable[[], torch.Tensor]]]:
-        base_layer = self.get_base_layer()
-        if base.is_float(base_layer):
-            return base.weight_of(base_layer), None
-        return None, lambda: base.weight_of(base_layer)  # dequantised when needed, and not kept
+        base_layer, backend = self.get_base_layer(), self._backend
+        if not backend.packed:
+            return backend.weight(base_layer), None
+        return None, lambda: backend.weight(base_layer)  # dequantised when needed, and not kept
 
     def _factors(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B with the scaling in it, (out, k), and A, (k, in), of the sum of the updates."""
@@ -177,13 +174,14 @@ class SparseLoraLinear(lora.Linear):
             lora_B, lora_A = self._factors([adapter])
             return transpose(lora_B @ lora_A, self.fan_in_fan_out)
         base_layer = self.get_base_layer()
-        before, own = self._weight_before(), base.grid_of(base_layer)
+        backend = self._backend
+        before, own = self._weight_before(), backend.grid(base_layer)
         if self._old is not None and self._old.grid is not None:
             own = self._old.grid
         if own is not None:
             before = own.round(before)
         delta = self._merged_weight([adapter]) - before
-        return delta.T.contiguous() if isinstance(base_layer, Conv1D) else delta
+        return delta.T.contiguous() if backend.out_dim(base_layer) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """As in peft. The zeros of the base stay; the base weight is kept, so that `unmerge` gives it back exactly.
@@ -200,7 +198,7 @@ class SparseLoraLinear(lora.Linear):
         merged = self._merged_weight(together)  # starting from the base weight, whatever is merged
         if safe_merge:
             self._check_finite(merged, names)
-        old = base.replace_weight(self.get_base_layer(), merged, self.kind(together)[1])
+        old = self._backend.replace(self.get_base_layer(), merged, self.kind(together)[1])
         if self._old is None:
             self._old = old
         self.merged_adapters.extend(names)
@@ -208,7 +206,7 @@ class SparseLoraLinear(lora.Linear):
     def check_merge(self, names: list[str], safe_merge: bool = False) -> None:
         """ValueError if the merged layer would not compute what these adapters do, or, with `safe_merge`, nothing finite."""
         grid = self.kind(names)[1]
-        if grid is None and base.is_rounded(self.get_base_layer()):
+        if grid is None and self._backend.on_grid:
             raise ValueError(
                 f"The base layer is quantised and the adapters {names} are not quantisation-aware, so the merged weight would "
                 "be rounded to other values than they were trained with. `peft_elastic.merge_and_requantize(model)` does "
@@ -225,7 +223,7 @@ class SparseLoraLinear(lora.Linear):
     def _weight_before(self) -> torch.Tensor:
         """W, (out, in), with or without a merge."""
         base_layer = self.get_base_layer()
-        return base.weight_of(base_layer) if self._old is None else self._old.matrix(base_layer)
+        return self._backend.weight(base_layer) if self._old is None else self._old.matrix(base_layer)
 
     def _merged_weight(self, names: list[str]) -> torch.Tensor:
         with torch.no_grad():
@@ -251,19 +249,23 @@ class SparseLoraLinear(lora.Linear):
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
     ) -> nn.Module:
         """The base layer, merged or not; a `QuantizedLinear` where quantisation-aware adapters have been merged."""
-        if merge and is_gptqmodel(self.get_base_layer()):
-            # such a layer cannot be written to
-            self.base_layer = to_quantized_linear(self.get_base_layer(), dtype=self._adapter_dtype())
         if merge:
+            writable = self._backend.writable(self.get_base_layer(), self._adapter_dtype())
+            if writable is not self.get_base_layer():
+                self.base_layer = writable
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base_layer: Any = self.get_base_layer()
         grid = self.kind(self.merged_adapters)[1] if self.merged_adapters else None
-        if grid is not None and not isinstance(base_layer, QuantizedLinear):
+        if grid is not None and not self._backend.on_grid:
             merged = self._merged_weight(self.merged_adapters)  # in a dtype that holds all values of the grid
             base_layer = QuantizedLinear.from_linear(base_layer, Grid.copy_of(grid))
             base_layer.weight.data = merged
         self._old = None  # lets go of the old weight
         return base_layer
+
+    @property
+    def _backend(self) -> Backend:
+        return backend_of(self.get_base_layer())
 
     def _adapter_dtype(self) -> torch.dtype:
         return next(iter(self.lora_A.values())).weight.dtype
@@ -272,14 +274,22 @@ class SparseLoraLinear(lora.Linear):
         return super().__repr__().replace("lora.lora.", "lora.", 1)
 
 
+def computes_plainly(layer: nn.Module) -> bool:
+    """Whether a forward pass is x W^T + b with the weight of the backend, or its rounding, and nobody watches it."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    backend = find_linear_backend(layer)
+    return backend is not None and backend.is_exact(layer) and not hooks and "forward" not in layer.__dict__
+
+
 def _make_grid(layer: nn.Module, config: SparseQALoraConfig) -> Grid:
     """The grid of the base layer, or one for its weight. ValueError if `config` asks for another one than the layer has."""
-    own = base.grid_of(layer)
+    backend = backend_of(layer)
+    own = backend.grid(layer)
     if own is None:
         bits = 4 if config.bits is None else config.bits
         group_size = 128 if config.group_size is None else config.group_size
         return fit_grid(
-            base.weight_of(layer), bits, group_size, bool(config.symmetric), config.clipping, persistent=True
+            backend.weight(layer), bits, group_size, bool(config.symmetric), config.clipping, persistent=True
         )
     check_same_grid(own, config, "the base layer")
     return Grid.copy_of(own, persistent=True)
@@ -304,23 +314,22 @@ def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> Non
     """Raise a ValueError if an adapter of `config` could not be put on this layer."""
     if not (config.sparse_adapter or config.quantization_aware):
         return
-    if not base.is_supported(layer):
+    backend = find_linear_backend(layer)
+    if backend is None or backend.obstacle("mask"):
+        packed = ", ".join(each.name for each in BACKENDS if each.packed and not each.obstacle("mask"))
         raise ValueError(
             f"{name!r} is of type {type(layer).__name__}; `sparse_adapter` and `quantization_aware` work on linear layers, "
-            "Conv1D and their quantised forms in bitsandbytes, GPTQModel and peft_elastic. Leave it out of "
-            "`target_modules`, or use `ElasticLoraConfig`."
+            f"Conv1D and their quantised forms in {packed} and peft_elastic. Leave it out of `target_modules`, or use "
+            "`ElasticLoraConfig`."
         )
     check_parameters({name: layer})
     if not config.quantization_aware:
         return
-    if base.is_bitsandbytes(layer):
-        raise ValueError(
-            f"`quantization_aware`: {name!r} is quantised by bitsandbytes, whose values are no grid of scales and zero points. "
-            "Load the model in floating point, or a GPTQ checkpoint."
-        )
-    grid = base.grid_of(layer)
+    if obstacle := backend.obstacle("round"):
+        raise ValueError(f"`quantization_aware`: {name!r} is quantised by {backend.name}, {obstacle}")
+    grid = backend.grid(layer)
     if grid is not None:
         check_same_grid(grid, config, repr(name))
     else:
         group_size = 128 if config.group_size is None else config.group_size
-        check_group_size(name, base.weight_of(layer).shape[1], group_size)
+        check_group_size(name, backend.weight(layer).shape[1], group_size)

@@ -23,13 +23,12 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...layers.backends import backend_of, find_linear_backend, grid_layers
 from ...layers.backends.gptqmodel import leave_gptqmodel
 from ...layers.grid import Grid
-from ...layers.quantized_linear import QuantizedLinear
 from ...quantization.saving import guard_saving
 from ..elastic_lora import ElasticLoraModel
 from ..elastic_lora.state import find_layers
-from . import base_layer as base
 from .config import SparseQALoraConfig
 from .layer import SparseLoraLinear, check_target
 
@@ -63,7 +62,8 @@ class SparseQALoraModel(ElasticLoraModel):
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not base.is_supported(layer):
+        backend = find_linear_backend(layer)
+        if backend is None or backend.obstacle("mask"):
             return ElasticLoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         return SparseLoraLinear(target, adapter_name, config=lora_config, **kwargs)
 
@@ -154,7 +154,7 @@ class SparseQALoraModel(ElasticLoraModel):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
             leave_gptqmodel(model)
-            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            if grid_layers(model):
                 guard_saving(model)
         return model
 
@@ -177,7 +177,8 @@ def _note_grid(config: SparseQALoraConfig, grids: list[Any]) -> None:
 def _warn_if_dense(layers: list[SparseLoraLinear]) -> None:
     weights = zeros = 0
     for layer in layers:
-        weight = base.weight_of(layer.get_base_layer())
+        base_layer = layer.get_base_layer()
+        weight = backend_of(base_layer).weight(base_layer)
         if weight.is_meta:
             return
         weights += weight.numel()
