@@ -35,7 +35,10 @@ BACKENDS: tuple[Backend, ...] = (GRID, BITSANDBYTES, GPTQMODEL, SPARSE, TORCHAO,
 
 def find_backend(module: nn.Module) -> Optional[Backend]:
     """The backend of a linear layer or an embedding; None for any other module."""
-    return next((backend for backend in BACKENDS if backend.matches(module)), None)
+    for backend in BACKENDS:
+        if backend.matches(module):
+            return backend
+    return None
 
 
 def find_linear_backend(module: nn.Module) -> Optional[Backend]:

@@ -29,8 +29,8 @@ from ..narrowed import Narrowed, Ranges, active_ranges, narrowed_class, plain_cl
 ABILITIES = {
     "mask": "masked adapters",
     "round": "quantisation-aware adapters",
-    "merge": "merging adapters that do not round",
-    "write": "merging in place",
+    "write": "merging these in place",
+    "merge": "merging other adapters",
     "requantize": "`merge_and_requantize`",
     "narrow": "elastic width",
     "sort": "sorting by importance",
@@ -139,7 +139,7 @@ class Backend:
         Raises:
             ValueError: `obstacle("write")`.
         """
-        raise ValueError(self.obstacle("write") or f"{self.layers} cannot be written to.")
+        raise ValueError(f"The base layer is of type {type(layer).__name__}, {self.obstacle('write')}")
 
     def writable(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         """The layer, or one with the same weight, and tensors of `dtype`, to stand in its place if it cannot be written to."""
@@ -195,7 +195,7 @@ class PackedBackend(Backend):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.obstacles = {**_PACKED_OBSTACLES, "round": _NO_GRID, **cls.obstacles}
+        cls.obstacles = {**_PACKED_OBSTACLES, **({} if cls.on_grid else {"round": _NO_GRID}), **cls.obstacles}
 
     def dequantize(self, layer: nn.Module) -> torch.Tensor:
         """The whole weight in floating point, (out, in)."""

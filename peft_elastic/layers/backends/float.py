@@ -73,8 +73,8 @@ class FloatBackend(Backend):
         return weight.T if self.out_dim(layer) else weight
 
     def stored_bytes(self, layer: nn.Module) -> int:
-        weight = layer.get_parameter("weight")
-        return weight.numel() * weight.element_size()
+        weight: Any = layer.weight
+        return int(weight.numel() * weight.element_size())
 
     def replace(self, layer: nn.Module, weight: torch.Tensor, grid: Optional[Grid] = None) -> OldWeight:
         parameter = layer.get_parameter("weight")
@@ -122,7 +122,9 @@ class EmbeddingBackend(FloatBackend):
     listed = False
     exact = (nn.Embedding,)
     obstacles = {
-        **dict.fromkeys(("mask", "round", "requantize"), "which is no linear layer. Use `ElasticLoraConfig`."),
+        **dict.fromkeys(
+            ("mask", "round", "write", "requantize"), "which is no linear layer. Use `ElasticLoraConfig`."
+        ),
         **dict.fromkeys(("prune", "quantize", "sparsify"), "which is no linear layer."),
     }
 

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Optional
 
 import torch
@@ -35,16 +36,13 @@ class GPTQModelBackend(PackedBackend):
     on_grid = True
     obstacles = {
         "merge": MERGED_IS_ROUNDED,
-        "write": "A layer of GPTQModel cannot be written to, so adapters are not merged in place. `merge_and_unload()` puts a "
-        "QuantizedLinear in its place; `peft_elastic.load_gptq` loads a checkpoint with such layers.",
+        "write": "which cannot be written to, so adapters are not merged in place. `merge_and_unload()` puts a QuantizedLinear in "
+        "its place; `peft_elastic.load_gptq` loads a checkpoint with such layers.",
         "narrow": "which cannot be narrowed. Load a GPTQ checkpoint with `peft_elastic.load_gptq`.",
     }
 
     def matches(self, layer: nn.Module) -> bool:
-        return any(
-            cls.__name__ == "BaseQuantLinear" and cls.__module__.startswith("gptqmodel.")
-            for cls in type(layer).__mro__
-        )
+        return _is_of_gptqmodel(type(layer))
 
     def is_exact(self, layer: nn.Module) -> bool:
         return True
@@ -62,6 +60,11 @@ class GPTQModelBackend(PackedBackend):
 
     def writable(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         return to_quantized_linear(layer, dtype=dtype)
+
+
+@functools.cache
+def _is_of_gptqmodel(cls: type) -> bool:
+    return any(c.__name__ == "BaseQuantLinear" and c.__module__.startswith("gptqmodel.") for c in cls.__mro__)
 
 
 def read_layer(layer: Any, name: str = "the layer") -> tuple[torch.Tensor, Grid]:
