@@ -181,13 +181,13 @@ __getattr__, __dir__ = lazy_package(
 )
 
 
-def _register() -> None:
-    """Make peft know the tuner types, and transformers the checkpoints that this package writes."""
+def register() -> None:
+    """Make peft know the tuner types, and transformers the checkpoints that this package writes. Importing this package does so,
+    but in the process of the command line, where `peft-elastic --version` should not have to import torch for it."""
     from . import tuners  # noqa: F401
     from .deploy import checkpoint  # noqa: F401
     from .structure import description  # noqa: F401
 
 
-# The command line registers when a command runs: `peft-elastic --version` should not have to import torch for it.
 if not _process.is_program():
-    _register()
+    register()

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic bench`: what the sparse kernels gain on this machine, for layers or for a model."""
+"""`peft-elastic bench`: what the sparse kernels gain on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from peft_elastic import MagnitudeConfig, optimize_generation, prune, restore_ge
 from peft_elastic.cost.timing import measure
 from peft_elastic.layers import extension
 
-from . import _common, _data
+from . import _common
+from ._options import positive_int, summary
 
 
 _SHAPES = ["4096x4096", "11008x4096", "4096x11008", "576x1536"]
@@ -36,7 +37,7 @@ _SHAPES = ["4096x4096", "11008x4096", "4096x11008", "576x1536"]
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="what the sparse kernels gain on this machine",
+        help=summary(__doc__),
         description="Without a model: time dense against sparse layers, one token, weights that are not in the caches.\n"
         "With one: say which of its layers the sparse kernel makes faster here, and time its generation before\n"
         "and after the swap. Nothing is written but the cache of measurements.",
@@ -64,9 +65,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=_SHAPES, metavar="OUTxIN", help=f"layers to time (default: {' '.join(_SHAPES)})"
     )
-    parser.add_argument("--threads", type=_data.positive_int, help="to use (default: all)")
+    parser.add_argument("--threads", type=positive_int, help="to use (default: all)")
     parser.add_argument(
-        "--tokens", type=_data.positive_int, default=64, help="to generate with --model (default: %(default)s)"
+        "--tokens", type=positive_int, default=64, help="to generate with --model (default: %(default)s)"
     )
     parser.set_defaults(run=run)
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic merge`: put a subnet of an adapter into the base model, or out into a plain LoRA adapter."""
+"""`peft-elastic merge`: merge a subnet into the model, or export it as plain LoRA."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from typing import Any
 from peft_elastic import Subnet, save_gptq, sparsify_linears
 
 from . import _common
+from ._options import summary
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "merge",
-        help="merge a subnet into the model, or export it as plain LoRA",
+        help=summary(__doc__),
         description="Merge the active subnet of an adapter into its base model, and save that as an ordinary checkpoint that\n"
         "transformers loads without this package; or export the subnet as a plain LoRA adapter, which peft\n"
         "and other programs load without this package. With --sparse, layers that are still sparse are stored\n"

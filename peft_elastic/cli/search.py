@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic search`: find the subnets of a super-adapter that are worth having."""
+"""`peft-elastic search`: search the subnets of a super-adapter."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from peft_elastic import SearchResult, search_subnet
 from peft_elastic.cost.latency import LatencyModel
 
 from . import _common, _data, _evaluation
+from ._options import positive_int, summary
 
 
 # Costs that can be bounded, and what their unit is.
@@ -32,7 +33,7 @@ _BOUNDED = {"macs": "MACs per token", "parameters": "parameters", "bytes": "byte
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "search",
-        help="search the subnets of a super-adapter",
+        help=summary(__doc__),
         description="Evaluate subnets of a trained super-adapter on validation data, guided by NSGA-II towards those that\n"
         "are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
         "Interrupted, or asked for more evaluations, the same command continues where it stopped.",
@@ -97,7 +98,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="dense",
         help="with the layers that `merge --sparse` would swap, all that can be or those that pay (default: %(default)s)",
     )
-    search.add_argument("--batch-size", type=_data.positive_int, default=16, help="default: %(default)s")
+    search.add_argument("--batch-size", type=positive_int, default=16, help="default: %(default)s")
 
     choice = parser.add_argument_group("choice of the subnet")
     choice.add_argument(
