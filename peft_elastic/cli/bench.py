@@ -24,11 +24,13 @@ from typing import Any
 import torch
 
 from peft_elastic import MagnitudeConfig, optimize_generation, prune, restore_generation, sparsify_linears
+from peft_elastic.common.checks import wrong
 from peft_elastic.cost.timing import measure
 from peft_elastic.layers import extension
+from peft_elastic.layers.format import VALUE_DTYPES
 
 from . import _common
-from ._options import positive_int, summary
+from ._options import default_of, positive_int, summary
 
 
 _SHAPES = ["4096x4096", "11008x4096", "4096x11008", "576x1536"]
@@ -53,7 +55,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--dtype", choices=_common.DTYPES[1:], help="of the dense layers (default: float32; of a model: its own)"
     )
     parser.add_argument(
-        "--values", choices=("bf16", "int8"), default="bf16", help="of the sparse layers (default: %(default)s)"
+        "--values",
+        choices=tuple(VALUE_DTYPES),
+        default=default_of(sparsify_linears, "dtype"),
+        help="of the sparse layers (default: %(default)s)",
     )
     parser.add_argument(
         "--sparsity",
@@ -76,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.shapes]
     for sparsity in args.sparsity or ():
         if not 0 <= sparsity <= 1:
-            raise ValueError(f"`--sparsity` is {sparsity}; allowed is 0 to 1.")
+            raise wrong("--sparsity", "a share from 0 to 1", sparsity)
     if args.model and len(args.sparsity or ()) > 1:
         raise ValueError("`--sparsity` takes one number with `--model`.")
     if not extension.is_built():
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
     if match is None:
-        raise ValueError(f"`--shapes` has {text!r}; a shape is OUTxIN, such as 4096x11008.")
+        raise wrong("--shapes", "OUTxIN, such as 4096x11008", text)
     return int(match[1]), int(match[2])
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_elastic import Subnet, save_gptq, sparsify_linears
+from peft_elastic.layers.format import VALUE_DTYPES
 
 from . import _common
 from ._options import summary
@@ -56,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--sparse",
-        choices=("bf16", "int8"),
+        choices=tuple(VALUE_DTYPES),
         help="swap in sparse layers with values of this type where they are faster on this machine (default: none)",
     )
     parser.add_argument(

@@ -26,13 +26,16 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig
+from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig, SubnetSamplingCallback
 from peft_elastic.common.documents import read_json
 from peft_elastic.common.writing import writing
+from peft_elastic.layers.grid import BITS
+from peft_elastic.structure.importance import IMPORTANCES
+from peft_elastic.supernet.samplers import ONE_A_STEP, SEVERAL_A_STEP
 
 from . import _common, _data
 from ._examples import Collator, batches, encode
-from ._options import positive_int, summary
+from ._options import default_of, positive_int, summary
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -76,7 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     adapter.add_argument(
         "--groups",
         nargs="+",
-        default=["module"],
+        default=[default_of(ElasticLoraConfig, "rank_groups")],
         metavar="GROUP",
         help="which modules share one rank: 'module' (none), 'block' (all of a transformer block), or groups of names "
         "tied in each block, such as: q_proj,k_proj,v_proj up_proj,gate_proj down_proj (default: module)",
@@ -90,7 +93,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     adapter.add_argument(
         "--bits",
         type=int,
-        choices=(2, 4, 8),
+        choices=BITS,
         help="train with the rounding to so many bits, which merging then keeps exactly (QA-SparsePEFT)",
     )
     adapter.add_argument(
@@ -113,8 +116,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     structure.add_argument(
         "--importance",
-        choices=("activation", "gradient", "magnitude", "none"),
-        default="activation",
+        choices=IMPORTANCES,
+        default=default_of(ElasticLoraConfig, "importance"),
         help="what heads and channels are sorted by before the training, so that narrow subnets keep the best (default: "
         "%(default)s)",
     )
@@ -129,8 +132,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--strategy",
-        choices=("uniform", "balanced", "sandwich"),
-        default="uniform",
+        choices=(*ONE_A_STEP, *SEVERAL_A_STEP),
+        default=default_of(SubnetSamplingCallback, "strategy"),
         help="which subnets a step trains: one, with every choice drawn on its own, or sizes evenly; or the largest, the "
         "smallest and two random ones (default: %(default)s)",
     )
@@ -143,7 +146,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training.add_argument(
         "--batch-size", type=positive_int, default=16, help="examples per step and device (default: %(default)s)"
     )
-    training.add_argument("--epochs", type=float, default=3, help="passes over the data (default: %(default)s)")
+    training.add_argument(
+        "--epochs",
+        type=float,
+        default=default_of(TrainingArguments, "num_train_epochs"),
+        help="passes over the data (default: %(default)s)",
+    )
     training.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
     training.add_argument(
         "--save-steps", type=positive_int, default=100, help="steps between checkpoints (default: %(default)s)"

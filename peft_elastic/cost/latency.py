@@ -50,8 +50,8 @@ _DOCUMENT = Document(
     1,
     Record(fingerprint=TEXT, workload=MapOf(ANYTHING), fixed=FINITE, layers=MapOf(MapOf(FINITE)), rest=ListOf(FINITE)),
 )
-_MODES = ("forward", "decode")
-_KERNELS = ("auto", "dense", "sparse")
+MODES = ("forward", "decode")
+KERNELS = ("auto", "dense", "sparse")
 _MIN_ROUNDS = 3
 _N_RANDOM = 3
 _VISIT_SECONDS = 0.02
@@ -471,10 +471,10 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
 def _check_arguments(
     model: nn.Module, linears: Mapping[str, MergedLinear], mode: Any, kernel: Any, seconds: Any
 ) -> None:
-    if mode not in _MODES:
-        raise ValueError(f"`mode` must be one of {list(_MODES)}, got {mode!r}.")
-    if kernel not in _KERNELS:
-        raise ValueError(f"`kernel` must be one of {list(_KERNELS)}, got {kernel!r}.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {list(MODES)}, got {mode!r}.")
+    if kernel not in KERNELS:
+        raise ValueError(f"`kernel` must be one of {list(KERNELS)}, got {kernel!r}.")
     if kernel != "dense" and not ops.is_available():
         raise ValueError(f"`kernel={kernel!r}` needs the C++ extension (`peft-elastic info` says how to get it).")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
