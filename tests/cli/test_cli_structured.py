@@ -21,7 +21,7 @@ import signal
 
 import pytest
 import torch
-from support.elastic_models import run_fresh
+from support.fresh import run_fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_elastic import MultiPrunerConfig, PruningPlan, TwoStagePrunerConfig, WidthPrunerConfig, prune_structured

@@ -17,15 +17,17 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from support import fresh
 from transformers import AutoModelForCausalLM
 
 from peft_elastic import SearchResult, SparseLinear, Subnet, load_gptq
 from peft_elastic.cli import main
-from peft_elastic.cli.quickstart import report
+from peft_elastic.cli.quickstart import base, report
 from peft_elastic.cli.quickstart.base import movie_examples
 from peft_elastic.cli.quickstart.checklist import Checklist
 from peft_elastic.cli.quickstart.splits import read_splits
@@ -47,6 +49,12 @@ ROWS = [
 
 def smoke(out, *options):
     return main(["quickstart", "--smoke", "--out", str(out), *options])
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The processes that a run starts are forked; those of `finished` are interpreters of their own, as a user's are."""
+    monkeypatch.setattr(base, "subprocess", SimpleNamespace(run=fresh.run))
 
 
 def results(out):
@@ -118,7 +126,7 @@ def test_what_is_left_behind(finished):
     assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
 
 
-def test_width(tmp_path, capsys):
+def test_width(forked, tmp_path, capsys):
     """The other path: the extracted model is a smaller one, and computes what the searched subnet computes."""
     out = tmp_path / "out"
     assert smoke(out, "--width", "--max-parameters", "90%") == 0
@@ -163,7 +171,7 @@ def test_a_second_run_does_nothing_again(finished, capsys):
     assert capsys.readouterr().out.count("done before") == len(STAGES)
 
 
-def test_an_interrupted_run_continues_to_the_same_results(finished, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_results(finished, forked, tmp_path):
     """As if killed after the pruned model was saved and before that was noted; the rest is there in part."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -191,7 +199,7 @@ def test_other_settings_are_not_mixed_in(finished, capsys):
 
 
 @pytest.mark.slow
-def test_fresh(finished, tmp_path):
+def test_fresh(finished, forked, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     (out / "stages.json").write_text("{")
