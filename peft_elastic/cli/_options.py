@@ -23,6 +23,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from peft_elastic.common.checks import wrong
+
 
 def summary(docstring: str | None) -> str:
     """What a command's line in `peft-elastic --help` says: of the first paragraph of its module's docstring what follows
@@ -57,5 +59,5 @@ def parse_workload(text: str) -> tuple[int, int]:
     """What `--latency-of` says: sequences and tokens."""
     numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if numbers is None:
-        raise ValueError(f"`--latency-of` must be sequences x tokens such as '1x128', got {text!r}.")
+        raise wrong("--latency-of", "sequences x tokens such as '1x128'", text)
     return int(numbers[1]), int(numbers[2])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_elastic import LatencyModel, SearchResult, search_subnet
+from peft_elastic.common.checks import wrong
 from peft_elastic.cost.counts import COST_NAMES
 from peft_elastic.cost.latency import KERNELS, MODES
 from peft_elastic.search import ALGORITHMS
@@ -198,7 +199,7 @@ def _parse_bound(option: str, text: str | None) -> float | str | None:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"`--{option}` must be a number or a share such as '97%', got {text!r}.") from None
+        raise wrong(f"--{option}", "a number or a share such as '97%'", text) from None
 
 
 def _parse_points(args: argparse.Namespace) -> list[dict[str, float]] | None:
@@ -218,9 +219,7 @@ def _parse_points(args: argparse.Namespace) -> list[dict[str, float]] | None:
             except ValueError:
                 point = {}
         if len(words) != 2 or set(point) != {args.metric, args.cost}:
-            raise ValueError(
-                f"`--reference-point` must be {args.metric}=NUMBER {args.cost}=NUMBER, got {' '.join(words)!r}."
-            )
+            raise wrong("--reference-point", f"{args.metric}=NUMBER {args.cost}=NUMBER", " ".join(words))
         points.append(point)
     return points
 

@@ -27,6 +27,7 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig, SubnetSamplingCallback
+from peft_elastic.common.checks import wrong
 from peft_elastic.common.documents import read_json
 from peft_elastic.common.writing import writing
 from peft_elastic.layers.grid import BITS
@@ -254,8 +255,8 @@ def parse_width(words: Sequence[str] | None) -> dict[str, list[int | float]] | N
         try:
             widths[kind] = [int(value) if value.isdecimal() else float(value) for value in values.split(",")]
         except ValueError:
-            raise ValueError(
-                f"`--elastic-width` {word!r} must be heads=... or mlp=... with shares or whole numbers, such as mlp=1.0,0.75."
+            raise wrong(
+                "--elastic-width", "heads=... or mlp=... with shares or whole numbers, such as mlp=1.0,0.75", word
             ) from None
     return widths or None
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from ..common.checks import check_whole, wrong
 from .space import SearchSpace, Subnet
 
 
@@ -167,12 +168,11 @@ class SandwichSampler:
         sampler (`"uniform"`, `"balanced"` or a `SubnetSampler`, defaults to `"uniform"`): how they are drawn.
 
     Raises:
-        ValueError: if `n_random` is not a non-negative integer or the sampler is unknown.
+        ValueError: if `n_random` is not a whole number >= 0 or the sampler is unknown.
     """
 
     def __init__(self, n_random: int = 2, sampler: str | SubnetSampler = "uniform") -> None:
-        if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
-            raise ValueError(f"`n_random` must be a non-negative integer, got {n_random!r}.")
+        check_whole("n_random", n_random, least=0)
         self.n_random = n_random
         self.sampler = _find(sampler, "sampler", ONE_A_STEP)
 
@@ -212,9 +212,7 @@ def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
         return named[value]()
     if callable(value) and not isinstance(value, type):
         return value
-    raise ValueError(
-        f"`{argument}` must be one of {sorted(named)} or a callable (space, rng) -> Subnet, got {value!r}."
-    )
+    raise wrong(argument, f"one of {sorted(named)} or a callable (space, rng) -> Subnet", value)
 
 
 def _only_ranks(space: SearchSpace) -> bool:

@@ -381,6 +381,17 @@ def test_bench_of_a_model(folder, capsys, monkeypatch):
         assert name in ("generate", "optimize_generation") and float(dense) > 0 and float(sparse) > 0
 
 
+def test_search_near_reference_points(folder, adapter, tmp_path):
+    data = ["--dataset", folder / "validation.jsonl", "--samples", "8", "--evals", "6", "--population", "4"]
+    points = ["--reference-point", "loss=0.5", "macs=5e4", "--reference-point", "loss=0.1", "macs=1e5"]
+    command = ["search", "--adapter", adapter, *data, "--algorithm", "r-nsga2", *points, "--out", tmp_path / "s"]
+    assert run(*command) == 0
+    result = SearchResult.load(tmp_path / "s")
+    assert result.settings["algorithm"] == "r-nsga2" and len(result.history) == 6
+    assert result.settings["reference_points"] == [[0.5, 5e4], [0.1, 1e5]]
+    assert run(*command, "--reference-point", "loss=0.2", "macs=1e5") == 2  # another search
+
+
 def test_search_by_accuracy(folder, adapter, tmp_path):
     data = ["--dataset", folder / "validation.jsonl", "--samples", "8"]
     metric = ["--metric", "accuracy", "--cost", "parameters"]
@@ -407,6 +418,8 @@ def test_search_of_plain_text(folder, adapter, tmp_path):
 TRAIN_HERE = ["train", "--model", "{model}", "--dataset", "{train}", "--out", "{new}"]
 PRUNE_HERE = ["prune", "--model", "{model}", "--dataset", "{train}", "--out", "{new}"]
 SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--out", "{new}"]
+
+R_NSGA2 = [*SEARCH_HERE, "--algorithm", "r-nsga2", "--reference-point"]
 
 
 @pytest.mark.parametrize(
@@ -447,14 +460,20 @@ SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--ou
         ([*SEARCH_HERE, "--adapter", "./missing"], "no such folder"),
         ([*SEARCH_HERE, "--adapter", "{model}"], "no adapter_config.json"),
         ([*SEARCH_HERE, "--budget", "some"], "`--budget`"),
+        ([*SEARCH_HERE, "--algorithm", "r-nsga2"], "needs `--reference-point`"),
+        ([*SEARCH_HERE, "--reference-point", "loss=1", "macs=1"], "goes with `--algorithm r-nsga2`"),
+        ([*R_NSGA2, "loss=1"], "`--reference-point` must be loss=NUMBER macs=NUMBER, got 'loss=1'"),
+        ([*R_NSGA2, "loss=1", "macs=few"], "`--reference-point` must be loss=NUMBER macs=NUMBER"),
+        ([*R_NSGA2, "loss=1", "bytes=1"], "`--reference-point` must be loss=NUMBER macs=NUMBER"),
+        ([*R_NSGA2, "loss=nan", "macs=1"], "must be finite numbers"),
         ([*SEARCH_HERE, "--evals", "0"], "`n_evals`"),
         ([*SEARCH_HERE, "--metric", "accuracy", "--dataset", "{text}"], "needs labels of a few kinds"),
         (["merge", "--adapter", "{adapter}"], "nothing to do"),
         (["merge", "--adapter", "{adapter}", "--out", "{new}", "--subnet", "missing.json"], "missing.json"),
         (["merge", "--adapter", "{adapter}", "--out", "{new}", "--subnet", "{train}"], "not a subnet file"),
         (["merge", "--adapter", "{adapter}", "--export-lora", "{new}", "--sparse", "bf16"], "`--sparse` goes with"),
-        (["bench", "--shapes", "4096"], "a shape is OUTxIN"),
-        (["bench", "--sparsity", "1.5"], "`--sparsity` is 1.5"),
+        (["bench", "--shapes", "4096"], "`--shapes` must be OUTxIN, such as 4096x11008, got '4096'"),
+        (["bench", "--sparsity", "1.5"], "`--sparsity` must be a share from 0 to 1, got 1.5"),
         (["bench", "--model", "{model}", "--sparsity", "0.5", "0.7"], "takes one number"),
         (["bench", "--model", "./missing"], "no such folder"),
         (["quickstart", "--out", "{model}"], "exists already"),
