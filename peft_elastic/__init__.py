@@ -13,52 +13,59 @@
 # limitations under the License.
 """peft-elastic: elastic LoRA adapters for Hugging Face peft. Importing this package registers its tuner types."""
 
-from . import _process  # noqa: F401, before all that imports torch
-from .cost.latency import LatencyModel
-from .deploy import (
-    GenerationReport,
-    SwapReport,
-    densify_linears,
-    explain_generation,
-    optimize_generation,
-    restore_generation,
-    sparsify_linears,
-)
-from .layers.quantized_linear import QuantizedLinear
-from .layers.sparse_linear import SparseLinear
-from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig, prune
-from .pruning.structured import (
-    BlockPrunerConfig,
-    MultiPrunerConfig,
-    PruningPlan,
-    TwoStagePrunerConfig,
-    WidthPrunerConfig,
-    prune_structured,
-)
-from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, quantize, save_gptq
-from .search import SearchResult, search_subnet
-from .structure import sort_by_importance
-from .supernet import (
-    BalancedSampler,
-    Choice,
-    ElasticTrainer,
-    ElasticTrainerMixin,
-    SandwichSampler,
-    SearchSpace,
-    Stage,
-    Subnet,
-    SubnetSamplingCallback,
-    UniformSampler,
-)
-from .tuners import (
-    ElasticLoraConfig,
-    ElasticLoraModel,
-    RequantizationReport,
-    SparseQALoraConfig,
-    SparseQALoraModel,
-    merge_and_requantize,
-)
+from typing import TYPE_CHECKING
+
+from . import _process  # before all that imports torch
+from .common.lazy import lazy_package
 from .version import __version__
+
+
+# Three lists of the same names: for type checkers and editors, for the reader, and for `__getattr__`; a test compares them.
+if TYPE_CHECKING:
+    from .cost.latency import LatencyModel
+    from .deploy import (
+        GenerationReport,
+        SwapReport,
+        densify_linears,
+        explain_generation,
+        optimize_generation,
+        restore_generation,
+        sparsify_linears,
+    )
+    from .layers.quantized_linear import QuantizedLinear
+    from .layers.sparse_linear import SparseLinear
+    from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig, prune
+    from .pruning.structured import (
+        BlockPrunerConfig,
+        MultiPrunerConfig,
+        PruningPlan,
+        TwoStagePrunerConfig,
+        WidthPrunerConfig,
+        prune_structured,
+    )
+    from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, quantize, save_gptq
+    from .search import SearchResult, search_subnet
+    from .structure import sort_by_importance
+    from .supernet import (
+        BalancedSampler,
+        Choice,
+        ElasticTrainer,
+        ElasticTrainerMixin,
+        SandwichSampler,
+        SearchSpace,
+        Stage,
+        Subnet,
+        SubnetSamplingCallback,
+        UniformSampler,
+    )
+    from .tuners import (
+        ElasticLoraConfig,
+        ElasticLoraModel,
+        RequantizationReport,
+        SparseQALoraConfig,
+        SparseQALoraModel,
+        merge_and_requantize,
+    )
 
 
 __all__ = [
@@ -110,3 +117,78 @@ __all__ = [
     "sort_by_importance",
     "sparsify_linears",
 ]
+
+__getattr__, __dir__ = lazy_package(
+    __name__,
+    {
+        ".cost.latency": ("LatencyModel",),
+        ".deploy": (
+            "GenerationReport",
+            "SwapReport",
+            "densify_linears",
+            "explain_generation",
+            "optimize_generation",
+            "restore_generation",
+            "sparsify_linears",
+        ),
+        ".layers.quantized_linear": ("QuantizedLinear",),
+        ".layers.sparse_linear": ("SparseLinear",),
+        ".pruning": ("MagnitudeConfig", "PruningReport", "SparseGPTConfig", "WandaConfig", "prune"),
+        ".pruning.structured": (
+            "BlockPrunerConfig",
+            "MultiPrunerConfig",
+            "PruningPlan",
+            "TwoStagePrunerConfig",
+            "WidthPrunerConfig",
+            "prune_structured",
+        ),
+        ".quantization": ("GPTQConfig", "QuantizationReport", "RTNConfig", "load_gptq", "quantize", "save_gptq"),
+        ".search": ("SearchResult", "search_subnet"),
+        ".structure": ("sort_by_importance",),
+        ".supernet": (
+            "BalancedSampler",
+            "Choice",
+            "ElasticTrainer",
+            "ElasticTrainerMixin",
+            "SandwichSampler",
+            "SearchSpace",
+            "Stage",
+            "Subnet",
+            "SubnetSamplingCallback",
+            "UniformSampler",
+        ),
+        ".tuners": (
+            "ElasticLoraConfig",
+            "ElasticLoraModel",
+            "RequantizationReport",
+            "SparseQALoraConfig",
+            "SparseQALoraModel",
+            "merge_and_requantize",
+        ),
+    },
+    modules=(
+        "common",
+        "cost",
+        "deploy",
+        "layers",
+        "pruning",
+        "quantization",
+        "search",
+        "structure",
+        "supernet",
+        "tuners",
+        "utils",
+    ),
+)
+
+
+def register() -> None:
+    """Make peft know the tuner types, and transformers the checkpoints that this package writes. Importing this package does so,
+    but in the process of the command line, where `peft-elastic --version` should not have to import torch for it."""
+    from . import tuners  # noqa: F401
+    from .deploy import checkpoint  # noqa: F401
+    from .structure import description  # noqa: F401
+
+
+if not _process.is_program():
+    register()

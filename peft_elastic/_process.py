@@ -33,12 +33,22 @@ SECONDS_BETWEEN_LINES = 30
 
 def is_command(arguments: Sequence[str], environment: MutableMapping[str, str]) -> bool:
     """Whether a process with this command line is `peft-elastic`, one of its modules, or was started by one."""
-    program = Path(arguments[1]).name if len(arguments) > 1 else ""
     return (
         _MARK in environment
-        or program.removesuffix(".exe").removesuffix("-script.py") == "peft-elastic"
-        or (program == "-m" and arguments[2:3] != [] and arguments[2].split(".")[:2] == ["peft_elastic", "cli"])
+        or is_program(arguments)
+        or (
+            arguments[1:2] == ["-m"]
+            and arguments[2:3] != []
+            and arguments[2].split(".")[:2] == ["peft_elastic", "cli"]
+        )
     )
+
+
+def is_program(arguments: Sequence[str] | None = None) -> bool:
+    """Whether a process with this command line (default: this process) is `peft-elastic` itself, and nothing that it started."""
+    arguments = sys.orig_argv if arguments is None else arguments
+    program = Path(arguments[1]).name if len(arguments) > 1 else ""
+    return program.removesuffix(".exe").removesuffix("-script.py") == "peft-elastic"
 
 
 def settle(environment: MutableMapping[str, str], is_terminal: bool) -> None:

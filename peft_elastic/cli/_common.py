@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 import warnings
@@ -41,6 +40,7 @@ from peft_elastic.pruning import measure_sparsity
 from peft_elastic.structure.rebuild import BLOCKS_ATTRIBUTE
 
 from ._data import first_line
+from ._options import parse_workload, seed  # noqa: F401
 
 
 # What libraries raise when they meet a file that is damaged, which is not always their best.
@@ -63,22 +63,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
 
 
 def add_seed_argument(parser: argparse.ArgumentParser, of: str) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, help=f"of {of} (default: %(default)s)")
-
-
-def _seed(text: str) -> int:
-    """For argparse: what every random generator takes."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
-    return int(text)
-
-
-def parse_workload(text: str) -> tuple[int, int]:
-    """What `--latency-of` says: sequences and tokens."""
-    numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if numbers is None:
-        raise ValueError(f"`--latency-of` must be sequences x tokens such as '1x128', got {text!r}.")
-    return int(numbers[1]), int(numbers[2])
+    parser.add_argument("--seed", type=seed, default=0, help=f"of {of} (default: %(default)s)")
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any:

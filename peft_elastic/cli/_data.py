@@ -11,32 +11,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Data for the commands: records of a dataset become examples, and examples become batches for a causal language model."""
+"""Data for the commands: the options that say what to read, and how records of a dataset become examples."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
-import json
 import os
 import random
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import torch
-
-from peft_elastic.common.documents import TEXT, ListOf, MapOf, Record, read_json
 from peft_elastic.common.files import scratch_folder
-from peft_elastic.common.writing import atomic_write_text, write_error
+from peft_elastic.common.writing import write_error
+
+from ._examples import Example, pack  # noqa: F401, pack for the commands that calibrate
+from ._options import positive_int
 
 
-_SPLITS = MapOf(ListOf(Record(prompt=TEXT, completion=TEXT, choices=ListOf(TEXT))))
+if TYPE_CHECKING:
+    import datasets
 
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
@@ -46,25 +41,6 @@ _LABEL_COLUMNS = ("completion", "answer", "output", "response", "target", "label
 _TEXT_COLUMNS = ("text", "content")
 # With at most that many different labels a dataset is taken for a classification.
 _MOST_CLASSES = 10
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and its right continuation; plain text is a continuation of nothing.
-
-    Args:
-        prompt (`str`): what the model is given.
-        completion (`str`): what it learns to say, with the leading space.
-        choices (`tuple[str, ...]`): the continuations to choose from, among them `completion`; empty if it is free text.
-    """
-
-    prompt: str
-    completion: str
-    choices: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        return self.prompt + self.completion
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
@@ -125,13 +101,6 @@ def add_data_arguments(
     )
 
 
-def positive_int(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def read_examples(args: argparse.Namespace, samples: int | None = None) -> list[Example]:
     """The examples that the options of `add_data_arguments` describe; of only so many records, drawn with `args.seed`, if
     `samples` is given.
@@ -157,6 +126,8 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
     Raises:
         ValueError: if there is no such dataset or split, or it cannot be read.
     """
+    import datasets  # a second, which commands without data do without
+
     path = Path(name).expanduser()
     try:
         if path.is_dir():
@@ -191,6 +162,8 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
 def _load_file(reader: str, path: Path, options: Mapping[str, Any]) -> datasets.Dataset:
     """A dataset from a local file, through the cache of `datasets` if there can be one: without a home, or with one that cannot be
     written to, in memory."""
+    import datasets
+
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if cache.is_absolute() and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
@@ -291,150 +264,3 @@ def _fill(template: str, prompt: str, record: Mapping[str, Any]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of the message of an exception, or its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# -- splits --------------------------------------------------------------------------------------------------------
-
-
-def split_examples(examples: Sequence[Example], sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
-    """Divide examples at random. All with the same prompt, up to the case of letters, spaces and punctuation, go to the
-    same side; that side depends on the prompt and the seed alone, not on the order of the examples.
-
-    Args:
-        examples: what to divide.
-        sizes: split name -> number of examples; what is left over goes to "train".
-        seed: of the division.
-
-    Returns:
-        split name -> examples in a random order, exactly as many as `sizes` says. Where the last prompt of a split has
-        more examples than fit in, the others are left out.
-
-    Raises:
-        ValueError: if there are too few examples to leave any for "train".
-    """
-    groups: dict[str, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(" ".join(re.findall(r"\w+", example.prompt.lower())), []).append(example)
-    order = sorted(groups, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest())
-    remaining = iter([groups[prompt] for prompt in order])
-    splits: dict[str, list[Example]] = {}
-    for name, size in sizes.items():
-        splits[name] = []
-        while len(splits[name]) < size and (group := next(remaining, None)):
-            splits[name] += group
-        splits[name] = splits[name][:size]
-    splits["train"] = [example for group in remaining for example in group]
-    if not splits["train"]:
-        raise ValueError(
-            f"`--dataset` has {len(examples)} examples with {len(groups)} different prompts; {sum(sizes.values())} are "
-            f"needed for {' and '.join(sizes)}, and more for training."
-        )
-    return splits
-
-
-def write_splits(path: Path, splits: Mapping[str, Sequence[Example]]) -> None:
-    """Keep splits in a JSON file."""
-    plain = {name: [asdict(example) for example in examples] for name, examples in splits.items()}
-    atomic_write_text(path, json.dumps(plain))
-
-
-def read_splits(path: Path) -> dict[str, list[Example]]:
-    """The inverse of `write_splits`."""
-    plain = _SPLITS.check(read_json(path), str(path))
-    return {
-        name: [Example(row["prompt"], row["completion"], tuple(row["choices"])) for row in rows]
-        for name, rows in plain.items()
-    }
-
-
-# -- batches -------------------------------------------------------------------------------------------------------
-
-
-def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[dict[str, list[int]]]:
-    """Token ids, with labels on the completion alone; examples of more than `max_length` tokens are left out. Plain text
-    (no prompts) is joined and cut instead, see `pack`.
-
-    A completion that is no choice gets an end token, so that the model learns to stop.
-
-    Raises:
-        ValueError: if nothing remains.
-    """
-    if not any(example.prompt for example in examples):
-        pieces = pack(tokenizer, [example.text for example in examples], max_length)
-        return [{"input_ids": piece, "labels": list(piece)} for piece in pieces]
-    features = []
-    for example in examples:
-        prompt = _without_end(tokenizer, tokenizer(example.prompt)["input_ids"])
-        # together, as the model will see them; a token across the border belongs to the completion
-        whole = _without_end(tokenizer, tokenizer(example.text)["input_ids"])
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole) - 1))
-        if not example.choices and tokenizer.eos_token_id is not None:
-            whole = [*whole, tokenizer.eos_token_id]
-        if len(whole) <= max_length:
-            features.append({"input_ids": whole, "labels": [-100] * shared + whole[shared:]})
-    if not features:
-        raise ValueError(
-            f"`--max-length` {max_length} is less than the tokens of every one of {len(examples)} examples."
-        )
-    return features
-
-
-def pack(tokenizer: Any, texts: Iterable[str], length: int, limit: int | None = None) -> list[list[int]]:
-    """Token ids of the texts, joined by the end token and cut into pieces of `length` tokens, `limit` pieces at most. A
-    shorter rest is dropped, unless it is all there is."""
-    ids: list[int] = []
-    for text in texts:
-        ids += _without_end(tokenizer, tokenizer(text)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        if limit is not None and len(ids) >= limit * length:
-            break
-    pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    return pieces[:limit] or [ids]
-
-
-def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Without the end token that some tokenizers add."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-class Collator:
-    """Pads encoded examples on the right, and asks the model for no more logits than the labels need: for short
-    completions the output layer of a small model is a quarter of the work.
-
-    Args:
-        model: the model; whether it can leave out logits is read from its signature.
-    """
-
-    def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # several GPUs in one process would tear the list of positions apart
-        self.trims = "logits_to_keep" in inspect.signature(base.forward).parameters and torch.cuda.device_count() < 2
-
-    def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Tensors of shape (batch, length): `input_ids`, `attention_mask` and `labels`, -100 where there is none; `labels`
-        is shorter, as is the tensor of positions `logits_to_keep`, if logits are left out."""
-        length = max(len(feature["input_ids"]) for feature in features)
-
-        def pad(rows: Iterable[Sequence[int]], value: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
-
-        batch = {
-            "input_ids": pad((feature["input_ids"] for feature in features), 0),
-            "attention_mask": pad(([1] * len(feature["input_ids"]) for feature in features), 0),
-            "labels": pad((feature["labels"] for feature in features), -100),
-        }
-        if self.trims:
-            # the logits at a position predict the next label
-            first = max(0, int((batch["labels"] != -100).any(0).nonzero()[0]) - 1)
-            batch["labels"] = batch["labels"][:, first:]
-            batch["logits_to_keep"] = torch.arange(first, length)
-        return batch
-
-
-def batches(
-    features: Sequence[Mapping[str, list[int]]], collator: Callable[..., dict[str, torch.Tensor]], size: int
-) -> list[dict[str, torch.Tensor]]:
-    """All examples in batches of similar length."""
-    ordered = sorted(features, key=lambda feature: len(feature["input_ids"]))
-    return [collator(ordered[start : start + size]) for start in range(0, len(ordered), size)]

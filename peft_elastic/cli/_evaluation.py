@@ -22,7 +22,7 @@ import torch
 
 from peft_elastic.search import LossEvaluator, MultipleChoiceEvaluator, PerplexityEvaluator
 
-from . import _data
+from ._examples import Collator, Example, batches, encode
 
 
 class ChoiceEvaluator:
@@ -35,7 +35,7 @@ class ChoiceEvaluator:
         batch_size: sequences per forward pass.
     """
 
-    def __init__(self, examples: Sequence[_data.Example], tokenizer: Any, batch_size: int = 16) -> None:
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, batch_size: int = 16) -> None:
         self._scorer = MultipleChoiceEvaluator(
             [
                 {"prompt": e.prompt, "choices": list(e.choices), "label": e.choices.index(e.completion)}
@@ -64,18 +64,18 @@ def text_perplexity(model: Any, tokenizer: Any, texts: Sequence[str], max_length
     """Perplexity of texts, each on its own, over all their tokens but the first."""
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     features = [{"input_ids": row, "labels": row} for row in ids if len(row) > 1]
-    return PerplexityEvaluator(_data.batches(features, _data.Collator(model), 16))(model)
+    return PerplexityEvaluator(batches(features, Collator(model), 16))(model)
 
 
 def loss_evaluator(
-    model: Any, tokenizer: Any, examples: Sequence[_data.Example], max_length: int, batch_size: int
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_length: int, batch_size: int
 ) -> LossEvaluator:
     """Mean negative log-likelihood of the completions, in nats per token."""
-    features = _data.encode(tokenizer, examples, max_length)
-    return LossEvaluator(_data.batches(features, _data.Collator(model), batch_size))
+    features = encode(tokenizer, examples, max_length)
+    return LossEvaluator(batches(features, Collator(model), batch_size))
 
 
-def measure(model: Any, tokenizer: Any, examples: Sequence[_data.Example], texts: int = 100) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, examples: Sequence[Example], texts: int = 100) -> dict[str, Any]:
     """What `quickstart` reports of a model: `correct` and `loss` per example (see `ChoiceEvaluator`), and the `perplexity`
     of the first `texts` prompts."""
     correct, loss = ChoiceEvaluator(examples, tokenizer).per_example(model)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic bench`: what the sparse kernels gain on this machine, for layers or for a model."""
+"""`peft-elastic bench`: what the sparse kernels gain on this machine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from typing import Any
 import torch
 
 from peft_elastic import MagnitudeConfig, optimize_generation, prune, restore_generation, sparsify_linears
+from peft_elastic.common.checks import wrong
 from peft_elastic.cost.timing import measure
 from peft_elastic.layers import extension
+from peft_elastic.layers.values import ROUNDED
 
-from . import _common, _data
+from . import _common
+from ._options import default_of, positive_int, summary
 
 
 _SHAPES = ["4096x4096", "11008x4096", "4096x11008", "576x1536"]
@@ -36,7 +39,7 @@ _SHAPES = ["4096x4096", "11008x4096", "4096x11008", "576x1536"]
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="what the sparse kernels gain on this machine",
+        help=summary(__doc__),
         description="Without a model: time dense against sparse layers, one token, weights that are not in the caches.\n"
         "With one: say which of its layers the sparse kernel makes faster here, and time its generation before\n"
         "and after the swap. Nothing is written but the cache of measurements.",
@@ -52,7 +55,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--dtype", choices=_common.DTYPES[1:], help="of the dense layers (default: float32; of a model: its own)"
     )
     parser.add_argument(
-        "--values", choices=("bf16", "int8"), default="bf16", help="of the sparse layers (default: %(default)s)"
+        "--values",
+        choices=ROUNDED,
+        default=default_of(sparsify_linears, "dtype"),
+        help="of the sparse layers (default: %(default)s)",
     )
     parser.add_argument(
         "--sparsity",
@@ -64,9 +70,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=_SHAPES, metavar="OUTxIN", help=f"layers to time (default: {' '.join(_SHAPES)})"
     )
-    parser.add_argument("--threads", type=_data.positive_int, help="to use (default: all)")
+    parser.add_argument("--threads", type=positive_int, help="to use (default: all)")
     parser.add_argument(
-        "--tokens", type=_data.positive_int, default=64, help="to generate with --model (default: %(default)s)"
+        "--tokens", type=positive_int, default=64, help="to generate with --model (default: %(default)s)"
     )
     parser.set_defaults(run=run)
 
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = [_shape(text) for text in args.shapes]
     for sparsity in args.sparsity or ():
         if not 0 <= sparsity <= 1:
-            raise ValueError(f"`--sparsity` is {sparsity}; allowed is 0 to 1.")
+            raise wrong("--sparsity", "a share from 0 to 1", sparsity)
     if args.model and len(args.sparsity or ()) > 1:
         raise ValueError("`--sparsity` takes one number with `--model`.")
     if not extension.is_built():
@@ -94,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
     if match is None:
-        raise ValueError(f"`--shapes` has {text!r}; a shape is OUTxIN, such as 4096x11008.")
+        raise wrong("--shapes", "OUTxIN, such as 4096x11008", text)
     return int(match[1]), int(match[2])
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic info`: what is installed, what this machine can do, and what of it is used."""
+"""`peft-elastic info`: show versions, processor features, what is built and what is used."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from typing import Any
 from peft_elastic.common import assets
 from peft_elastic.layers import extension
 from peft_elastic.version import __version__
+
+from ._options import summary
 
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "pymoo", "numpy", "safetensors")
@@ -40,7 +42,7 @@ _HOW_TO_BUILD = (
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "info",
-        help="show versions, processor features, what is built and what is used",
+        help=summary(__doc__),
         description="Show the versions of this package and of those it stands on, what the processor can do and the\n"
         "operating system allows, whether the C++ extension was built, and the threads, memory and cache in use.\n"
         "Put its output into bug reports.",

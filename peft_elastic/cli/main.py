@@ -16,7 +16,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -25,6 +27,8 @@ from collections.abc import Sequence
 import peft_elastic.cli
 from peft_elastic.common.writing import write_error
 from peft_elastic.version import __version__
+
+from ._options import summary
 
 
 # The order in which `--help` lists the commands: that in which a user meets them.
@@ -42,8 +46,13 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with a subparser for every module of `peft_elastic.cli`."""
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Make the parser with a subparser for every module of `peft_elastic.cli`.
+
+    Args:
+        argv: a command line. All commands are then listed, but that one alone is imported whose name is in it: the others import
+            torch and more for options that nobody asks for.
+    """
     parser = argparse.ArgumentParser(
         prog="peft-elastic",
         description=_DESCRIPTION,
@@ -52,26 +61,42 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"peft-elastic {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND [OPTION]", required=True)
-    names = {module.name for module in pkgutil.iter_modules(peft_elastic.cli.__path__)} - {"main"}
-    for name in sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)):
-        if not name.startswith("_"):
+    named = None if argv is None else next((word for word in argv if not word.startswith("-")), "")
+    for name in _commands():
+        if named in (None, name):
             importlib.import_module(f"peft_elastic.cli.{name}").add_parser(subparsers)
-    for subparser in subparsers.choices.values():
-        subparser.add_argument(
-            "--traceback", action="store_true", help="on an error, show where in the code it came from"
-        )
+            subparsers.choices[name].add_argument(
+                "--traceback", action="store_true", help="on an error, show where in the code it came from"
+            )
+        else:
+            subparsers.add_parser(name, help=summary(_docstring(name)))
     return parser
 
 
+def _commands() -> list[str]:
+    names = {module.name for module in pkgutil.iter_modules(peft_elastic.cli.__path__)} - {"main"}
+    in_order = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    return [name for name in in_order if not name.startswith("_")]
+
+
+def _docstring(command: str) -> str | None:
+    """That of the command's module, which is read and not run."""
+    spec = importlib.util.find_spec(f"peft_elastic.cli.{command}")
+    source = getattr(spec and spec.loader, "get_source", lambda _: None)(f"peft_elastic.cli.{command}")
+    return ast.get_docstring(ast.parse(source)) if source else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (default: that of the process) and returns its exit status.
+    """Run the command line `argv` (default: that of the process) and returns its exit status.
 
     0 for success, 2 for bad input and full disks (argparse's own errors, and a ValueError or OSError from the command, of
     which one line is printed), 130 when interrupted. Any other exception is a bug, and is not caught.
     """
     args = None
     try:
-        args = build_parser().parse_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = build_parser(argv).parse_args(argv)
+        peft_elastic.register()
         status = args.run(args)
         sys.stdout.flush()
         return status

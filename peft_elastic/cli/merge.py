@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic merge`: put a subnet of an adapter into the base model, or out into a plain LoRA adapter."""
+"""`peft-elastic merge`: merge a subnet into the model, or export it as plain LoRA."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from peft_elastic import Subnet, save_gptq, sparsify_linears
+from peft_elastic.layers.values import ROUNDED
 
 from . import _common
+from ._options import summary
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "merge",
-        help="merge a subnet into the model, or export it as plain LoRA",
+        help=summary(__doc__),
         description="Merge the active subnet of an adapter into its base model, and save that as an ordinary checkpoint that\n"
         "transformers loads without this package; or export the subnet as a plain LoRA adapter, which peft\n"
         "and other programs load without this package. With --sparse, layers that are still sparse are stored\n"
@@ -55,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--sparse",
-        choices=("bf16", "int8"),
+        choices=ROUNDED,
         help="swap in sparse layers with values of this type where they are faster on this machine (default: none)",
     )
     parser.add_argument(

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic search`: find the subnets of a super-adapter that are worth having."""
+"""`peft-elastic search`: search the subnets of a super-adapter."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_elastic import SearchResult, search_subnet
-from peft_elastic.cost.latency import LatencyModel
+from peft_elastic import LatencyModel, SearchResult, search_subnet
+from peft_elastic.common.checks import wrong
+from peft_elastic.cost.counts import COST_NAMES
+from peft_elastic.cost.latency import KERNELS, MODES
+from peft_elastic.search import ALGORITHMS
 
 from . import _common, _data, _evaluation
+from ._options import default_of, positive_int, summary
 
 
 # Costs that can be bounded, and what their unit is.
@@ -32,7 +36,7 @@ _BOUNDED = {"macs": "MACs per token", "parameters": "parameters", "bytes": "byte
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "search",
-        help="search the subnets of a super-adapter",
+        help=summary(__doc__),
         description="Evaluate subnets of a trained super-adapter on validation data, guided by NSGA-II towards those that\n"
         "are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
         "Interrupted, or asked for more evaluations, the same command continues where it stopped.",
@@ -53,11 +57,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     search = parser.add_argument_group("search")
     search.add_argument("--evals", type=int, default=40, metavar="N", help="evaluations (default: %(default)s)")
-    search.add_argument("--population", type=int, default=8, help="subnets per generation (default: %(default)s)")
+    search.add_argument(
+        "--population",
+        type=int,
+        default=default_of(search_subnet, "population"),
+        help="subnets per generation (default: %(default)s)",
+    )
     search.add_argument(
         "--algorithm",
-        choices=("nsga2", "random", "exhaustive"),
-        default="nsga2",
+        choices=tuple(ALGORITHMS),
+        default=default_of(search_subnet, "algorithm"),
         help="how subnets are proposed (default: %(default)s)",
     )
     search.add_argument(
@@ -69,9 +78,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     search.add_argument(
         "--cost",
-        choices=("macs", "parameters", "bytes", "latency"),
+        choices=(*COST_NAMES, "latency"),
         default="macs",
         help="what to save (default: macs)",
+    )
+    search.add_argument(
+        "--reference-point",
+        action="append",
+        nargs="+",
+        metavar="NAME=X",
+        help="for --algorithm r-nsga2, which prefers subnets near it: a value of the metric and one of the cost, such as loss=0.4 "
+        "macs=1e8; may be given several times",
     )
     for name in _BOUNDED:
         search.add_argument(
@@ -87,17 +104,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     search.add_argument(
         "--latency-mode",
-        choices=("forward", "decode"),
+        choices=MODES,
         default="decode",
         help="of the whole sequences, or of one more token behind them (default: %(default)s)",
     )
     search.add_argument(
         "--latency-kernel",
-        choices=("dense", "sparse", "auto"),
-        default="dense",
+        choices=KERNELS,
+        default=default_of(LatencyModel, "kernel"),
         help="with the layers that `merge --sparse` would swap, all that can be or those that pay (default: %(default)s)",
     )
-    search.add_argument("--batch-size", type=_data.positive_int, default=16, help="default: %(default)s")
+    search.add_argument("--batch-size", type=positive_int, default=16, help="default: %(default)s")
 
     choice = parser.add_argument_group("choice of the subnet")
     choice.add_argument(
@@ -122,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     budget = _parse_bound("budget", args.budget)
     bounds = {name: _parse_bound(f"max-{name}", getattr(args, f"max_{name}")) for name in _BOUNDED}
     constraints = {name: bound for name, bound in bounds.items() if bound is not None}
+    points = _parse_points(args)
     workload = _common.parse_workload(args.latency_of)
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
@@ -156,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
         save_dir=args.out,
         latency=latency,
         constraints=constraints or None,
+        reference_points=points,
     )
     result.plot(args.out / "pareto.png")
     print(describe(result))
@@ -180,7 +199,29 @@ def _parse_bound(option: str, text: str | None) -> float | str | None:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"`--{option}` must be a number or a share such as '97%', got {text!r}.") from None
+        raise wrong(f"--{option}", "a number or a share such as '97%'", text) from None
+
+
+def _parse_points(args: argparse.Namespace) -> list[dict[str, float]] | None:
+    if args.reference_point is None:
+        if args.algorithm == "r-nsga2":
+            raise ValueError("`--algorithm r-nsga2` needs `--reference-point`.")
+        return None
+    if args.algorithm != "r-nsga2":
+        raise ValueError("`--reference-point` goes with `--algorithm r-nsga2`.")
+    points = []
+    for words in args.reference_point:
+        point: dict[str, float] = {}
+        for word in words:
+            name, _, value = word.partition("=")
+            try:
+                point[name] = float(value)
+            except ValueError:
+                point = {}
+        if len(words) != 2 or set(point) != {args.metric, args.cost}:
+            raise wrong("--reference-point", f"{args.metric}=NUMBER {args.cost}=NUMBER", " ".join(words))
+        points.append(point)
+    return points
 
 
 def describe(result: SearchResult) -> str:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic train`: train an elastic LoRA super-adapter, and an elastic width and depth of its base."""
+"""`peft-elastic train`: train an elastic LoRA super-adapter on a (pruned) model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig
+from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig, SubnetSamplingCallback
+from peft_elastic.common.checks import wrong
 from peft_elastic.common.documents import read_json
 from peft_elastic.common.writing import writing
+from peft_elastic.layers.grid import BITS
+from peft_elastic.structure.importance import IMPORTANCES
+from peft_elastic.supernet.samplers import ONE_A_STEP, SEVERAL_A_STEP
 
 from . import _common, _data
+from ._examples import Collator, batches, encode
+from ._options import default_of, positive_int, summary
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "train",
-        help="train an elastic LoRA super-adapter on a (pruned) model",
+        help=summary(__doc__),
         description="Train one LoRA adapter whose ranks can be chosen afterwards, module group by module group: every\n"
         "optimizer step trains another random choice. The base model stays as it is. The defaults are those of\n"
         "the Shears paper, for 3 epochs; see the documentation of transformers' Trainer for what it does.\n"
@@ -74,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     adapter.add_argument(
         "--groups",
         nargs="+",
-        default=["module"],
+        default=[default_of(ElasticLoraConfig, "rank_groups")],
         metavar="GROUP",
         help="which modules share one rank: 'module' (none), 'block' (all of a transformer block), or groups of names "
         "tied in each block, such as: q_proj,k_proj,v_proj up_proj,gate_proj down_proj (default: module)",
@@ -88,7 +94,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     adapter.add_argument(
         "--bits",
         type=int,
-        choices=(2, 4, 8),
+        choices=BITS,
         help="train with the rounding to so many bits, which merging then keeps exactly (QA-SparsePEFT)",
     )
     adapter.add_argument(
@@ -111,14 +117,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     structure.add_argument(
         "--importance",
-        choices=("activation", "gradient", "magnitude", "none"),
-        default="activation",
+        choices=IMPORTANCES,
+        default=default_of(ElasticLoraConfig, "importance"),
         help="what heads and channels are sorted by before the training, so that narrow subnets keep the best (default: "
         "%(default)s)",
     )
     structure.add_argument(
         "--calibration",
-        type=_data.positive_int,
+        type=positive_int,
         default=128,
         metavar="N",
         help="training examples that activation and gradient are measured on (default: %(default)s)",
@@ -127,8 +133,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--strategy",
-        choices=("uniform", "balanced", "sandwich"),
-        default="uniform",
+        choices=(*ONE_A_STEP, *SEVERAL_A_STEP),
+        default=default_of(SubnetSamplingCallback, "strategy"),
         help="which subnets a step trains: one, with every choice drawn on its own, or sizes evenly; or the largest, the "
         "smallest and two random ones (default: %(default)s)",
     )
@@ -139,12 +145,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: %(default)s)")
     training.add_argument(
-        "--batch-size", type=_data.positive_int, default=16, help="examples per step and device (default: %(default)s)"
+        "--batch-size", type=positive_int, default=16, help="examples per step and device (default: %(default)s)"
     )
-    training.add_argument("--epochs", type=float, default=3, help="passes over the data (default: %(default)s)")
-    training.add_argument("--steps", type=_data.positive_int, help="optimizer steps, instead of --epochs")
     training.add_argument(
-        "--save-steps", type=_data.positive_int, default=100, help="steps between checkpoints (default: %(default)s)"
+        "--epochs",
+        type=float,
+        default=default_of(TrainingArguments, "num_train_epochs"),
+        help="passes over the data (default: %(default)s)",
+    )
+    training.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
+    training.add_argument(
+        "--save-steps", type=positive_int, default=100, help="steps between checkpoints (default: %(default)s)"
     )
     _data.add_data_arguments(parser, "train on")
     parser.set_defaults(run=run)
@@ -186,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
 
     examples = _data.read_examples(args, args.samples)
     tokenizer = _common.load_tokenizer(args.model)
-    features = _data.encode(tokenizer, examples, args.max_length)
+    features = encode(tokenizer, examples, args.max_length)
     print(f"{len(features)} training examples, of {len(examples)} read")
     base = _common.load_causal_lm(args.model, args.dtype, args.device)
     set_seed(args.seed)  # of the initial weights
@@ -244,8 +255,8 @@ def parse_width(words: Sequence[str] | None) -> dict[str, list[int | float]] | N
         try:
             widths[kind] = [int(value) if value.isdecimal() else float(value) for value in values.split(",")]
         except ValueError:
-            raise ValueError(
-                f"`--elastic-width` {word!r} must be heads=... or mlp=... with shares or whole numbers, such as mlp=1.0,0.75."
+            raise wrong(
+                "--elastic-width", "heads=... or mlp=... with shares or whole numbers, such as mlp=1.0,0.75", word
             ) from None
     return widths or None
 
@@ -254,7 +265,7 @@ def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
     """Sort the heads and channels of the base as the configuration of the adapter says, where that takes data."""
     config = model.active_peft_config
     if config.elastic_width and config.importance in ("activation", "gradient"):
-        model.sort_by_importance(_data.batches(features, _data.Collator(model), 8))
+        model.sort_by_importance(batches(features, Collator(model), 8))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -317,7 +328,7 @@ def fit(
         model=model,
         args=arguments,
         train_dataset=features,
-        data_collator=_data.Collator(model),
+        data_collator=Collator(model),
         strategy=strategy,
         seed=seed,
         distillation=distillation,

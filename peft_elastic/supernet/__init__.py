@@ -14,12 +14,18 @@
 """Search spaces, subnets, samplers, Trainer callbacks and trainers: everything about a super-network that does not depend on how
 its layers are built."""
 
+from typing import TYPE_CHECKING
+
+from ..common.lazy import lazy_package
 from .callback import SubnetSamplingCallback
 from .host import ElasticHost, get_elastic_host
 from .samplers import BalancedSampler, SandwichSampler, StepSampler, SubnetSampler, UniformSampler
 from .space import Choice, LayerShape, SearchSpace, Subnet
 from .stages import Stage
-from .trainer import ElasticTrainer, ElasticTrainerMixin
+
+
+if TYPE_CHECKING:
+    from .trainer import ElasticTrainer, ElasticTrainerMixin
 
 
 __all__ = [
@@ -39,3 +45,6 @@ __all__ = [
     "UniformSampler",
     "get_elastic_host",
 ]
+
+# transformers' Trainer imports datasets, and that pandas
+__getattr__, __dir__ = lazy_package(__name__, {".trainer": ("ElasticTrainer", "ElasticTrainerMixin")})

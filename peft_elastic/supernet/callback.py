@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from ..common.checks import check_whole
 from .generations import Generations
 from .host import ElasticHost, get_elastic_host
 from .samplers import StepSampler, SubnetSampler, sampler_of
@@ -69,8 +70,7 @@ class SubnetSamplingCallback(TrainerCallback):
         stages: Sequence[Stage] | None = None,
     ) -> None:
         self.sampler = sampler_of(strategy, several=self._several)
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"`seed` must be a non-negative integer or None, got {seed!r}.")
+        check_whole("seed", seed, least=0, optional=True)
         self.seed = seed
         self.eval_subnet = eval_subnet
         self.stages = check_stages(stages)

@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from ..common.checks import check_whole, wrong
 from .space import SearchSpace, Subnet
 
 
@@ -167,21 +168,21 @@ class SandwichSampler:
         sampler (`"uniform"`, `"balanced"` or a `SubnetSampler`, defaults to `"uniform"`): how they are drawn.
 
     Raises:
-        ValueError: if `n_random` is not a non-negative integer or the sampler is unknown.
+        ValueError: if `n_random` is not a whole number >= 0 or the sampler is unknown.
     """
 
     def __init__(self, n_random: int = 2, sampler: str | SubnetSampler = "uniform") -> None:
-        if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
-            raise ValueError(f"`n_random` must be a non-negative integer, got {n_random!r}.")
+        check_whole("n_random", n_random, least=0)
         self.n_random = n_random
-        self.sampler = _find(sampler, "sampler", _ONE_A_STEP)
+        self.sampler = _find(sampler, "sampler", ONE_A_STEP)
 
     def subnets_of_step(self, space: SearchSpace, rng: np.random.Generator) -> list[Subnet]:
         return [space.max, space.min, *(self.sampler(space, rng) for _ in range(self.n_random))]
 
 
-_ONE_A_STEP: dict[str, type] = {"balanced": BalancedSampler, "uniform": UniformSampler}
-_SEVERAL_A_STEP: dict[str, type] = {"sandwich": SandwichSampler}
+# Names in `strategy=`: of what draws one subnet for a step, and of what draws several.
+ONE_A_STEP: dict[str, type] = {"balanced": BalancedSampler, "uniform": UniformSampler}
+SEVERAL_A_STEP: dict[str, type] = {"sandwich": SandwichSampler}
 
 
 def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> SubnetSampler | StepSampler:
@@ -195,7 +196,7 @@ def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> Su
         ValueError: if it is neither, or needs several subnets a step where one is trained.
     """
     steps = isinstance(strategy, StepSampler) and not isinstance(strategy, type)  # a class is no sampler
-    if not several and (steps or (isinstance(strategy, str) and strategy in _SEVERAL_A_STEP)):
+    if not several and (steps or (isinstance(strategy, str) and strategy in SEVERAL_A_STEP)):
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         raise ValueError(
             f"`strategy` {name!r} trains several subnets in each step, which takes several backward passes: use "
@@ -203,7 +204,7 @@ def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> Su
         )
     if steps:
         return cast(StepSampler, strategy)
-    return _find(strategy, "strategy", _ONE_A_STEP | _SEVERAL_A_STEP if several else _ONE_A_STEP)
+    return _find(strategy, "strategy", ONE_A_STEP | SEVERAL_A_STEP if several else ONE_A_STEP)
 
 
 def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
@@ -211,9 +212,7 @@ def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
         return named[value]()
     if callable(value) and not isinstance(value, type):
         return value
-    raise ValueError(
-        f"`{argument}` must be one of {sorted(named)} or a callable (space, rng) -> Subnet, got {value!r}."
-    )
+    raise wrong(argument, f"one of {sorted(named)} or a callable (space, rng) -> Subnet", value)
 
 
 def _only_ranks(space: SearchSpace) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..common.checks import is_finite, wrong
 from .space import SearchSpace
 
 
@@ -152,7 +153,7 @@ def check_stages(stages: Any) -> tuple[Stage, ...]:
     if stages is None:
         return ()
     if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise ValueError(f"`stages` must be a sequence of Stage, at least one, or None, got {stages!r}.")
+        raise wrong("stages", "a sequence of Stage, at least one, or None", stages)
     return tuple(stages)
 
 
@@ -162,4 +163,4 @@ def _with_elastic(space: SearchSpace, kinds: Sequence[str]) -> SearchSpace:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return is_finite(value) and value > 0

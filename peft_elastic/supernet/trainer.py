@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
 
+from ..common.checks import is_finite, wrong
 from .callback import SubnetSamplingCallback
 from .host import get_elastic_host
 from .samplers import StepSampler, SubnetSampler
@@ -104,7 +105,7 @@ class ElasticTrainerMixin(_Trainer):
     ) -> None:
         self._sampling = _StepSampling(strategy, seed, eval_subnet, stages)
         if distillation is not None and distillation != "max" and not isinstance(distillation, nn.Module):
-            raise ValueError(f"`distillation` must be None, 'max' or a model, got {distillation!r}.")
+            raise wrong("distillation", "None, 'max' or a model", distillation)
         if distillation == "max" and not isinstance(self._sampling.sampler, StepSampler):
             raise ValueError(
                 "`distillation='max'` needs a strategy whose steps begin with the largest subnet, such as 'sandwich'; "
@@ -114,10 +115,8 @@ class ElasticTrainerMixin(_Trainer):
             ("distillation_weight", distillation_weight, 1.0),
             ("distillation_temperature", distillation_temperature, math.inf),
         ):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value <= limit or math.isinf(value):
-                allowed = "above 0 and at most 1" if limit == 1 else "above 0"
-                raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
+            if not is_finite(value) or not 0 < value <= limit:
+                raise wrong(name, "a number above 0" + (" and at most 1" if limit == 1 else ""), value)
         self.distillation = distillation
         self.distillation_weight = distillation_weight
         self.distillation_temperature = distillation_temperature

@@ -29,7 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, t
 
 from peft_elastic import SearchResult, Subnet
 from peft_elastic.cli import _data, _evaluation, main
-from peft_elastic.cli.quickstart import _smoke_examples, _smoke_model
+from peft_elastic.cli._examples import Collator, Example, encode, pack
+from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
+from peft_elastic.cli.quickstart.splits import split_examples
 from peft_elastic.cli.train import last_checkpoint
 from peft_elastic.cost import timing
 from peft_elastic.quantization import load_gptq
@@ -48,11 +50,11 @@ def run(*arguments):
 def folder(tmp_path_factory):
     """A folder with a tiny model, and data with the columns prompt and label."""
     folder = tmp_path_factory.mktemp("cli")
-    examples = _smoke_examples()
-    model, tokenizer = _smoke_model(examples)
+    examples = smoke_examples()
+    model, tokenizer = smoke_model(examples)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    splits = _data.split_examples(examples, {"validation": 32}, seed=0)
+    splits = split_examples(examples, {"validation": 32}, seed=0)
     for name, part in splits.items():
         records = [{"prompt": example.prompt, "label": example.completion.strip()} for example in part]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -379,6 +381,17 @@ def test_bench_of_a_model(folder, capsys, monkeypatch):
         assert name in ("generate", "optimize_generation") and float(dense) > 0 and float(sparse) > 0
 
 
+def test_search_near_reference_points(folder, adapter, tmp_path):
+    data = ["--dataset", folder / "validation.jsonl", "--samples", "8", "--evals", "6", "--population", "4"]
+    points = ["--reference-point", "loss=0.5", "macs=5e4", "--reference-point", "loss=0.1", "macs=1e5"]
+    command = ["search", "--adapter", adapter, *data, "--algorithm", "r-nsga2", *points, "--out", tmp_path / "s"]
+    assert run(*command) == 0
+    result = SearchResult.load(tmp_path / "s")
+    assert result.settings["algorithm"] == "r-nsga2" and len(result.history) == 6
+    assert result.settings["reference_points"] == [[0.5, 5e4], [0.1, 1e5]]
+    assert run(*command, "--reference-point", "loss=0.2", "macs=1e5") == 2  # another search
+
+
 def test_search_by_accuracy(folder, adapter, tmp_path):
     data = ["--dataset", folder / "validation.jsonl", "--samples", "8"]
     metric = ["--metric", "accuracy", "--cost", "parameters"]
@@ -405,6 +418,8 @@ def test_search_of_plain_text(folder, adapter, tmp_path):
 TRAIN_HERE = ["train", "--model", "{model}", "--dataset", "{train}", "--out", "{new}"]
 PRUNE_HERE = ["prune", "--model", "{model}", "--dataset", "{train}", "--out", "{new}"]
 SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--out", "{new}"]
+
+R_NSGA2 = [*SEARCH_HERE, "--algorithm", "r-nsga2", "--reference-point"]
 
 
 @pytest.mark.parametrize(
@@ -445,14 +460,20 @@ SEARCH_HERE = ["search", "--adapter", "{adapter}", "--dataset", "{train}", "--ou
         ([*SEARCH_HERE, "--adapter", "./missing"], "no such folder"),
         ([*SEARCH_HERE, "--adapter", "{model}"], "no adapter_config.json"),
         ([*SEARCH_HERE, "--budget", "some"], "`--budget`"),
+        ([*SEARCH_HERE, "--algorithm", "r-nsga2"], "needs `--reference-point`"),
+        ([*SEARCH_HERE, "--reference-point", "loss=1", "macs=1"], "goes with `--algorithm r-nsga2`"),
+        ([*R_NSGA2, "loss=1"], "`--reference-point` must be loss=NUMBER macs=NUMBER, got 'loss=1'"),
+        ([*R_NSGA2, "loss=1", "macs=few"], "`--reference-point` must be loss=NUMBER macs=NUMBER"),
+        ([*R_NSGA2, "loss=1", "bytes=1"], "`--reference-point` must be loss=NUMBER macs=NUMBER"),
+        ([*R_NSGA2, "loss=nan", "macs=1"], "must be finite numbers"),
         ([*SEARCH_HERE, "--evals", "0"], "`n_evals`"),
         ([*SEARCH_HERE, "--metric", "accuracy", "--dataset", "{text}"], "needs labels of a few kinds"),
         (["merge", "--adapter", "{adapter}"], "nothing to do"),
         (["merge", "--adapter", "{adapter}", "--out", "{new}", "--subnet", "missing.json"], "missing.json"),
         (["merge", "--adapter", "{adapter}", "--out", "{new}", "--subnet", "{train}"], "not a subnet file"),
         (["merge", "--adapter", "{adapter}", "--export-lora", "{new}", "--sparse", "bf16"], "`--sparse` goes with"),
-        (["bench", "--shapes", "4096"], "a shape is OUTxIN"),
-        (["bench", "--sparsity", "1.5"], "`--sparsity` is 1.5"),
+        (["bench", "--shapes", "4096"], "`--shapes` must be OUTxIN, such as 4096x11008, got '4096'"),
+        (["bench", "--sparsity", "1.5"], "`--sparsity` must be a share from 0 to 1, got 1.5"),
         (["bench", "--model", "{model}", "--sparsity", "0.5", "0.7"], "takes one number"),
         (["bench", "--model", "./missing"], "no such folder"),
         (["quickstart", "--out", "{model}"], "exists already"),
@@ -510,7 +531,7 @@ def test_formats(name, tmp_path):
     else:
         table.to_csv(path, sep="\t" if name == "d.tsv" else ",")
     examples = _data.to_examples(_data.load_records(str(path)))
-    assert examples == [_data.Example("one?", " yes"), _data.Example("two?", " maybe")]
+    assert examples == [Example("one?", " yes"), Example("two?", " maybe")]
 
 
 def read(columns, features=None, **options):
@@ -531,12 +552,12 @@ def test_labels_become_words():
     )
     columns = {"text": ["a", "b"], "label": [1, 0]}
     both = (" bad", " good")
-    expected = [_data.Example("a", " good", both), _data.Example("b", " bad", both)]
+    expected = [Example("a", " good", both), Example("b", " bad", both)]
     assert read(columns, classes) == expected
     assert read(columns, label_names=["bad", "good"]) == expected
     # multiple choice, each question with its own
     columns = {"question": ["a", "b"], "choices": [["x", "y"], ["z", "w", "v"]], "label": [1, 2]}
-    assert read(columns) == [_data.Example("a", " y", (" x", " y")), _data.Example("b", " v", (" z", " w", " v"))]
+    assert read(columns) == [Example("a", " y", (" x", " y")), Example("b", " v", (" z", " w", " v"))]
     # answers that come again and again are classes, others are not
     assert read({"prompt": list("abcd"), "label": ["no", "yes", "no", "no"]})[0].choices == (" no", " yes")
     assert read({"prompt": list("abcd"), "label": list("wxyz")})[0].choices == ()
@@ -559,7 +580,7 @@ prompts = st.text(st.sampled_from("ab .!A"), max_size=3)
 @given(st.lists(prompts, min_size=1, max_size=40), st.integers(0, 9), st.integers(0, 9), st.integers(0, 3))
 def test_splits_do_not_leak(texts, test, validation, seed):
     """No prompt is on two sides, however it is spelled; sizes are as asked for; the order of the data changes nothing."""
-    examples = [_data.Example(text, str(number)) for number, text in enumerate(texts)]
+    examples = [Example(text, str(number)) for number, text in enumerate(texts)]
     sizes = {"test": test, "validation": validation}
 
     def spelling(example):
@@ -567,7 +588,7 @@ def test_splits_do_not_leak(texts, test, validation, seed):
 
     distinct = len(set(map(spelling, examples)))
     try:
-        splits = _data.split_examples(examples, sizes, seed)
+        splits = split_examples(examples, sizes, seed)
     except ValueError as error:
         assert "more for training" in str(error) and distinct <= test + validation
         return
@@ -575,18 +596,18 @@ def test_splits_do_not_leak(texts, test, validation, seed):
     sides = [{spelling(example) for example in part} for part in splits.values()]
     assert sum(map(len, sides)) == len(set.union(*sides))
     assert len({id(e) for part in splits.values() for e in part}) == sum(map(len, splits.values()))
-    turned = _data.split_examples(examples[::-1], sizes, seed)
+    turned = split_examples(examples[::-1], sizes, seed)
     assert [{spelling(e) for e in part} for part in turned.values()] == sides
 
 
 def test_labels_are_on_the_completion(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     examples = [
-        _data.Example("The plot:", " great"),
-        _data.Example("The plot:", " great", (" great", " dull")),
-        _data.Example("The plot is much too long:", " dull"),
+        Example("The plot:", " great"),
+        Example("The plot:", " great", (" great", " dull")),
+        Example("The plot is much too long:", " dull"),
     ]
-    features = _data.encode(tokenizer, examples, max_length=12)
+    features = encode(tokenizer, examples, max_length=12)
     targets = [[token for token in feature["labels"] if token != -100] for feature in features]
     assert [tokenizer.decode(target) for target in targets] == [" great<end>", " great"]  # the third is too long
     for feature, example in zip(features, examples):
@@ -596,23 +617,23 @@ def test_labels_are_on_the_completion(folder):
 def test_packing(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     texts = ["The plot is great.", "The cast", "is awful"]
-    pieces = _data.pack(tokenizer, texts, 5)
+    pieces = pack(tokenizer, texts, 5)
     whole = "<end>".join(texts) + "<end>"
     assert len(pieces) >= 2 and all(len(piece) == 5 for piece in pieces)
     assert whole.startswith(tokenizer.decode([token for piece in pieces for token in piece]))
-    assert _data.pack(tokenizer, texts, 5, limit=1) == pieces[:1]
-    assert [tokenizer.decode(piece) for piece in _data.pack(tokenizer, texts, 999)] == [whole]
+    assert pack(tokenizer, texts, 5, limit=1) == pieces[:1]
+    assert [tokenizer.decode(piece) for piece in pack(tokenizer, texts, 999)] == [whole]
 
 
 def test_leaving_out_logits_does_not_change_the_loss(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     examples = [
-        _data.Example("The plot is:", " great"),
-        _data.Example("And the cast", " is dull"),
+        Example("The plot is:", " great"),
+        Example("And the cast", " is dull"),
     ]
-    collator = _data.Collator(model)
-    features = _data.encode(tokenizer, examples, max_length=64)
+    collator = Collator(model)
+    features = encode(tokenizer, examples, max_length=64)
     batch = collator(features)
     assert batch["labels"].shape[1] == len(batch["logits_to_keep"]) < batch["input_ids"].shape[1]
     collator.trims = False
@@ -624,7 +645,7 @@ def test_leaving_out_logits_does_not_change_the_loss(folder):
 def test_choice_evaluator(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    examples = _smoke_examples()[::50]
+    examples = smoke_examples()[::50]
     correct, loss = _evaluation.ChoiceEvaluator(examples, tokenizer).per_example(model)
     for example, right, value in zip(examples, correct, loss):
         log_likelihoods = []

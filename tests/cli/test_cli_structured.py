@@ -21,14 +21,14 @@ import signal
 
 import pytest
 import torch
-from support.elastic_models import run_fresh
+from support.fresh import run_fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_elastic import MultiPrunerConfig, PruningPlan, TwoStagePrunerConfig, WidthPrunerConfig, prune_structured
 from peft_elastic.cli import _structured, main
 from peft_elastic.cli.main import build_parser
 from peft_elastic.cli.prune import calibration_batches
-from peft_elastic.cli.quickstart import _smoke_examples, _smoke_model
+from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
 from peft_elastic.common.journal import Journal
 from peft_elastic.pruning.structured import cost, from_pruning_config
 
@@ -41,8 +41,8 @@ def run(*arguments):
 def folder(tmp_path_factory):
     """A folder with a tiny model of four blocks, and text."""
     folder = tmp_path_factory.mktemp("structured")
-    examples = _smoke_examples()
-    model, tokenizer = _smoke_model(examples)
+    examples = smoke_examples()
+    model, tokenizer = smoke_model(examples)
     model.config.num_hidden_layers, model.config.layer_types = 4, None
     torch.manual_seed(0)
     LlamaForCausalLM(model.config).save_pretrained(folder / "model")
@@ -91,7 +91,7 @@ def test_multipruner(folder, prune, data, tmp_path, capsys, monkeypatch):
     assert "An interrupted run can continue from pruned-evaluations." in printed
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    texts = [example.text for example in _smoke_examples()]
+    texts = [example.text for example in smoke_examples()]
     batches = calibration_batches(tokenizer, texts, 6, 16, 0)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.num_parameters() == plan.before["parameters"]

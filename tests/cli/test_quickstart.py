@@ -17,16 +17,20 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from support import fresh
 from transformers import AutoModelForCausalLM
 
 from peft_elastic import SearchResult, SparseLinear, Subnet, load_gptq
-from peft_elastic.cli import _data, _report, main
-from peft_elastic.cli._journal import Journal
-from peft_elastic.cli.quickstart import movie_examples
+from peft_elastic.cli import main
+from peft_elastic.cli.quickstart import base, report
+from peft_elastic.cli.quickstart.base import movie_examples
+from peft_elastic.cli.quickstart.checklist import Checklist
+from peft_elastic.cli.quickstart.splits import read_splits
 from peft_elastic.common import assets
 
 
@@ -45,6 +49,12 @@ ROWS = [
 
 def smoke(out, *options):
     return main(["quickstart", "--smoke", "--out", str(out), *options])
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """The processes that a run starts are forked; those of `finished` are interpreters of their own, as a user's are."""
+    monkeypatch.setattr(base, "subprocess", SimpleNamespace(run=fresh.run))
 
 
 def results(out):
@@ -116,7 +126,7 @@ def test_what_is_left_behind(finished):
     assert not list(finished.glob(".*")) and not (finished / "checkpoints").exists()
 
 
-def test_width(tmp_path, capsys):
+def test_width(forked, tmp_path, capsys):
     """The other path: the extracted model is a smaller one, and computes what the searched subnet computes."""
     out = tmp_path / "out"
     assert smoke(out, "--width", "--max-parameters", "90%") == 0
@@ -130,7 +140,7 @@ def test_width(tmp_path, capsys):
     assert extracted["bytes"] < dense["bytes"] and extracted["accuracy"] == searched["accuracy"]
     assert found["checks"]["same_tokens_generated"] and found["checks"]["reloaded_against_saved"] < 1e-4
     speeds = {name: entry["tokens_per_second"] for name, entry in found["deployment"]["serving"].items()}
-    assert set(speeds) == {f"{name}{mode}" for name in ("dense", names[-1]) for mode in ("", _report.OPTIMIZED)}
+    assert set(speeds) == {f"{name}{mode}" for name in ("dense", names[-1]) for mode in ("", report.OPTIMIZED)}
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert sum(parameter.numel() for parameter in model.parameters()) == extracted["parameters"]
     result = SearchResult.load(out / "search")
@@ -142,7 +152,7 @@ def test_width(tmp_path, capsys):
 
 
 def test_the_test_data_is_used_for_nothing_else(finished):
-    splits = {name: set(part) for name, part in _data.read_splits(finished / "data.json").items()}
+    splits = {name: set(part) for name, part in read_splits(finished / "data.json").items()}
     assert {name: len(part) for name, part in splits.items()} == {"test": 24, "validation": 16, "train": 408}
     assert sum(map(len, splits.values())) == len(set.union(*splits.values()))
     # what the search measured differs from what the table says of the very same subnets
@@ -161,7 +171,7 @@ def test_a_second_run_does_nothing_again(finished, capsys):
     assert capsys.readouterr().out.count("done before") == len(STAGES)
 
 
-def test_an_interrupted_run_continues_to_the_same_results(finished, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_results(finished, forked, tmp_path):
     """As if killed after the pruned model was saved and before that was noted; the rest is there in part."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -189,7 +199,7 @@ def test_other_settings_are_not_mixed_in(finished, capsys):
 
 
 @pytest.mark.slow
-def test_fresh(finished, tmp_path):
+def test_fresh(finished, forked, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     (out / "stages.json").write_text("{")
@@ -207,24 +217,24 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 # -- parts ---------------------------------------------------------------------------------------------------------
 
 
-def test_journal(tmp_path, capsys):
+def test_checklist(tmp_path, capsys):
     calls = []
 
     def work():
         calls.append(1)
         return {"value": len(calls)}
 
-    journal = Journal(tmp_path / "stages.json", {"seed": 0}, 2)
-    assert journal.run("a", "first", work)["value"] == 1
-    again = Journal(tmp_path / "stages.json", {"seed": 0}, 2)
+    checklist = Checklist(tmp_path / "stages.json", {"seed": 0}, 2)
+    assert checklist.run("a", "first", work)["value"] == 1
+    again = Checklist(tmp_path / "stages.json", {"seed": 0}, 2)
     assert again.run("a", "first", work)["value"] == 1 and again.run("b", "second", work)["value"] == 2
     assert list(again.seconds) == ["a", "b"]
     assert "[2/2] second" in capsys.readouterr().out
     with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
-        Journal(tmp_path / "stages.json", {"seed": 1}, 2)
+        Checklist(tmp_path / "stages.json", {"seed": 1}, 2)
     (tmp_path / "stages.json").write_text("[]")
     with pytest.raises(ValueError, match="damaged"):
-        Journal(tmp_path / "stages.json", {"seed": 0}, 2)
+        Checklist(tmp_path / "stages.json", {"seed": 0}, 2)
 
 
 def row(name, correct):
@@ -244,22 +254,22 @@ def test_differences_are_paired():
     """The standard error is that of the differences: ten examples that all models get right add none."""
     rows = [row("a", [1] * 12 + [0, 0]), row("b", [1] * 10 + [0, 0, 0, 1]), row("c", [1] * 12 + [0, 0])]
     rows[1]["measured"]["loss"] = [0.6] * 13 + [0.9]
-    difference, none = _report.compare(rows, [("a", "b"), ("a", "c")])
+    difference, none = report.compare(rows, [("a", "b"), ("a", "c")])
     per_example = torch.tensor([0.0] * 10 + [1, 1, 0, -1])
     assert difference["accuracy"]["difference"] == pytest.approx(1 / 14)
     assert difference["accuracy"]["standard_error"] == pytest.approx((per_example.std() / 14**0.5).item())
     assert difference["accuracy"]["within_noise"] and not difference["label_loss"]["within_noise"]
     assert difference["label_loss"]["difference"] == pytest.approx(-(13 * 0.1 + 0.2) / 14)
     assert none["accuracy"] == {"difference": 0, "standard_error": 0, "within_noise": True} == none["label_loss"]
-    (clear,) = _report.compare([row("a", [1] * 40), row("b", [0] * 20 + [1] * 20)], [("a", "b")])
+    (clear,) = report.compare([row("a", [1] * 40), row("b", [0] * 20 + [1] * 20)], [("a", "b")])
     assert not clear["accuracy"]["within_noise"]
-    first, second = _report.describe([difference, clear]).splitlines()[2:]
+    first, second = report.describe([difference, clear]).splitlines()[2:]
     assert "+7.1 ± 12.7  within noise" in first and first.endswith("clear")
     assert "+50.0 ± 8.0  clear" in second
 
 
 def test_table():
-    lines = _report.table([row("dense", [1, 1, 0, 1]), row("a longer name", [1, 0, 0, 1])]).splitlines()
+    lines = report.table([row("dense", [1, 1, 0, 1]), row("a longer name", [1, 0, 0, 1])]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert "75.0 ± 25.0" in lines[2] and "0.550 ± 0.050" in lines[2] and "1,234,567" in lines[2]
 
@@ -267,13 +277,13 @@ def test_table():
 def test_serving_columns():
     slow = {"tokens_per_second": 20.04, "load_seconds": 1.26, "peak_bytes": 1.5e9, "optimized": False}
     served = {**row("dense", [1, 0]), "serving": slow}
-    lines = _report.table([served, {**row("other", [1, 0]), "serving": {**slow, "peak_bytes": None}}]).splitlines()
+    lines = report.table([served, {**row("other", [1, 0]), "serving": {**slow, "peak_bytes": None}}]).splitlines()
     assert lines[2].split()[-3:] == ["20.0", "1.3", "1,500"] and lines[3].split()[-3:] == ["20.0", "1.3", "-"]
-    legend = _report.serving_legend(
+    legend = report.serving_legend(
         {"dense": slow, "dense, optimize_generation": {**slow, "optimized": True}}, (32, 64)
     )
     assert "64 new tokens after a prompt of 32" in legend and "reaches 20.0 tokens/s" in legend
-    assert "optimize_generation" not in _report.serving_legend({"dense": slow}, (32, 64))
+    assert "optimize_generation" not in report.serving_legend({"dense": slow}, (32, 64))
 
 
 def test_without_the_extension_nothing_is_deployed(tmp_path, monkeypatch, capsys):
@@ -301,6 +311,6 @@ def test_movie_examples():
 )
 def test_peak_memory_is_that_of_the_process_alone():
     large = bytearray(b"1") * 1_500_000_000
-    code = "from peft_elastic.cli._serving import peak_bytes; print(peak_bytes())"
+    code = "from peft_elastic.cli.quickstart.serving import peak_bytes; print(peak_bytes())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2**20 < int(answer.stdout) < len(large) - 2e8

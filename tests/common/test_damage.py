@@ -43,7 +43,9 @@ from peft_elastic import (
     search_subnet,
     sparsify_linears,
 )
-from peft_elastic.cli import _data, _journal
+from peft_elastic.cli._data import Example
+from peft_elastic.cli.quickstart import splits as quickstart_splits
+from peft_elastic.cli.quickstart.checklist import Checklist
 from peft_elastic.common.documents import COUNT, NUMBER, Document, ListOf, MapOf, OneOf, Record, parse_json, read_json
 from peft_elastic.cost import timing
 from peft_elastic.deploy import checkpoint, stored_files
@@ -216,16 +218,16 @@ class Files:
 
     def _others(self):
         stages, splits = self.folder / "stages.json", self.folder / "data.json"
-        _journal.Journal(stages, {"seed": 0}, 2).run("a", "A", lambda: {"rows": [1]})
-        _data.write_splits(splits, {"test": [_data.Example("a", " b", (" b", " c"))]})
+        Checklist(stages, {"seed": 0}, 2).run("a", "A", lambda: {"rows": [1]})
+        quickstart_splits.write_splits(splits, {"test": [Example("a", " b", (" b", " c"))]})
 
         def read_stages():
-            journal = _journal.Journal(stages, {"seed": 0}, 2)
+            journal = Checklist(stages, {"seed": 0}, 2)
             journal.run("a", "A", lambda: {})
             sum(journal.seconds.values())
 
         self.readers[stages] = read_stages
-        self.readers[splits] = lambda: _data.read_splits(splits)
+        self.readers[splits] = lambda: quickstart_splits.read_splits(splits)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
+from support import fresh
 
 from peft_elastic import ElasticLoraConfig
 from peft_elastic.cli import _common, _data, quickstart
@@ -222,7 +223,7 @@ def test_a_disk_of_its_own(inputs, tmp_path):
             disk / "out",
         ]
         code = "import sys; from peft_elastic.cli.main import main; sys.exit(main())"
-        run = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+        run = fresh.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
         assert run.returncode == 2 and "Traceback" not in run.stderr
         assert f"cannot write '{disk / 'out'}': No space left on device; free some space there" in run.stderr
         assert os.listdir(disk) == []

@@ -27,6 +27,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from support import fresh
 from support.models import default_dtype, tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -88,7 +89,7 @@ for folder in sys.argv[1:]:
 
 
 def run_fresh(folders, prologue=""):
-    run = subprocess.run(
+    run = fresh.run(
         [sys.executable, "-W", "always", "-c", prologue + FRESH, *map(str, folders)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -16,12 +16,12 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import fresh
 from support.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -290,7 +290,7 @@ def test_merge_and_unload_refuses_before_it_merges(monkeypatch):
 def test_the_environment_chooses_the_level():
     script = "import torch, peft_elastic as p; m = torch.nn.Linear(64, 64); m.weight.data[:, ::2] = 0\n"
     script += "print(p.sparsify_linears(torch.nn.Sequential(m), when='always').level)"
-    run = subprocess.run(
+    run = fresh.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PEFT_ELASTIC_ISA": "portable"},
         capture_output=True,

@@ -17,13 +17,13 @@ import copy
 import io
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import fresh
 from support.models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -434,7 +434,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path, sparsity):
     model.save_pretrained(tmp_path / "model")
     results = {}
     for name, prologue in (("same", ""), ("dense", "import sys; sys.modules['peft_elastic._C'] = None\n")):
-        subprocess.run(
+        fresh.run(
             [sys.executable, "-c", prologue + FRESH, str(tmp_path / "model"), str(tmp_path / name)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,

@@ -24,6 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import fresh
 
 from peft_elastic.layers import extension
 
@@ -381,9 +382,7 @@ def test_level_from_the_environment():
     def run(level):
         code = "from peft_elastic.layers import extension; print(extension.selected_level())"
         environment = {**os.environ, "PEFT_ELASTIC_ISA": level}
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
-        )
+        return fresh.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
 
     assert run("portable").stdout.strip() == "portable"
     failed = run("sse9")

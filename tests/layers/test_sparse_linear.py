@@ -16,11 +16,11 @@
 import copy
 import io
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
+from support import fresh
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -142,5 +142,5 @@ def test_without_the_extension():
         "import torch, peft_elastic\n"
         "peft_elastic.SparseLinear.from_linear(torch.nn.Linear(2, 2))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = fresh.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "ValueError: The sparse kernels need the C++ extension" in result.stderr

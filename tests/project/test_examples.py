@@ -14,10 +14,10 @@
 """The examples run, in their smoke mode, as a user would start them."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+from support import fresh
 from support.places import EXAMPLES
 
 from peft_elastic import PruningPlan
@@ -38,7 +38,7 @@ sys.path.insert(0, str(EXAMPLES))
 def test_smoke_mode(script, train, test, shared_data, tmp_path):
     command = [sys.executable, EXAMPLES / script, "--smoke", "--out", tmp_path / "out"]
     command += ["--train", shared_data / train, "--test", shared_data / test]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"dense", "pruned", "tuned, max subnet", "tuned, searched subnet"} <= set(results)
@@ -60,7 +60,7 @@ def test_sqft_smoke_mode(pipeline, more, merged, shared_data, tmp_path):
     command = [sys.executable, EXAMPLES / "sqft_gsm8k.py", "--smoke", "--out", tmp_path / "out", *more]
     command += ["--pipeline", pipeline, "--train", shared_data / "gsm8k_train.jsonl"]
     command += ["--test", shared_data / "gsm8k_test.jsonl"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"dense", "pruned", "tuned" if more else "tuned, searched subnet"} <= set(results)
@@ -86,7 +86,7 @@ def test_sqft_smoke_mode(pipeline, more, merged, shared_data, tmp_path):
 def test_lonas_smoke_mode(script, train, test, options, shared_data, tmp_path):
     command = [sys.executable, EXAMPLES / script, "--smoke", "--out", tmp_path / "out", *options]
     command += ["--train", shared_data / train, "--test", shared_data / test]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["subnets"]
     assert list(rows) == ["max", "heuristic", "searched", "min"]
@@ -112,7 +112,7 @@ def test_multipruner_smoke_mode(options, shared_data, tmp_path):
     command = [sys.executable, EXAMPLES / "multipruner_recovery.py", "--smoke", "--out", out, *options]
     command += ["--train", shared_data / "gsm8k_train.jsonl", "--text", shared_data / "wikitext2_valid.txt"]
     command += ["--test", shared_data / "arc_easy_test.jsonl"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((out / "results.json").read_text())["models"]
     assert list(rows) == ["dense", "pruned", "recovered"]
@@ -134,7 +134,7 @@ def test_stacked_smoke_mode(options, shared_data, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, EXAMPLES / "stacked.py", "--smoke", "--ratio", "0.2", "--out", out, *options]
     command += ["--train", shared_data / "sst2_train.tsv", "--test", shared_data / "sst2_dev.tsv"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((out / "results.json").read_text())
     rows = {row["name"].partition(",")[0]: row for row in results["rows"] if not row["name"].startswith("(")}

@@ -337,6 +337,22 @@ def test_help_of_a_command_teaches(name, capsys):
         assert action.help, action.option_strings
 
 
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_the_list_of_commands_says_what_each_says_of_itself(name):
+    """It is read from the docstrings of the modules, so that none has to be imported."""
+
+    def lines(parser):
+        (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        return {choice.dest: choice.help for choice in action._choices_actions}
+
+    listed = lines(build_parser(["--help"]))
+    assert listed == lines(build_parser()) and list(listed) == list(commands())
+    only = build_parser([name, "--help"])
+    assert lines(only) == listed
+    (action,) = (action for action in only._actions if isinstance(action, argparse._SubParsersAction))
+    assert {other for other, parser in action.choices.items() if len(parser._actions) > 1} == {name}
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"]])
 def test_a_wrong_command_line(arguments, capsys):
     with pytest.raises(SystemExit, match="^2$"):

@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from support.elastic_models import ALL, adapted, build, close, inputs_of, run_fresh
+from support.elastic_models import ALL, adapted, build, close, inputs_of
+from support.fresh import run_fresh
 from support.masked_states import (
     CLASSIFIERS,
     calibration_of,

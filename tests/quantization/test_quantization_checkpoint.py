@@ -15,7 +15,6 @@
 import copy
 import json
 import shutil
-import subprocess
 import sys
 import types
 
@@ -25,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support import fresh
 from support.models import ARCHITECTURES, outputs, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from transformers import (
@@ -252,7 +252,7 @@ def test_a_fresh_process(tmp_path):
         assert model.generation_config.max_length == 33
         print("the same")
     """
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    run = fresh.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert "the same" in run.stdout, run.stderr
 
 

@@ -22,7 +22,8 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from support.elastic_models import adapted, close, run_fresh
+from support.elastic_models import adapted, close
+from support.fresh import run_fresh
 from support.masked_states import calibration_of, same, snapshot
 from support.models import VOCABULARY, randomize, tiny_gpt2, tiny_llama, tokens
 from torch import nn

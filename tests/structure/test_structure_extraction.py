@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support import sparse_qa
-from support.elastic_models import ALL, SETTINGS, adapted, blocks_of, build, close, elastic, inputs_of, run_fresh
+from support.elastic_models import ALL, SETTINGS, adapted, blocks_of, build, close, elastic, inputs_of
+from support.fresh import run_fresh
 from support.models import T5S, outputs, randomize, tiny_llama, tiny_llama_classifier, tokens
 from transformers import AutoModelForCausalLM
 

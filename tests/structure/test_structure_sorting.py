@@ -31,8 +31,8 @@ from support.elastic_models import (
     elastic,
     inputs_of,
     readers,
-    run_fresh,
 )
+from support.fresh import run_fresh
 from support.models import (
     BLOCKS,
     TRANSFORMERS_ADAPTERS,

@@ -618,7 +618,7 @@ def test_bad_strategy(strategy):
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "0", True])
 def test_bad_seed(seed):
-    with pytest.raises(ValueError, match="`seed` must be a non-negative integer"):
+    with pytest.raises(ValueError, match="`seed` must be a whole number >= 0, or None, got"):
         SubnetSamplingCallback(seed=seed)
 
 

@@ -280,7 +280,7 @@ def test_sandwich_with_another_sampler(sampler):
 
 @pytest.mark.parametrize("n_random", [-1, 1.0, True, "2", None])
 def test_sandwich_bad_number(n_random):
-    with pytest.raises(ValueError, match="`n_random` must be a non-negative integer"):
+    with pytest.raises(ValueError, match="`n_random` must be a whole number >= 0, got"):
         SandwichSampler(n_random)
 
 

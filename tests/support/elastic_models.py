@@ -16,9 +16,6 @@ by a model of full size in which hooks take away what is not active."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +24,6 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from support.models import BLOCKS, T5S, default_dtype, randomize, tokens
-from support.places import REPOSITORY, TESTS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,13 +170,3 @@ class MatrixProducts(TorchDispatchMode):
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def run_fresh(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, which finds this package first."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(TESTS)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -16,12 +16,12 @@
 import contextlib
 import io
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from peft import PeftModel, get_layer_status, get_model_status, get_peft_model, get_peft_model_state_dict
+from support import fresh
 from support.models import TRANSFORMERS_ADAPTERS, default_dtype, net, outputs, randomize, tiny_llama, tokens
 from support.places import TESTS
 from support.sparse_qa import (
@@ -373,7 +373,7 @@ def test_loading_in_another_process(tmp_path, kind):
     model.save_pretrained(tmp_path)
     for dtype in ("float32", "bfloat16"):
         command = [sys.executable, "-c", LOAD, TESTS, str(tmp_path), dtype]
-        subprocess.run(command, check=True, timeout=200)
+        fresh.run(command, check=True, timeout=200)
         result = torch.load(tmp_path / "result.pt")
         if dtype == "float32":
             torch.testing.assert_close(result["outputs"], before)

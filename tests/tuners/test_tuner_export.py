@@ -16,7 +16,6 @@ this package."""
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from support import models
+from support import fresh, models
 from support.models import ConvNet, net, outputs, randomize, tiny_llama, tokens
 from support.places import TESTS
 from torch import nn
@@ -147,7 +146,7 @@ def exported(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-W", "ignore", "-c", FRESH, folder / "cases.json", folder]
     # in another folder: this package must not be found by chance
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = fresh.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     folders = {(name, pad): f"{name} padded" if pad else name for name in CASES for pad in (False, True)}
     return {key: (*made[key[0]], torch.load(folder / f"{path}.pt"), folder / path) for key, path in folders.items()}

@@ -26,6 +26,7 @@ import peft
 import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from support import fresh
 
 import peft_elastic
 from peft_elastic import ElasticLoraConfig, ElasticLoraModel, SparseQALoraConfig, SparseQALoraModel
@@ -83,7 +84,7 @@ def test_pickling_and_reloading():
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(PeftType.ELASTIC_LORA, protocol)) is PeftType.ELASTIC_LORA
     # in a process that has not imported the package, and where reloading may leave two versions of every class
-    subprocess.run(
+    fresh.run(
         [sys.executable, "-c", FRESH],
         input=pickle.dumps(ElasticLoraConfig(r=8, elastic_ranks=[8, 2])),
         check=True,

@@ -34,8 +34,8 @@ def main(folder: str, mode: str, settings: str, data: str, answer: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import peft_elastic
-    from peft_elastic.cli._data import read_splits
     from peft_elastic.cli._evaluation import measure
+    from peft_elastic.cli.quickstart.splits import read_splits
 
     transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()

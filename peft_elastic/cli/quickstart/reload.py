@@ -61,8 +61,8 @@ def main(folder, device, data, expected, answer, *imports):
     plain = "peft_elastic" not in sys.modules
 
     # the measurement alone may use this package
-    from peft_elastic.cli._data import read_splits
     from peft_elastic.cli._evaluation import measure
+    from peft_elastic.cli.quickstart.splits import read_splits
 
     result = {
         "without_peft_elastic": plain,

@@ -23,8 +23,8 @@ from peft import PeftModel
 
 from peft_elastic import ElasticLoraConfig
 
-from . import _report
-from .quickstart import Quickstart
+from . import report
+from .base import Quickstart
 
 
 # Shares of heads and channels. Of nine heads in groups of three, two thirds.
@@ -58,7 +58,7 @@ class WidthQuickstart(Quickstart):
 
     @property
     def base(self) -> str | Path:
-        return self.journal.done["data"]["model"]
+        return self.done.results["data"]["model"]
 
     def files(self) -> list[tuple[Path, str]]:
         return [
@@ -74,20 +74,17 @@ class WidthQuickstart(Quickstart):
         skippable: list[int | str] = [*range(blocks // 2, blocks - 1)] or [blocks - 1]
         return ElasticLoraConfig(**settings, elastic_width=_WIDTH, elastic_depth=skippable)
 
-    def _fit(self, model: PeftModel, steps: int, adapter: Path, **sampling: Any) -> dict[str, Any]:
-        return super()._fit(model, steps, adapter, strategy="sandwich", distillation="max")
+    def fit(self, model: PeftModel, steps: int, adapter: Path, **sampling: Any) -> dict[str, Any]:
+        return super().fit(model, steps, adapter, strategy="sandwich", distillation="max")
 
     def search(self) -> dict[str, Any]:
-        return self._search("parameters", max_parameters=self.args.max_parameters or "80%")
-
-    def deployed_models(self) -> dict[str, Path]:
-        return {}
+        return self.search_for("parameters", max_parameters=self.args.max_parameters or "80%")
 
     def more_to_serve(self) -> dict[str, tuple[Any, str]]:
         return {
             self.reloaded: (self.merged, "plain"),
-            f"{self.reloaded}{_report.OPTIMIZED}": (self.merged, "optimized"),
+            f"{self.reloaded}{report.OPTIMIZED}": (self.merged, "optimized"),
         }
 
-    def _base_size(self, model: PeftModel) -> int:
-        return self.journal.done["dense"]["bytes"]
+    def base_size(self) -> int:
+        return self.done.results["dense"]["bytes"]

@@ -29,7 +29,7 @@ from peft_elastic.common.writing import atomic_write_text
 _STAGES = Record(settings=MapOf(ANYTHING), done=MapOf(Record(None, ANYTHING, seconds=NUMBER)))
 
 
-class Journal:
+class Checklist:
     """Runs stages in order and keeps what each returned in a JSON file; a stage that is in the file is not run again.
 
     Args:
@@ -38,12 +38,12 @@ class Journal:
         stages: number of stages, for the display.
 
     Raises:
-        ValueError: if the file belongs to other settings, or is no journal.
+        ValueError: if the file belongs to other settings, or is no such file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], stages: int) -> None:
         self.path, self.settings, self.stages = path, dict(settings), stages
-        self.done: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self._start = time.perf_counter()
         if path.exists():
             self._read()
@@ -55,7 +55,7 @@ class Journal:
             data = _STAGES.check(read_json(self.path), "it")
         except ValueError as error:
             raise ValueError(f"{os.fspath(self.path)!r} is damaged ({error}); start again with `--fresh`.") from error
-        settings, self.done = data["settings"], data["done"]
+        settings, self.results = data["settings"], data["done"]
         names = [name for name in {**settings, **self.settings} if settings.get(name) != self.settings.get(name)]
         if names:
             differences = "; ".join(
@@ -67,19 +67,19 @@ class Journal:
             )
 
     def _write(self) -> None:
-        atomic_write_text(self.path, json.dumps({"settings": self.settings, "done": self.done}))
+        atomic_write_text(self.path, json.dumps({"settings": self.settings, "done": self.results}))
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `work`, from the file if it is there. `seconds` is added to it."""
-        number = list(self.done).index(name) + 1 if name in self.done else len(self.done) + 1
+        number = list(self.results).index(name) + 1 if name in self.results else len(self.results) + 1
         print(f"\n[{number}/{self.stages}] {title}", flush=True)
-        if name in self.done:
-            print(f"      done before, in {self.done[name]['seconds']:.0f} s")
-            return self.done[name]
+        if name in self.results:
+            print(f"      done before, in {self.results[name]['seconds']:.0f} s")
+            return self.results[name]
         start = time.perf_counter()
         result = work()
         result["seconds"] = round(time.perf_counter() - start, 2)
-        self.done[name] = result
+        self.results[name] = result
         self._write()
         elapsed = time.perf_counter() - self._start
         print(
@@ -91,4 +91,4 @@ class Journal:
     @property
     def seconds(self) -> dict[str, float]:
         """Time that each stage took when it was run, in seconds."""
-        return {name: result["seconds"] for name, result in self.done.items()}
+        return {name: result["seconds"] for name, result in self.results.items()}
