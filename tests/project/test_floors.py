@@ -104,7 +104,6 @@ def test_no_arrow_goes_up():
     assert upward(PACKAGE, FLOORS) == []
 
 
-@pytest.mark.xfail(strict=True, reason="being mended: cli, search, structure, tuners")
 def test_there_is_no_circle():
     assert circles(PACKAGE) == []
 
