@@ -58,22 +58,16 @@ VOCABULARY = 48
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
-def has_kernels() -> bool:
-    """Whether the C++ extension is there, which packed weights need."""
+def level() -> str | None:
+    """Instruction set of the kernels; None without the C++ extension, which packed weights need."""
     try:
-        sparsify_linears(nn.Sequential(nn.Linear(1, 1)))
+        return sparsify_linears(nn.Sequential(nn.Linear(8, 8)), when="always", min_sparsity=0).level
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def machine() -> dict[str, str]:
     """What the last bits of a floating-point computation depend on. Equal machines give equal bits, with one thread."""
-    level = (
-        sparsify_linears(nn.Sequential(nn.Linear(8, 8)), when="always", min_sparsity=0).level
-        if has_kernels()
-        else None
-    )
     try:
         entries = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         found = {name.strip(): value.strip() for name, _, value in entries}
@@ -85,7 +79,7 @@ def machine() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
-        "level": str(level),
+        "level": str(level()),
         "cpu": f"{found.get('model name')} {cpu}",
         "torch capability": capability,
         **versions,
@@ -124,6 +118,7 @@ def digests(model: Any) -> dict[str, str]:
         if not tensor.numel():  # marks what was removed
             continue
         block = re.sub(r"(\.\d+)\..*", r"\1", name)
+        tensor = tensor + 0  # one zero, as the sign of a weight that was rounded to it is chance
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         sums.setdefault(block, hashlib.sha256()).update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + raw)
     return {block: digest.hexdigest()[:16] for block, digest in sums.items()}
