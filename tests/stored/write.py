@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Writes the files that `tests/test_stored.py` reads, with the package of a commit before it was rearranged:
+"""Writes the files that `test_stored.py` reads, with the package of a commit before it was rearranged:
 
     git worktree add --detach ../before 147743b
     (cd ../before && python setup.py build_ext --inplace)

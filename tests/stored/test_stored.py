@@ -63,6 +63,7 @@ from stored.shared import (
     read_json,
     trainer,
 )
+from support.places import TESTS
 from torch import nn
 
 from peft_elastic import (
@@ -419,7 +420,8 @@ def test_computes_the_same(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(level() is None, reason="no extension")
 def test_in_a_fresh_interpreter(tmp_path):
-    environment = os.environ | {"PEFT_ELASTIC_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    environment = os.environ | {"PEFT_ELASTIC_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == f"{len(CHECKS)} stored files compute the same"
