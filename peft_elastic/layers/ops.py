@@ -34,7 +34,7 @@ from .format import groups_in_order, order_of_groups
 
 _C = extension._C
 _VALUE_DTYPES = (torch.bfloat16, torch.int8)
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 # What C++ calls them; empty without the extension.
 _VALUE_TYPES: dict[torch.dtype, Any] = (
     {} if _C is None else {torch.bfloat16: _C.ValueType.bf16, torch.int8: _C.ValueType.int8}
