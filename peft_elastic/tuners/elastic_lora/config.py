@@ -236,7 +236,7 @@ class ElasticLoraConfig(LoraConfig):
         self, save_directory: str, *, weights_in: Optional[Union[str, os.PathLike[str]]] = None, **kwargs: Any
     ) -> None:
         """
-        Writes `adapter_config.json`.
+        Write `adapter_config.json`.
 
         peft writes the weights of an adapter and then this file, into a folder that may hold another adapter, and may be
         stopped in between. So the file says which weights it goes with, and other ones are refused when it is read.
@@ -258,7 +258,7 @@ class ElasticLoraConfig(LoraConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """
-        Reads `adapter_config.json`.
+        Read `adapter_config.json`.
 
         Raises:
             ValueError: naming the file, if it is damaged, or was not saved with the weights in the same folder.
@@ -287,7 +287,7 @@ class ElasticLoraConfig(LoraConfig):
         return bool(self.elastic_width) or bool(self.elastic_depth)
 
     def rank_options(self, max_rank: int, multiple: int = 1) -> tuple[int, ...]:
-        """The ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to
+        """List the ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to
         small: `elastic_ranks` times `max_rank / r`, rounded up.
 
         Args:
@@ -304,7 +304,7 @@ class ElasticLoraConfig(LoraConfig):
 
 
 def _weights_file(folder: Path) -> Optional[Path]:
-    """The file that peft reads the weights of an adapter from."""
+    """Find the file that peft reads the weights of an adapter from."""
     files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     return next((file for file in files if file.is_file()), None)
 
