@@ -276,7 +276,7 @@ def test_merge_and_unload_refuses_before_it_merges(monkeypatch):
         zero_out(tiny_llama()), ElasticLoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="`sparse_kernel` is 'yes'"):
+    with pytest.raises(ValueError, match="`sparse_kernel` must be 'auto', True or False, got 'yes'"):
         model.merge_and_unload(sparse_kernel="yes")
     with pytest.raises(ValueError, match="`sparse_dtype` is 'int4'"):
         model.merge_and_unload(sparse_dtype="int4")

@@ -45,7 +45,7 @@ BAD_CONFIGS = {
     "symmetric": ({"quantization_aware": True, "symmetric": 1}, "`symmetric` is 1"),
     "clipping": (
         {"quantization_aware": True, "clipping": "max"},
-        r"`clipping` must be one of \['minmax', 'mse'\], got 'max'",
+        "`clipping` must be 'minmax' or 'mse', got 'max'",
     ),
     "flag": ({"sparse_adapter": 1}, "`sparse_adapter` must be True or False, got 1"),
     "other flag": ({"quantization_aware": None}, "`quantization_aware` must be True or False, got None"),
@@ -61,8 +61,8 @@ BAD_OPTIONS = {
     "bias": ({"lora_bias": True}, "`lora_bias` cannot be combined"),
     "alora": ({"alora_invocation_tokens": [1]}, "`alora_invocation_tokens` cannot be combined"),
     "experts": ({"target_parameters": ["experts.down_proj"]}, "`target_parameters` cannot be combined"),
-    "pissa": ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'` cannot be combined"),
-    "olora": ({"init_lora_weights": "olora"}, "`init_lora_weights='olora'` cannot be combined"),
+    "pissa": ({"init_lora_weights": "pissa"}, "`init_lora_weights` must be one of .*, got 'pissa'"),
+    "olora": ({"init_lora_weights": "olora"}, "`init_lora_weights` must be one of .*, got 'olora'"),
 }
 
 

@@ -58,9 +58,9 @@ def test_rank_options_are_multiples_if_asked():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0}, "`r` must be a positive integer, got 0"),
-        ({"r": -4}, "`r` must be a positive integer, got -4"),
-        ({"r": 4.0}, "`r` must be a positive integer, got 4.0"),
+        ({"r": 0}, "`r` must be a whole number >= 1, got 0"),
+        ({"r": -4}, "`r` must be a whole number >= 1, got -4"),
+        ({"r": 4.0}, "`r` must be a whole number >= 1, got 4.0"),
         ({"elastic_ranks": [16, 8]}, r"largest of `elastic_ranks` must be `r`, got elastic_ranks=\[16, 8\] with r=8"),
         ({"elastic_ranks": [4, 2]}, "Set r=4 or change the list"),
         ({"elastic_ranks": []}, r"`elastic_ranks` must be a list with at least one rank, got \[\]"),
@@ -78,7 +78,7 @@ def test_rank_options_are_multiples_if_asked():
         ({"rank_groups": [["q_proj", 3]]}, "`rank_groups` must be"),
         ({"rank_groups": [["q_proj", ""]]}, "`rank_groups` must be"),
         ({"rank_groups": [["a", "b"], ["b"]]}, r"`rank_groups` names \['b'\] more than once"),
-        ({"active_subnet": [4, 4]}, "`active_subnet` must be a dict from choice key to value, got list"),
+        ({"active_subnet": [4, 4]}, "`active_subnet` must be a dict from choice key to value, got \\[4, 4\\]"),
         ({"active_subnet": "max"}, "`active_subnet` must be a dict"),
         ({"init_lora_weights": "eva"}, "`init_lora_weights='eva'` cannot be combined with elastic ranks"),
         ({"kasa_config": {}}, None),  # an empty dict is peft's way to ask for the defaults

@@ -69,7 +69,8 @@ assert config.peft_type is PeftType.ELASTIC_LORA and config.elastic_ranks == [8,
 import torch
 import peft_elastic.tuners.elastic_lora as package
 member, old = PeftType.ELASTIC_LORA, package.ElasticLoraConfig
-for name in ("layer", "config", "export", "model"):
+jobs = ("base", "optimizers", "subnets", "injection", "merging", "export", "saving")
+for name in ("layer", "config", "state", *jobs, "model", "peft_model"):
     importlib.reload(importlib.import_module(f"peft_elastic.tuners.elastic_lora.{name}"))
 importlib.reload(package)
 new = package.ElasticLoraConfig

@@ -207,7 +207,7 @@ def test_a_single_block_may_be_named_after_construction():
 @pytest.mark.parametrize(
     ("config_cls", "changes", "message"),
     [
-        (ElasticLoraConfig, {"r": 0}, "`r` must be a positive integer, got 0"),
+        (ElasticLoraConfig, {"r": 0}, "`r` must be a whole number >= 1, got 0"),
         (
             ElasticLoraConfig,
             {"elastic_ranks": [4, 2]},
@@ -215,8 +215,8 @@ def test_a_single_block_may_be_named_after_construction():
         ),
         (ElasticLoraConfig, {"rank_groups": "layer"}, "`rank_groups` must be"),
         (ElasticLoraConfig, {"elastic_width": {"layers": [1.0]}}, "`elastic_width`"),
-        (ElasticLoraConfig, {"elastic_depth": []}, "`elastic_depth` names no block"),
-        (ElasticLoraConfig, {"importance": "taste"}, "`importance` must be one of"),
+        (ElasticLoraConfig, {"elastic_depth": []}, "`elastic_depth` must be at least one block"),
+        (ElasticLoraConfig, {"importance": "taste"}, "`importance` must be 'activation', 'gradient'"),
         (ElasticLoraConfig, {"init_lora_weights": "eva"}, "`init_lora_weights='eva'`"),
         (SparseQALoraConfig, {"bits": 4}, "belong to `quantization_aware=True`"),
         (SparseQALoraConfig, {"quantization_aware": True, "bits": 5}, "`bits`"),

@@ -117,7 +117,7 @@ def _check_targets(
 
 
 def enabled_adapters(model: nn.Module, configs: Mapping[str, Any]) -> list[str]:
-    """The active elastic adapters, none while adapters are disabled."""
+    """Read the active elastic adapters from the layers; there are none while adapters are disabled."""
     return active_adapters(model, configs) if is_enabled(model) else []
 
 
@@ -129,7 +129,7 @@ def is_enabled(model: nn.Module) -> bool:
 def narrowing(
     state: ElasticState, adapter_name: str, values: Optional[Mapping[str, Mapping[str, int]]] = None
 ) -> dict[str, int]:
-    """What the subnet of an adapter, or of `values`, takes away from the base: the choices that are below the whole."""
+    """Tell what the subnet of an adapter, or of `values`, takes away from the base: the choices that are below the whole."""
     adapter = state.adapters.get(adapter_name)
     structure = None if adapter is None else adapter.structure
     if structure is None:
@@ -142,7 +142,7 @@ def narrowing(
 def check_together(
     state: ElasticState, active: Sequence[str], values: Optional[Mapping[str, Mapping[str, int]]] = None
 ) -> dict[str, int]:
-    """What these adapters, active together, take away from the base.
+    """Tell what these adapters, active together, take away from the base.
 
     Raises:
         ValueError: if they want different things, or it cannot be taken away now.
@@ -221,7 +221,7 @@ def _follow(module: nn.Module, args: Any) -> None:
 
 @contextmanager
 def whole_base(state: ElasticState, model: nn.Module, configs: Mapping[str, Any]) -> Iterator[None]:
-    """The base at full width and depth inside."""
+    """Give the base its full width and depth inside."""
     values, state.structural_values = state.structural_values, {}
     apply_structure(state, model, configs)
     try:

@@ -23,6 +23,7 @@ from typing import Any, Optional, Union
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
+from ...common.checks import check_bool, check_choice, check_whole, is_whole, wrong
 from ...common.documents import read_json
 from ...common.writing import atomic_write_text
 from ...structure.importance import IMPORTANCES
@@ -143,9 +144,7 @@ class ElasticLoraConfig(LoraConfig):
         self._check_rank_groups()
         self._check_structure()
         if self.active_subnet is not None and not isinstance(self.active_subnet, dict):
-            raise ValueError(
-                f"`active_subnet` must be a dict from choice key to value, got {type(self.active_subnet).__name__}."
-            )
+            raise wrong("active_subnet", "a dict from choice key to value", self.active_subnet)
 
     def _check_lora_options(self) -> None:
         """Refuse what cannot follow a change of rank."""
@@ -165,14 +164,13 @@ class ElasticLoraConfig(LoraConfig):
 
     def _check_elastic_ranks(self) -> None:
         r, ranks = self.r, self.elastic_ranks
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"`r` must be a positive integer, got {r!r}.")
+        check_whole("r", r, least=1)
         if ranks is None:
             return
         if not isinstance(ranks, (list, tuple)) or not ranks:
-            raise ValueError(f"`elastic_ranks` must be a list with at least one rank, got {ranks!r}.")
-        if any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ranks):
-            raise ValueError(f"`elastic_ranks` must be positive integers, got {ranks!r}.")
+            raise wrong("elastic_ranks", "a list with at least one rank", ranks)
+        if any(not is_whole(k) or k < 1 for k in ranks):
+            raise wrong("elastic_ranks", "positive integers", ranks)
         if len(set(ranks)) != len(ranks):
             raise ValueError(f"`elastic_ranks` must differ from each other, got {ranks!r}.")
         if max(ranks) != r:
@@ -191,9 +189,11 @@ class ElasticLoraConfig(LoraConfig):
             for group in groups
         )
         if not well_formed or not groups:
-            raise ValueError(
-                "`rank_groups` must be 'module', 'block' or a list of non-empty lists of module names, for example "
-                f"[['q_proj', 'k_proj', 'v_proj'], ['up_proj', 'gate_proj']], got {groups!r}."
+            raise wrong(
+                "rank_groups",
+                "'module', 'block' or a list of non-empty lists of module names, for example [['q_proj', 'k_proj', 'v_proj'], "
+                "['up_proj', 'gate_proj']]",
+                groups,
             )
         names = [name for group in groups for name in group]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -205,9 +205,7 @@ class ElasticLoraConfig(LoraConfig):
         width = self.elastic_width
         if width is not None:
             if not isinstance(width, dict) or not width or set(width) - set(KINDS):
-                raise ValueError(
-                    f"`elastic_width` must be a dict with the keys {list(KINDS)} or one of them, got {width!r}."
-                )
+                raise wrong("elastic_width", f"a dict with the keys {list(KINDS)} or one of them", width)
             for kind, options in width.items():
                 check_width_options(kind, options)
             self.elastic_width = {kind: sorted(set(options), reverse=True) for kind, options in width.items()}
@@ -215,18 +213,16 @@ class ElasticLoraConfig(LoraConfig):
         if depth is not None:
             entries = list(depth) if isinstance(depth, (list, tuple, range)) else [depth]
             if not entries:
-                raise ValueError(f"`elastic_depth` names no block, got {depth!r}. Leave it unset for a fixed depth.")
-            for entry in entries:
-                if isinstance(entry, bool) or not isinstance(entry, (int, str)) or entry == "":
-                    raise ValueError(
-                        "`elastic_depth` must be 'all', numbers of blocks, '4-8' or paths of blocks, each with '.attention' or "
-                        f"'.mlp' behind it or not, got {depth!r}."
-                    )
+                raise wrong("elastic_depth", "at least one block, or None for a fixed depth", depth)
+            if any(not is_whole(entry) and (not isinstance(entry, str) or not entry) for entry in entries):
+                raise wrong(
+                    "elastic_depth",
+                    "'all', numbers of blocks, '4-8' or paths of blocks, each with '.attention' or '.mlp' behind it or not",
+                    depth,
+                )
             self.elastic_depth = entries
-        if self.importance not in IMPORTANCES:
-            raise ValueError(f"`importance` must be one of {list(IMPORTANCES)}, got {self.importance!r}.")
-        if not isinstance(self.sorted_base, bool):
-            raise ValueError(f"`sorted_base` must be True or False, got {self.sorted_base!r}.")
+        check_choice("importance", self.importance, IMPORTANCES)
+        check_bool("sorted_base", self.sorted_base)
         if self.is_structural:
             for name in ("use_dora", "velora_config", "layer_replication"):
                 if getattr(self, name, None):
@@ -240,7 +236,7 @@ class ElasticLoraConfig(LoraConfig):
         self, save_directory: str, *, weights_in: Optional[Union[str, os.PathLike[str]]] = None, **kwargs: Any
     ) -> None:
         """
-        Writes `adapter_config.json`.
+        Write `adapter_config.json`.
 
         peft writes the weights of an adapter and then this file, into a folder that may hold another adapter, and may be
         stopped in between. So the file says which weights it goes with, and other ones are refused when it is read.
@@ -262,7 +258,7 @@ class ElasticLoraConfig(LoraConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """
-        Reads `adapter_config.json`.
+        Read `adapter_config.json`.
 
         Raises:
             ValueError: naming the file, if it is damaged, or was not saved with the weights in the same folder.
@@ -291,7 +287,7 @@ class ElasticLoraConfig(LoraConfig):
         return bool(self.elastic_width) or bool(self.elastic_depth)
 
     def rank_options(self, max_rank: int, multiple: int = 1) -> tuple[int, ...]:
-        """The ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to
+        """List the ranks open to a module with the maximal rank `max_rank` (`r`, or what `rank_pattern` says), from large to
         small: `elastic_ranks` times `max_rank / r`, rounded up.
 
         Args:
@@ -308,7 +304,7 @@ class ElasticLoraConfig(LoraConfig):
 
 
 def _weights_file(folder: Path) -> Optional[Path]:
-    """The file that peft reads the weights of an adapter from."""
+    """Find the file that peft reads the weights of an adapter from."""
     files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     return next((file for file in files if file.is_file()), None)
 

@@ -105,7 +105,7 @@ def _plain_config(
     ranks: Mapping[str, int],
     scalings: Mapping[str, float],
 ) -> LoraConfig:
-    """The configuration of the sub-adapter.
+    """Make the configuration of the sub-adapter.
 
     The scaling of every module is kept: a module with active rank k gets `rank_pattern[m] = k` and
     `alpha_pattern[m] = scaling * k` where these are not `r` and `lora_alpha`. `r` is the largest rank, by which other
@@ -133,7 +133,7 @@ def _plain_config(
 def _padded_weights(
     layers: Mapping[str, LoraLayer], adapter_name: str, rank: int, factors: Mapping[str, float]
 ) -> dict[int, torch.Tensor]:
-    """By the identity of each full parameter of A and B, what stands for it at `rank`, with `factors` put into B."""
+    """Make what stands for each full parameter of A and B, by its identity, at `rank`, with `factors` put into B."""
     padded: dict[int, torch.Tensor] = {}
     for name, layer in layers.items():
         parameters = list(full_weights(layer, adapter_name))
@@ -151,7 +151,7 @@ def _padded_weights(
 def _plain_state_dict(
     model: nn.Module, adapter_name: str, active: Mapping[int, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The adapter's state dict in peft's format, with `active` by the identity of the parameters."""
+    """Make the adapter's state dict in peft's format, with `active` by the identity of the parameters."""
     state_dict = model.state_dict()
     # by the paths of the modules, which are what peft goes by; some wrappers leave their own names out of the state dict
     for path, module in model.named_modules(remove_duplicate=False):
@@ -172,7 +172,7 @@ def _plain_state_dict(
 
 
 def _auto_mapping(model: nn.Module, config: ElasticLoraConfig) -> dict[str, Any] | None:
-    """What `AutoPeftModel` needs in order to find the class of the base model, if the task type does not say it."""
+    """Name the class of the base model, as `AutoPeftModel` needs it where the task type does not say it."""
     if config.task_type is not None:
         return None
     model = getattr(model, "_orig_mod", model.module if isinstance(model, _PARALLEL) else model)
@@ -185,7 +185,7 @@ def _initial_scaling(layer: LoraLayer, adapter_name: str) -> float:
 
 
 def _pattern_key(name: str, names: Iterable[str]) -> str:
-    """The key for one module in `rank_pattern`, a regular expression that peft matches with any end of a path: the
+    """Make the key for one module in `rank_pattern`, a regular expression that peft matches with any end of a path: the
     module's path, anchored if another path ends in it."""
     key = name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
     return f"^{key}" if any(other != name and has_suffix(other, name) for other in names) else key

@@ -41,7 +41,7 @@ _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def as_lora(config: Any) -> Any:
-    """A shallow copy of a configuration, for code of peft that asks for the type LORA."""
+    """Make a shallow copy of a configuration, for code of peft that asks for the type LORA."""
     config = copy.copy(config)
     config.peft_type = PeftType.LORA
     return config

@@ -163,7 +163,7 @@ class ElasticLoraModel(LoraModel):
         return subnets.resolve_adapter(self.model, self._configs, adapter_name)
 
     def get_search_space(self, adapter_name: Optional[str] = None) -> SearchSpace:
-        """The search space of an adapter.
+        """Get the search space of an adapter.
 
         Args:
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
@@ -184,7 +184,7 @@ class ElasticLoraModel(LoraModel):
         return self.get_active_subnet()
 
     def get_active_subnet(self, adapter_name: Optional[str] = None) -> Subnet:
-        """What the layers of an adapter compute now, read from the layers themselves.
+        """Read from the layers of an adapter what they compute now.
 
         Args:
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
@@ -219,7 +219,7 @@ class ElasticLoraModel(LoraModel):
         subnets.restore(self._state, self.model, self._configs)
 
     def subnet_summary(self, adapter_name: Optional[str] = None) -> SubnetSummary:
-        """What is active, as a table when printed.
+        """Sum up what is active, as a table when printed.
 
         Args:
             adapter_name (`str`, *optional*): the adapter; defaults to the active one.
@@ -390,7 +390,7 @@ class ElasticLoraModel(LoraModel):
         sparse_kernel: str | bool = "auto",
         sparse_dtype: str = "bf16",
     ) -> nn.Module:
-        """A copy of the base model that consists of a subnet alone, with the adapter merged: what `merge_and_unload` gives, while
+        """Copy of the base model what belongs to a subnet, and merge the adapter into it: what `merge_and_unload` gives, while
         the super-network stays as it is.
 
         Args:

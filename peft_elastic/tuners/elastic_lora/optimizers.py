@@ -83,7 +83,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 def _factors() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, bool]]:
-    """(path, full A, full B, whether their ranks are in different orders) of all adapters of the models watched."""
+    """Go through all adapters of the models watched: (path, full A, full B, whether their ranks are in different orders)."""
     for state in list(_sampled):
         for name, adapter in state.adapters.items():
             for path, layer in adapter.layers.items():
@@ -93,7 +93,7 @@ def _factors() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, bool]]:
 
 
 def _untouched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The ranks without any gradient, of a pair (r, in), (out, r)."""
+    """Find the ranks without any gradient, of a pair (r, in), (out, r)."""
     touched = torch.zeros(b.shape[1], dtype=torch.bool, device=b.device)
     if b.grad is not None:
         touched |= b.grad.ne(0).any(dim=0)

@@ -45,7 +45,7 @@ def watch_peft_models() -> None:
 
 
 def _welcome(module: nn.Module, name: str, submodule: Optional[nn.Module]) -> None:
-    """A hook of torch, called whenever a module gets a submodule."""
+    """Equip a PeftModel that gets an elastic tuner; a hook of torch, called whenever any module gets a submodule."""
     if module.__dict__.get("_is_replica"):
         return  # a copy that `nn.DataParallel` makes for one forward pass
     if isinstance(submodule, ElasticLoraModel) and isinstance(module, PeftModel) and name == "base_model":
@@ -62,7 +62,7 @@ def _welcome(module: nn.Module, name: str, submodule: Optional[nn.Module]) -> No
 
 
 def _print_trainable_parameters(model: PeftModel) -> None:
-    """Stands in for `PeftModel.print_trainable_parameters`, which knows nothing of subnets."""
+    """Stand in for `PeftModel.print_trainable_parameters`, which knows nothing of subnets."""
     type(model).print_trainable_parameters(model)
     tuner = model.base_model
     for adapter_name in active_adapters(tuner.model, tuner._configs):
@@ -76,7 +76,7 @@ def _search_subnet(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load_adapter(model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for `PeftModel.load_adapter`, which reads no configuration if there is an adapter of that name, as when Trainer
+    """Stand in for `PeftModel.load_adapter`, which reads no configuration if there is an adapter of that name, as when Trainer
     resumes or goes back to the best model: the chosen subnet is part of what was saved."""
     load = functools.partial(type(model).load_adapter, model, model_id, adapter_name, *args, **kwargs)
     config = model.peft_config.get(adapter_name)

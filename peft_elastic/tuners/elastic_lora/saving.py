@@ -126,7 +126,7 @@ def _follow_order(
 
 
 def _base_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
-    """The base model, and the prefix of its names in state dicts of adapters."""
+    """Get the base model, and the prefix of its names in state dicts of adapters."""
     return (model.get_base_model(), FILE_PREFIX) if isinstance(model, PeftModel) else (model, "")
 
 

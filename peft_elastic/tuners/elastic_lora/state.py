@@ -92,7 +92,7 @@ class ElasticState:
         )
 
     def adapter(self, adapter_name: str) -> ElasticAdapter:
-        """An adapter that must have layers.
+        """Get an adapter, which must have layers.
 
         Raises:
             ValueError: if it has none.
@@ -102,7 +102,7 @@ class ElasticState:
         return self.adapters[adapter_name]
 
     def layers(self, adapter_name: str) -> dict[str, LoraLayer]:
-        """The layers of an adapter, by their path in the base model, all still elastic.
+        """Get the layers of an adapter, by their path in the base model, all still elastic.
 
         Raises:
             ValueError: if it has none, or somebody has put fixed matrices into one of them.
@@ -118,12 +118,12 @@ class ElasticState:
 
 
 def elastic_configs(configs: Mapping[str, Any]) -> dict[str, ElasticLoraConfig]:
-    """Those of the configurations that are elastic: transformers lets adapters of other types stand beside."""
+    """Pick the configurations that are elastic: transformers lets adapters of other types stand beside."""
     return {name: config for name, config in configs.items() if isinstance(config, ElasticLoraConfig)}
 
 
 def active_adapters(model: nn.Module, configs: Mapping[str, Any]) -> list[str]:
-    """The active elastic adapters, read from the layers: transformers' `model.set_adapter` does not tell the tuner."""
+    """Read the active elastic adapters from the layers: transformers' `model.set_adapter` does not tell the tuner."""
     active = next((m.active_adapters for m in model.modules() if isinstance(m, LoraLayer)), [])
     return [name for name in active if isinstance(configs.get(name), ElasticLoraConfig)]
 

@@ -210,7 +210,7 @@ def _tie_groups(groups: dict[str, list[str]], config: ElasticLoraConfig, model: 
 
 
 def check_chosen(config: ElasticLoraConfig, adapter_name: str, space: SearchSpace) -> Subnet:
-    """The subnet that a configuration has chosen.
+    """Get the subnet that a configuration has chosen.
 
     Raises:
         ValueError: if it is not in the search space.
@@ -227,7 +227,7 @@ def check_chosen(config: ElasticLoraConfig, adapter_name: str, space: SearchSpac
 
 
 def resolve_adapter(model: nn.Module, configs: Mapping[str, Any], adapter_name: Optional[str]) -> str:
-    """The name of an elastic adapter, None standing for the active one.
+    """Get the name of an elastic adapter, None standing for the active one.
 
     Raises:
         ValueError: if there is no such adapter, or several are active and none is named.
@@ -244,7 +244,7 @@ def resolve_adapter(model: nn.Module, configs: Mapping[str, Any], adapter_name: 
 
 
 def read_subnet(state: ElasticState, adapter_name: str) -> Subnet:
-    """What the layers of an adapter compute now, read from them."""
+    """Read from the layers of an adapter what they compute now."""
     layers, space = state.layers(adapter_name), state.adapter(adapter_name).space
     ranks = {
         choice.key: get_rank(layers[choice.modules[0]], adapter_name) for choice in space if choice.kind == "rank"

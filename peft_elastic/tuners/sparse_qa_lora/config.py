@@ -18,6 +18,7 @@ from typing import Optional
 
 from peft.utils import PeftType
 
+from ...common.checks import check_bool, check_choice, wrong
 from ...layers.grid import CLIPPING, check_grid_options
 from ..elastic_lora.config import ElasticLoraConfig
 
@@ -94,15 +95,13 @@ class SparseQALoraConfig(ElasticLoraConfig):
     def check(self) -> None:
         super().check()
         for name in ("sparse_adapter", "quantization_aware"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+            check_bool(name, getattr(self, name))
         check_grid_options(
             4 if self.bits is None else self.bits,
             128 if self.group_size is None else self.group_size,
             False if self.symmetric is None else self.symmetric,
         )
-        if self.clipping not in CLIPPING:
-            raise ValueError(f"`clipping` must be one of {list(CLIPPING)}, got {self.clipping!r}.")
+        check_choice("clipping", self.clipping, CLIPPING)
         given = (self.bits, self.group_size, self.symmetric, self.clipping)
         if not self.quantization_aware and given != (None, None, None, "minmax"):
             raise ValueError(
@@ -119,7 +118,8 @@ class SparseQALoraConfig(ElasticLoraConfig):
                     "`ElasticLoraConfig`."
                 )
         if self.init_lora_weights not in _INITS:
-            raise ValueError(
-                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with `SparseQALoraConfig`; allowed are "
-                f"{list(_INITS)}. Others change the base weights, zeros included."
+            raise wrong(
+                "init_lora_weights",
+                f"one of {list(_INITS)} in a `SparseQALoraConfig`, as others change the base weights, zeros included",
+                self.init_lora_weights,
             )
