@@ -33,6 +33,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..common.checks import check_choice
 from ..layers.gptq_format import TENSORS, convention_of, stored_zeros, unpack_gptq
 from ..layers.grid import BITS, Grid
 from ..layers.quantized_linear import QuantizedLinear
@@ -90,8 +91,7 @@ def load_gptq(
         ValueError: naming the file, the tensor or the entry of the config that is missing, damaged or does not fit the others or
             the model.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(map(str, _DTYPES))}.")
+    check_choice("dtype", dtype, _DTYPES)
     folder = _folder(path)
     content, settings, state = _read(folder)
     packed = _take_packed(state)
