@@ -26,38 +26,29 @@ from typing import Any
 
 import torch
 
-from peft_elastic import (
-    BlockPrunerConfig,
-    MultiPrunerConfig,
-    PruningPlan,
-    TwoStagePrunerConfig,
-    WidthPrunerConfig,
-    prune_structured,
-)
+from peft_elastic import MultiPrunerConfig, PruningPlan, prune_structured
 from peft_elastic.common.documents import read_json
-from peft_elastic.pruning.structured import StructuredPruningConfig, from_pruning_config, to_pruning_config
-from peft_elastic.pruning.structured.config import CHOICES, MEASURES, ORDERS
-from peft_elastic.pruning.structured.units import GRANULARITIES
+from peft_elastic.pruning.structured import (
+    STRUCTURED_METHODS,
+    StructuredPruningConfig,
+    from_pruning_config,
+    to_pruning_config,
+)
 
-from . import _common, _data
+from . import _common, _methods
 
 
-METHODS = {
-    config.method: config for config in (MultiPrunerConfig, BlockPrunerConfig, WidthPrunerConfig, TwoStagePrunerConfig)
-}
-# What says how a plan is made, by the field of the config. None of them has a default here: the methods differ in theirs.
-_FIELDS = {
-    "stages": "stages",
-    "split": "stage_split",
-    "choose": "choose",
-    "order": "order",
-    "mlp_group": "mlp_group",
-    "head_group": "head_group",
-    "measure": "measure",
-    "slack": "slack",
-    "width_samples": "width_samples",
-    "cache_gb": "cache_gb",
-}
+_DEFAULT = MultiPrunerConfig.method
+METHODS_HELP = (
+    f"{_DEFAULT} (the default), blockpruner (attentions and MLPs alone), width (channels and heads alone) or two-stage (channels of "
+    "all blocks alike, then attentions)"
+)
+# Fields that are no option of their own: `--ratio` has no default, `--samples`, `--seed` and `--latency-of` say the others.
+_WITHOUT = ("ratio", "latency_inputs", "block_samples", "seed")
+_NAMES = {"split": "stage_split"}
+_DETAIL = tuple(_NAMES.get(name, name) for name in _methods.fields_of(STRUCTURED_METHODS, _WITHOUT))
+# How many sequences of data are drawn.
+SAMPLES: int = _methods.default_of(MultiPrunerConfig, "block_samples")
 _LATENCY = ("latency_of", "latency_mode")
 
 
@@ -68,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="remove attentions, MLPs, channels and heads, always what raises the perplexity of the calibration data least",
     )
-    group.add_argument("--ratio", type=float, metavar="R", help="share of the model to remove, e.g. 0.1")
+    group.add_argument("--ratio", type=float, metavar="R", help=_methods.help_of(MultiPrunerConfig, "ratio"))
     group.add_argument(
         "--plan",
         type=Path,
@@ -85,97 +76,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     detail = parser.add_argument_group("structured pruning in detail")
-    detail.add_argument(
-        "--stages",
-        nargs="+",
-        choices=tuple(GRANULARITIES),
-        metavar="STAGE",
-        help=f"what is removed, in this order: {', '.join(GRANULARITIES)} (default of multipruner: sub-blocks, which are "
-        "attentions and MLPs, then channels, then heads; of blockpruner: sub-blocks; of width: channels heads; of two-stage: "
-        "channels attentions)",
-    )
-    detail.add_argument(
-        "--stage-split",
-        nargs="+",
-        metavar="SHARE",
-        help="shares of the ratio that the stages remove, such as 44 52 4, or 'auto' for the least harmful of all stages in "
-        "each step (default of multipruner: 44 52 4; of width: 93 7; of two-stage: 80 20)",
-    )
-    detail.add_argument(
-        "--choose",
-        nargs="+",
-        choices=CHOICES,
-        metavar="HOW",
-        help="how a stage chooses, one for all or one for each: metric (by evaluating), score (channels and heads of least "
-        "importance), uniform (all blocks alike), random (default: metric; of two-stage: uniform metric)",
-    )
-    detail.add_argument(
-        "--order",
-        choices=ORDERS,
-        help="what channels and heads are sorted by within a block, the last go first (default: activation; l1 is that of "
-        "Intel's code, and of its files for --plan)",
-    )
-    detail.add_argument(
-        "--mlp-group",
-        type=_whole_or_share,
-        metavar="N",
-        help="channels of a step, a number or a share of all (default: a 14th)",
-    )
-    detail.add_argument(
-        "--head-group", type=_data.positive_int, metavar="N", help="key-value groups of a step (default: 1)"
-    )
-    detail.add_argument("--measure", choices=MEASURES, help="what --ratio is a share of (default: parameters)")
+    _methods.add_options(detail, STRUCTURED_METHODS, _WITHOUT, _NAMES)
     detail.add_argument(
         "--latency-of",
         metavar="BxT",
-        help="with --measure latency: of B sequences of T tokens on this machine (default: 1x128)",
+        help="with --measure latency: of B sequences of T tokens on this machine (default: "
+        f"{'x'.join(map(str, _methods.default_of(MultiPrunerConfig, 'latency_inputs')['input_ids']))})",
     )
-    detail.add_argument(
-        "--latency-mode",
-        choices=("forward", "decode"),
-        help="with --measure latency: of the whole sequences, or of one more token behind them (default: decode)",
-    )
-    detail.add_argument(
-        "--slack",
-        type=float,
-        metavar="X",
-        help="try again what harmed at most 1 + X times as much as the best, when it was tried last; inf tries everything in "
-        f"every step, as the paper does (default: {MultiPrunerConfig.slack})",
-    )
-    detail.add_argument(
-        "--width-samples",
-        type=_data.positive_int,
-        metavar="N",
-        help="sequences for channels and heads, of the --samples for the rest (default: "
-        f"{MultiPrunerConfig.width_samples})",
-    )
-    detail.add_argument(
-        "--cache-gb",
-        type=float,
-        metavar="GB",
-        help=f"memory for what blocks compute; less is slower (default: {MultiPrunerConfig.cache_gb:g})",
-    )
-
-
-def _whole_or_share(text: str) -> int | float:
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def check_absent(args: argparse.Namespace) -> None:
     """ValueError if an option of this module is given without `--structured`."""
-    for name in ("ratio", "plan", "plan_only", "evaluations", *_FIELDS.values(), *_LATENCY):
+    for name in ("ratio", "plan", "plan_only", "evaluations", "latency_of", *_DETAIL):
         if getattr(args, name) not in (None, False):
-            raise ValueError(f"`{_option(name)}` goes with `--structured`.")
+            raise ValueError(f"`{_methods.option_of(name)}` goes with `--structured`.")
 
 
 def run(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor]]) -> int:
     """The command; `calibration` makes the batches with a tokenizer."""
-    for name in ("sparsity", "pattern"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"`{_option(name)}` goes without `--structured`, whose share of the model is `--ratio`.")
     return _carry_out(args) if args.plan is not None else _search(args, calibration)
 
 
@@ -228,7 +146,8 @@ def make_config(args: argparse.Namespace) -> StructuredPruningConfig:
     """
     if args.ratio is None:
         raise ValueError("`--structured` needs `--ratio`, the share of the model to remove, or `--plan`.")
-    options = {field: getattr(args, name) for field, name in _FIELDS.items() if getattr(args, name) is not None}
+    method = args.method or _DEFAULT
+    options = _methods.given(args, STRUCTURED_METHODS, method, _WITHOUT, _NAMES)
     if "split" in options:
         options["split"] = _parse_split(args.stage_split)
     elif len(args.stages or ()) == 1:
@@ -237,16 +156,14 @@ def make_config(args: argparse.Namespace) -> StructuredPruningConfig:
         raise ValueError("`--stages` needs `--stage-split`: a share for each of the stages, or auto.")
     if len(args.choose or ()) == 1:
         options["choose"] = args.choose[0]
-    if args.measure == "latency":
-        options["latency_inputs"] = {"input_ids": _common.parse_workload(args.latency_of or "1x128")}
-        options["latency_mode"] = args.latency_mode or "decode"
     for name in _LATENCY:
         if getattr(args, name) is not None and args.measure != "latency":
-            raise ValueError(f"`{_option(name)}` goes with `--measure latency`.")
-    # all that --samples gives is used, in place of the 256 of the config
-    return METHODS[args.method or MultiPrunerConfig.method](
-        ratio=args.ratio, block_samples=None, seed=args.seed, **options
-    )
+            raise ValueError(f"`{_methods.option_of(name)}` goes with `--measure latency`.")
+    if args.latency_of is not None:
+        options["latency_inputs"] = {"input_ids": _common.parse_workload(args.latency_of)}
+    if args.samples is not None:
+        options["block_samples"] = args.samples
+    return STRUCTURED_METHODS[method](ratio=args.ratio, seed=args.seed, **options)
 
 
 def _parse_split(words: Sequence[str]) -> str | list[float]:
@@ -263,10 +180,10 @@ def _parse_split(words: Sequence[str]) -> str | list[float]:
 
 def _carry_out(args: argparse.Namespace) -> int:
     intels = not _is_plan(args.plan)
-    given = ("ratio", "plan_only", "evaluations", "dataset", *_FIELDS.values(), *_LATENCY)
+    given = ("ratio", "plan_only", "evaluations", "dataset", "latency_of", *_DETAIL)
     for name in given:
         if getattr(args, name) not in (None, False) and not (name == "order" and intels):
-            raise ValueError(f"`{_option(name)}` is of no use with `--plan`, which says what to remove.")
+            raise ValueError(f"`{_methods.option_of(name)}` is of no use with `--plan`, which says what to remove.")
     if args.order not in (None, "l1", "none"):
         raise ValueError("`--order` must be l1 or none with a `--plan` of Intel's, which was made with one of these.")
     plan = None if intels else PruningPlan.load(args.plan)
@@ -336,7 +253,3 @@ def _as_pruning_config(plan: PruningPlan, model: Any) -> dict[str, Any] | None:
             return to_pruning_config(plan, model)
         except (UserWarning, ValueError):
             return None
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -17,19 +17,25 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peft_elastic import MagnitudeConfig, WandaConfig, prune
+from peft_elastic import prune
 from peft_elastic.common import assets
+from peft_elastic.pruning import PRUNING_METHODS
+from peft_elastic.pruning.structured import STRUCTURED_METHODS
 
-from . import _common, _data, _structured
+from . import _common, _data, _methods, _structured
 
 
-_METHODS = {"magnitude": MagnitudeConfig, "wanda": WandaConfig}
+_DEFAULT = "wanda"
+_CONFIGS = {name: PRUNING_METHODS[name].config for name in sorted(PRUNING_METHODS, key=lambda name: name != _DEFAULT)}
+# `--samples` says how many there are
+_WITHOUT = ("target_modules", "exclude_modules", "max_samples")
+_SAMPLES = 128
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -39,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Set the least important weights of the linear layers in the transformer blocks to zero, and save\n"
         "the model as an ordinary checkpoint, as large as before. Wanda weighs a weight by the activations it\n"
         "meets on calibration data: use text that resembles what the model will see, in any amount.\n"
-        "Magnitude looks at the weights alone.\n"
+        "SparseGPT, slower, lets the weights that stay make up for those that go. Magnitude looks at the weights alone.\n"
         "With --structured, remove whole attentions, MLPs, channels and heads instead (MultiPruner), and save what is\n"
         "left as a smaller model. It evaluates the model many times: fewer --samples of a smaller --max-length are\n"
         "faster. Interrupted, the same command continues where it stopped.",
@@ -47,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic prune --model HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.5 --out pruned\n"
         "  peft-elastic prune --model ./my-model --sparsity 0.5 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --pattern 2:4 --dataset wikitext:wikitext-2-raw-v1 --out pruned\n"
+        "  peft-elastic prune --model ./my-model --method sparsegpt --sparsity 0.5 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --method magnitude --sparsity 0.3 --out pruned\n"
         "  peft-elastic prune --model ./my-model --structured --ratio 0.1 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --structured --method width --choose uniform --ratio 0.2 --out pruned\n"
@@ -57,27 +64,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the pruned model")
     parser.add_argument(
         "--method",
-        choices=(*sorted(_METHODS), *_structured.METHODS),
-        help="wanda (the default) or magnitude; with --structured multipruner (the default), blockpruner (attentions and MLPs "
-        "alone), width (channels and heads alone) or two-stage (channels of all blocks alike, then attentions)",
+        choices=(*sorted(PRUNING_METHODS), *STRUCTURED_METHODS),
+        help=f"{', '.join(_CONFIGS)} (default: {_DEFAULT}); with --structured {_structured.METHODS_HELP}",
     )
     _common.add_seed_argument(parser, "the choice of calibration data, and of --choose random")
     zeros = parser.add_argument_group("zeros")
-    zeros.add_argument("--sparsity", type=float, help="share of the weights to set to zero, e.g. 0.5")
-    zeros.add_argument("--pattern", metavar="N:M", help="instead: keep N of every M consecutive weights, e.g. 2:4")
+    _methods.add_options(zeros, _CONFIGS, _WITHOUT)
     _structured.add_arguments(parser)
     _data.add_data_arguments(
         parser,
         "calibrate with (not for magnitude and --plan; default: short movie reviews, downloaded once)",
         required=False,
-        samples=128,
-        samples_help="calibrate with N sequences of --max-length tokens (default: %(default)s)",
+        samples_help=f"calibrate with N sequences of --max-length tokens (default: {_SAMPLES}; with --structured "
+        f"{_structured.SAMPLES})",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    methods, needed = (_structured.METHODS, "with") if args.structured else (_METHODS, "without")
+    methods: Collection[str] = STRUCTURED_METHODS if args.structured else PRUNING_METHODS
+    needed = "with" if args.structured else "without"
     if args.method is not None and args.method not in methods:
         other = "without" if args.structured else "with"
         raise ValueError(
@@ -86,15 +92,19 @@ def run(args: argparse.Namespace) -> int:
     if args.structured:
         if args.plan is not None and args.method is not None:
             raise ValueError("`--method` is of no use with `--plan`, which says what to remove.")
-        return _structured.run(args, lambda tokenizer: _calibration(args, tokenizer))
+        for name, value in ((name, getattr(args, name)) for name in _methods.fields_of(_CONFIGS, _WITHOUT)):
+            if value is not None:
+                why = ", whose share of the model is `--ratio`" if name in ("sparsity", "pattern") else ""
+                raise ValueError(f"`{_methods.option_of(name)}` goes without `--structured`{why}.")
+        return _structured.run(args, lambda tokenizer: _calibration(args, tokenizer, _structured.SAMPLES))
     _structured.check_absent(args)
-    args.method = args.method or "wanda"
-    config = _METHODS[args.method](sparsity=args.sparsity, pattern=args.pattern)
-    if args.method == "magnitude" and args.dataset:
-        raise ValueError("`--dataset` is of no use with `--method magnitude`, which looks at the weights alone.")
+    method = PRUNING_METHODS[args.method or _DEFAULT]
+    if args.dataset and not method.calibrated:
+        raise ValueError(f"`--dataset` is of no use with `--method {method.name}`, which looks at the weights alone.")
+    config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
     _common.check_new_folder(args.out)
-    tokenizer = _common.load_tokenizer(args.model, required=args.method == "wanda")
-    calibration = _calibration(args, tokenizer) if args.method == "wanda" else None
+    tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)
+    calibration = _calibration(args, tokenizer, _SAMPLES) if method.calibrated else None
     model = _common.load_model(args.model, args.dtype, args.device)
     report = prune(model, config, calibration)
     print(report)
@@ -108,8 +118,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(args: argparse.Namespace, tokenizer: Any) -> list[torch.Tensor]:
-    return calibration_batches(tokenizer, calibration_texts(args), args.samples, args.max_length, args.seed)
+def _calibration(args: argparse.Namespace, tokenizer: Any, samples: int) -> list[torch.Tensor]:
+    texts = calibration_texts(args)
+    return calibration_batches(tokenizer, texts, args.samples or samples, args.max_length, args.seed)
 
 
 def calibration_texts(args: argparse.Namespace) -> list[str]:

@@ -18,10 +18,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peft_elastic import GPTQConfig, RTNConfig, quantize, save_gptq
+from peft_elastic import quantize, save_gptq
+from peft_elastic.quantization import QUANTIZATION_METHODS
 
-from . import _common, _data
+from . import _common, _data, _methods
 from .prune import calibration_batches, calibration_texts
+
+
+_DEFAULT = "gptq"
+_CONFIGS = {
+    name: QUANTIZATION_METHODS[name].config for name in sorted(QUANTIZATION_METHODS, key=lambda name: name != _DEFAULT)
+}
+# `--samples` says how many there are
+_WITHOUT = ("target_modules", "exclude_modules", "max_samples")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -38,18 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
-    parser.add_argument("--bits", type=int, choices=(2, 4, 8), default=4, help="of a weight (default: %(default)s)")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        default=128,
-        metavar="N",
-        help="inputs that share a scale and a zero point; has to divide those of every layer; -1: all (default: %(default)s)",
-    )
-    parser.add_argument("--symmetric", action="store_true", help="zero points in the middle of the range")
-    parser.add_argument("--clipping", choices=("minmax", "mse"), default="minmax", help="default: %(default)s")
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="default: %(default)s")
-    parser.add_argument("--act-order", action="store_true", help="round inputs by falling strength (gptq only)")
+    parser.add_argument("--method", choices=tuple(QUANTIZATION_METHODS), default=_DEFAULT, help="default: %(default)s")
+    _methods.add_options(parser, _CONFIGS, _WITHOUT)
     parser.add_argument(
         "--format",
         choices=("gptq", "gptq_v2"),
@@ -68,21 +67,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    grid = {
-        "bits": args.bits,
-        "group_size": args.group_size,
-        "symmetric": args.symmetric,
-        "clipping": args.clipping,
-    }
-    if args.method == "rtn":
-        for option, given in (("--dataset", args.dataset), ("--act-order", args.act_order)):
-            if given:
-                raise ValueError(f"`{option}` is of no use with `--method rtn`, which looks at the weights alone.")
-    config = RTNConfig(**grid) if args.method == "rtn" else GPTQConfig(**grid, act_order=args.act_order)
+    method = QUANTIZATION_METHODS[args.method]
+    if not method.calibrated:
+        own = _methods.fields_of({method.name: method.config}, _WITHOUT)
+        others = [name for name in _methods.fields_of(_CONFIGS, _WITHOUT) if name not in own]
+        for name in ("dataset", *others):
+            if getattr(args, name):
+                option = _methods.option_of(name)
+                raise ValueError(
+                    f"`{option}` is of no use with `--method {method.name}`, which looks at the weights alone."
+                )
+    config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
     _common.check_new_folder(args.out)
-    tokenizer = _common.load_tokenizer(args.model, required=args.method == "gptq")
+    tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)
     calibration = None
-    if args.method == "gptq":
+    if method.calibrated:
         texts = calibration_texts(args)
         calibration = calibration_batches(tokenizer, texts, args.samples, args.max_length, args.seed)
     model = _common.load_model(args.model, args.dtype, args.device)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import ClassVar
 
+from ..common.checks import is_finite, wrong
 from ..structure.selection import check_patterns
 
 
@@ -50,9 +50,13 @@ class PruningConfig:
 
     method: ClassVar[str] = "none"
 
-    sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights set to zero, in [0, 1)."})
+    sparsity: float | None = field(default=None, metadata={"help": "Share of the weights to set to zero, in [0, 1)."})
     pattern: str | None = field(
-        default=None, metadata={"help": "'n:m': n of every m consecutive weights along the inputs stay, e.g. '2:4'."}
+        default=None,
+        metadata={
+            "help": "Instead: keep N of every M consecutive weights along the inputs, e.g. 2:4.",
+            "metavar": "N:M",
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -66,23 +70,18 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         if self.sparsity is None and self.pattern is None:
-            raise ValueError("sparsity: got None without a pattern; give a number in [0, 1), or pattern='n:m'.")
+            raise wrong("sparsity", "a number in [0, 1) where there is no `pattern`", None)
         if self.sparsity is not None:
-            number = isinstance(self.sparsity, Real) and not isinstance(self.sparsity, bool)
-            if not number or not 0 <= self.sparsity < 1:
-                raise ValueError(f"sparsity: got {self.sparsity!r}; it must be a number in [0, 1).")
+            if not is_finite(self.sparsity) or not 0 <= self.sparsity < 1:
+                raise wrong("sparsity", "a number in [0, 1)", self.sparsity)
         if self.pattern is not None:
             match = re.fullmatch(r"([0-9]+):([0-9]+)", self.pattern) if isinstance(self.pattern, str) else None
             if match is None or not 0 < int(match[1]) < int(match[2]):
-                raise ValueError(
-                    f"pattern: got {self.pattern!r}; it must be 'n:m' with whole numbers 0 < n < m, e.g. '2:4'."
-                )
+                raise wrong("pattern", "'n:m' with whole numbers 0 < n < m, e.g. '2:4'", self.pattern)
             n, m = int(match[1]), int(match[2])
             if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
-                raise ValueError(
-                    f"sparsity: got {self.sparsity!r} with pattern={self.pattern!r}, which keeps {n} of every {m} weights; "
-                    f"leave sparsity unset or give {1 - n / m}."
-                )
+                kept = f"which keeps {n} of every {m} weights"
+                raise wrong("sparsity", f"unset or {1 - n / m} with pattern={self.pattern!r}, {kept}", self.sparsity)
         check_patterns(self)
 
     @property

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..common.checks import check_choice
 from ..common.progress import progress_bar
 from ..structure.modules import weight_matrix
 from .config import PruningConfig
@@ -41,13 +42,12 @@ class MagnitudeConfig(PruningConfig):
     """
 
     scope: Literal["layer", "row"] = field(
-        default="layer", metadata={"help": "Compare weights per 'layer' or per 'row'."}
+        default="layer", metadata={"help": "Weights that are compared with each other: those of a layer, or of a row."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope not in ("layer", "row"):
-            raise ValueError(f"scope: got {self.scope!r}; it must be 'layer' or 'row'.")
+        check_choice("scope", self.scope, ("layer", "row"))
 
 
 @pruning_method("magnitude", MagnitudeConfig)

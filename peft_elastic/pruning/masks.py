@@ -63,7 +63,7 @@ def pruning_mask(
         n, m = n_of_m
         return lowest_mask(score.reshape(score.shape[0], -1, m), m - n).reshape(score.shape)
     if sparsity is None:
-        raise ValueError("sparsity: got None without n_of_m.")
+        raise ValueError("`sparsity` must be a number where there is no `n_of_m`, got None.")
     groups = score if scope == "row" else score.reshape(1, -1)
     # 0.29 * 100 is 28.999...: the small term keeps such products from losing a weight.
     count = int(sparsity * groups.shape[-1] + 1e-6)

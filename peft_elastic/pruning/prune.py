@@ -89,5 +89,6 @@ def check_prunable(model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple
         inputs = weight_matrix(layer).shape[1]
         if n_of_m is not None and inputs % n_of_m[1]:
             raise ValueError(
-                f"pattern: got '{n_of_m[0]}:{n_of_m[1]}', but {name} has {inputs} inputs, which is not divisible by {n_of_m[1]}."
+                f"`pattern` must be 'n:m' with an m that divides the inputs of every layer, got '{n_of_m[0]}:{n_of_m[1]}': {name} has "
+                f"{inputs} inputs, which is not divisible by {n_of_m[1]}."
             )

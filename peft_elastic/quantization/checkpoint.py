@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
+from ..common.checks import check_choice
 from ..common.files import replaced_files
 from ..layers.backends import grid_layers
 from ..layers.gptq_format import FORMATS, check_packable, pack_gptq
@@ -89,8 +90,7 @@ def save_gptq(
     symmetric = all(layer.grid.symmetric for layer in layers.values())
     if checkpoint_format is None:
         checkpoint_format = "gptq" if symmetric else "gptq_v2"
-    if checkpoint_format not in FORMATS:
-        raise ValueError(f"`checkpoint_format` is {checkpoint_format!r}; allowed are {list(FORMATS)}.")
+    check_choice("checkpoint_format", checkpoint_format, FORMATS)
     for name, layer in layers.items():
         check_packable(name, layer.out_features, layer.in_features, layer.grid.bits)
         if checkpoint_format == "gptq" and not bool(layer.grid.zeros.all()):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ..common.checks import check_choice
-from ..layers.grid import CLIPPING, check_grid_options
+from ..layers.grid import BITS, CLIPPING, check_grid_options
 from ..structure.selection import check_patterns
 
 
@@ -51,11 +51,15 @@ class QuantizationConfig:
 
     method: ClassVar[str] = "none"
 
-    bits: int = field(default=4, metadata={"help": "Bits of a weight: 2, 4 or 8."})
-    group_size: int = field(default=128, metadata={"help": "Inputs that share a scale and a zero point; -1: all."})
+    bits: int = field(default=4, metadata={"help": "Bits of a weight.", "choices": BITS})
+    group_size: int = field(
+        default=128,
+        metadata={"help": "Inputs that share a scale and a zero point; has to divide those of every layer; -1: all."},
+    )
     symmetric: bool = field(default=False, metadata={"help": "Zero points in the middle of the range."})
     clipping: Literal["minmax", "mse"] = field(
-        default="minmax", metadata={"help": "'minmax', or 'mse': ranges with the smallest squared error."}
+        default="minmax",
+        metadata={"help": "Range of a group: that of its weights, or one with the smallest squared error."},
     )
     target_modules: list[str] | str | None = field(
         default=None,

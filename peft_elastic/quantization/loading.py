@@ -32,6 +32,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from ..common.checks import check_choice
 from ..layers.backends import backend_of
 from ..layers.backends.float import FLOAT
 from ..layers.gptq_format import TENSORS, convention_of, stored_zeros, unpack_gptq
@@ -91,8 +92,7 @@ def load_gptq(
         ValueError: naming the file, the tensor or the entry of the config that is missing, damaged or does not fit the others or
             the model.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}; allowed are {', '.join(map(str, _DTYPES))}.")
+    check_choice("dtype", dtype, _DTYPES)
     folder = _folder(path)
     content, settings, state = _read(folder)
     packed = _take_packed(state)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.checks import wrong
+
 
 # What a model may call the tensor whose first dimension counts the sequences, in order of preference.
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
@@ -40,11 +42,11 @@ def calibration_batches(calibration: Any, max_samples: int | None = None) -> lis
         ValueError: there is no data, or a batch is not of that form.
     """
     if calibration is None:
-        raise ValueError("calibration: got None; this method needs an iterable of batches, e.g. a DataLoader.")
+        raise wrong("calibration", "an iterable of batches, e.g. a DataLoader, for this method", None)
     if isinstance(calibration, (torch.Tensor, Mapping)):
         calibration = [calibration]
     if not isinstance(calibration, Iterable) or isinstance(calibration, (str, bytes)):
-        raise ValueError(f"calibration: got {type(calibration).__name__}; it must be an iterable of batches.")
+        raise wrong("calibration", "an iterable of batches", calibration)
     batches: list[dict[str, Any]] = []
     samples = 0
     for item in calibration:
@@ -76,10 +78,7 @@ def _as_inputs(batch: Any) -> dict[str, Any]:
     if isinstance(batch, torch.Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"calibration: got a batch of type {type(batch).__name__}; it must be a mapping of model inputs or a tensor of "
-            "token ids."
-        )
+        raise wrong("calibration", "batches that are mappings of model inputs or tensors of token ids", batch)
     batch = dict(batch)
     for key, value in batch.items():
         if not isinstance(value, (torch.Tensor, bool, int, float, type(None))):

@@ -18,6 +18,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ..common.tables import text_table
+
 
 def layer_table(
     layers: list[dict[str, Any]],
@@ -38,18 +40,9 @@ def layer_table(
     def line(rows: list[dict[str, Any]]) -> tuple[str, ...]:
         return str(len(rows)), f"{sum(map(weights_of, rows)):,}", *summary(rows)
 
-    table = [
-        ("layer", "out x in", "layers", "weights", *columns),
-        *((*key, *line(rows)) for key, rows in groups.items()),
-        ("total", "", *line(layers)),
-    ]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
-        )
-        for cells in table
-    ]
+    titles = ("layer", "out x in", "layers", "weights", *columns)
+    rows = ((*key, *line(rows)) for key, rows in groups.items())
+    return text_table([titles, *rows, ("total", "", *line(layers))], left=2)
 
 
 def routers_line(routers: list[str]) -> list[str]:

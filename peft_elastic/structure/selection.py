@@ -23,6 +23,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..common.checks import wrong
+from ..common.names import has_suffix
 from ..common.parameters import check_parameters
 from ..layers.backends import backend_of
 from .modules import enclosing_names, find_stacks, linear_layers, output_head, routers
@@ -40,18 +42,12 @@ def check_patterns(config: Any) -> None:
             object.__setattr__(config, name, value)
         names = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
         if value is not None and not names and not (isinstance(value, str) and value):
-            raise ValueError(
-                f"{name}: got {value!r}; it must be a non-empty list of names, a regular expression or None."
-            )
+            raise wrong(name, "a non-empty list of names, a regular expression or None", value)
         if isinstance(value, str):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"{name}: got {value!r}, which is not a regular expression ({error}).") from error
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}")
+                raise ValueError(f"`{name}` must be a regular expression, got {value!r} ({error}).") from error
 
 
 def _select(names: list[str], patterns: list[str] | str, argument: str) -> set[str]:
@@ -59,12 +55,12 @@ def _select(names: list[str], patterns: list[str] | str, argument: str) -> set[s
     if isinstance(patterns, str):
         per_pattern = {patterns: {name for name in names if re.fullmatch(patterns, name)}}
     else:
-        per_pattern = {pattern: {name for name in names if _matches(name, pattern)} for pattern in patterns}
+        per_pattern = {pattern: {name for name in names if has_suffix(name, pattern)} for pattern in patterns}
     for pattern, matched in per_pattern.items():
         if not matched:
             known = sorted({name.rpartition(".")[2] for name in names})
             raise ValueError(
-                f"{argument}: {pattern!r} matches no linear layer of the model; the last parts of their names are {known}."
+                f"`{argument}`: {pattern!r} matches no linear layer of the model; the last parts of their names are {known}."
             )
     return set().union(*per_pattern.values())
 
@@ -96,8 +92,8 @@ def select_layers(
         chosen -= _select(list(layers), exclude_modules, "exclude_modules")
     if not chosen:
         raise ValueError(
-            f"target_modules: got {target_modules!r} with exclude_modules={exclude_modules!r}, which leaves no linear layer "
-            "(nn.Linear or Conv1D)."
+            f"`target_modules` must leave a linear layer (nn.Linear or Conv1D), got {target_modules!r} with "
+            f"exclude_modules={exclude_modules!r}."
         )
     return {name: layer for name, layer in layers.items() if name in chosen}
 

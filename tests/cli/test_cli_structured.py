@@ -181,22 +181,20 @@ def test_equal_blocks_load_without_the_package(folder, prune, data, tmp_path, ca
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ([], MultiPrunerConfig(ratio=0.1, block_samples=None)),
+        ([], MultiPrunerConfig(ratio=0.1)),
+        (["--samples", "64", "--choose", "random"], MultiPrunerConfig(ratio=0.1, block_samples=64, choose="random")),
         (
             ["--method", "width", "--choose", "uniform", "metric", "--stage-split", "9", "1", "--mlp-group", "0.1"],
-            WidthPrunerConfig(
-                ratio=0.1, block_samples=None, choose=("uniform", "metric"), split=(9, 1), mlp_group=0.1
-            ),
+            WidthPrunerConfig(ratio=0.1, choose=("uniform", "metric"), split=(9, 1), mlp_group=0.1),
         ),
         (
             ["--method", "two-stage", "--head-group", "2", "--width-samples", "5", "--cache-gb", "1", "--seed", "7"],
-            TwoStagePrunerConfig(ratio=0.1, block_samples=None, head_group=2, width_samples=5, cache_gb=1, seed=7),
+            TwoStagePrunerConfig(ratio=0.1, head_group=2, width_samples=5, cache_gb=1, seed=7),
         ),
         (
             ["--stages", "blocks", "mlps", "--stage-split", "auto", "--order", "l1", "--slack", "inf"],
             MultiPrunerConfig(
                 ratio=0.1,
-                block_samples=None,
                 stages=("blocks", "mlps"),
                 split="auto",
                 order="l1",
@@ -207,10 +205,8 @@ def test_equal_blocks_load_without_the_package(folder, prune, data, tmp_path, ca
             ["--measure", "latency", "--latency-of", "2x64", "--mlp-group", "64"],
             MultiPrunerConfig(
                 ratio=0.1,
-                block_samples=None,
                 measure="latency",
                 latency_inputs={"input_ids": (2, 64)},
-                latency_mode="decode",
                 mlp_group=64,
             ),
         ),
@@ -351,13 +347,16 @@ def test_evaluations_are_kept_for_other_ratios(prune, data, tmp_path, monkeypatc
         ("--ratio 0.1 --sparsity 0.5", "`--sparsity` goes without `--structured`"),
         ("--ratio 0.1 --pattern 2:4", "`--pattern` goes without `--structured`"),
         ("--ratio 0.1 --method wanda", "`--method wanda` goes without `--structured`"),
-        ("--ratio 1.5", "ratio: got 1.5"),
+        ("--ratio 1.5", "`ratio` must be a number in [0, 1), got 1.5"),
         ("--ratio 0.95", "are only"),
         ("--ratio 0.1 --stages heads channels", "`--stages` needs `--stage-split`"),
         ("--ratio 0.1 --stage-split 1 x", "`--stage-split` must be numbers or 'auto', got '1 x'"),
         ("--ratio 0.1 --stage-split 1 2", "3 numbers"),
-        ("--ratio 0.1 --choose score", "choose: got 'score' for the stage 'sub-blocks'"),
-        ("--ratio 0.1 --mlp-group 0", "mlp_group: got 0"),
+        (
+            "--ratio 0.1 --choose score",
+            "`choose` must be 'metric' or 'random' for the stage 'sub-blocks', got 'score'",
+        ),
+        ("--ratio 0.1 --mlp-group 0", "`mlp_group` must be"),
         ("--ratio 0.1 --latency-of 1x8", "`--latency-of` goes with `--measure latency`"),
         ("--ratio 0.1 --measure latency --latency-of 8", "`--latency-of` must be sequences x tokens"),
         ("--ratio 0.1 --evaluations {new}/kept", "must not be in `--out`"),

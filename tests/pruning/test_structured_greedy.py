@@ -522,14 +522,16 @@ def test_granularities_of_depth(stage):
     endings = {"blocks": tuple("012345"), "attentions": "attention", "mlps": "mlp", "sub-blocks": ("attention", "mlp")}
     assert all(row["removed"].endswith(endings[stage]) and row["left"] == 0 for row in plan.history)
     # something is left of the last block, whatever is asked for
-    with pytest.raises(ValueError, match="^ratio: got 0.99"):
+    with pytest.raises(ValueError, match="^`ratio` must be .*, got 0.99"):
         plan_of(model, BlockPrunerConfig(ratio=0.99, stages=(stage,)), batches)
 
 
 def test_something_of_every_stack_stays():
     """As much as can be removed, of an encoder-decoder model."""
     model, batches = deeper("t5", 6), calibration_of("t5")
-    with pytest.raises(ValueError, match="^ratio: got 0.999.* are only [0-9.]+% of the parameters") as error:
+    with pytest.raises(
+        ValueError, match="^`ratio` must be .*, got 0.999.* are only [0-9.]+% of the parameters"
+    ) as error:
         plan_of(model, BlockPrunerConfig(ratio=0.999), batches)
     most = float(str(error.value).split("only ")[1].split("%")[0]) / 100
     plan = prune_structured(model, BlockPrunerConfig(ratio=most - 1e-3), batches, progress=False)

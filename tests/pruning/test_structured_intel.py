@@ -118,7 +118,7 @@ def test_units_in_their_order():
     model = tiny_llama(num_hidden_layers=4)
     plan = from_pruning_config(EXAMPLES[1], model, order="none")
     assert plan.units == {"model.layers.0.self_attn": [0], "model.layers.2.self_attn": [0]}
-    with pytest.raises(ValueError, match="^order: "):
+    with pytest.raises(ValueError, match="^`order` must be "):
         from_pruning_config(EXAMPLES[1], model, order="activation")
 
 

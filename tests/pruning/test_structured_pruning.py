@@ -725,7 +725,7 @@ BAD = [
     *[({name: value}, name) for name in ("block_samples", "width_samples") for value in (0, -1, 1.5, True)],
     *[({"seed": value}, "seed") for value in (-1, 0.5, None)],
     ({"split": "auto", "choose": "random"}, "choose"),
-    ({"stages": ("channels",), "split": (1,), "choose": "score", "order": "none"}, "choose"),
+    ({"stages": ("channels",), "split": (1,), "choose": "score", "order": "none"}, "order"),
 ]
 
 
@@ -733,7 +733,7 @@ BAD = [
     ("arguments", "named"), BAD, ids=lambda value: str(value) if isinstance(value, dict) else None
 )
 def test_configurations(arguments, named):
-    with pytest.raises(ValueError, match=f"^{named}: "):
+    with pytest.raises(ValueError, match=f"^`{named}` must be "):
         MultiPrunerConfig(**arguments)
 
 
@@ -762,12 +762,12 @@ def refused(model, message, config=CONFIG, calibration=None, **kwargs):
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        (None, "^calibration: got None"),
+        (None, "^`calibration` must be an iterable of batches.*, got None"),
         ([], "^calibration: it yielded no data"),
         ([tokens(3, 1)], "^calibration: .*nothing to predict"),
         ([{"input_ids": tokens(), "labels": torch.full((3, 7), -100)}], "^calibration: .*nothing to predict"),
-        ("text", "^calibration: got str"),
-        (3, "^calibration: got int"),
+        ("text", "^`calibration` must be an iterable of batches, got 'text'"),
+        (3, "^`calibration` must be an iterable of batches, got 3"),
         ([{"input_ids": [[1, 2]]}], "^calibration: 'input_ids'"),
         ([{"input_ids": tokens(), "attention_mask": torch.zeros(3, 7)}], "^calibration: .*nothing to predict"),
     ],
@@ -791,13 +791,16 @@ def test_a_loss_that_is_not_finite():
 
 def test_arguments():
     model, batches = tiny_llama(num_hidden_layers=4), calibration_of("llama")
-    refused(model, "^config: ", {"ratio": 0.1}, batches)
-    refused(model, "^metric: ", calibration=batches, metric=3)
-    refused(model, "^mode: ", calibration=batches, metric=len, mode="best")
-    refused(model, "^mode: got 'max' without", calibration=batches, mode="max")
+    refused(model, "^`config` must be ", {"ratio": 0.1}, batches)
+    refused(model, "^`metric` must be ", calibration=batches, metric=3)
+    refused(model, "^`mode` must be ", calibration=batches, metric=len, mode="best")
+    refused(model, "^`mode` must be 'min' without a `metric`.*, got 'max'", calibration=batches, mode="max")
     refused(model, "`metric` returned nan", calibration=batches, metric=lambda m: math.nan)
     refused(
-        model, "^ratio: got 0.95, but .* are only [0-9.]+% of the parameters", MultiPrunerConfig(ratio=0.95), batches
+        model,
+        "^`ratio` must be .*, got 0.95: .* are only [0-9.]+% of the parameters",
+        MultiPrunerConfig(ratio=0.95),
+        batches,
     )
     refused(
         model,

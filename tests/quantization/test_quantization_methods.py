@@ -514,15 +514,15 @@ class OwnLinear(nn.Linear):
 @pytest.mark.parametrize(
     "message, config, change, calibration",
     [
-        ("config: got", QuantizationConfig(), None, [tokens()]),
-        ("target_modules: 'x_proj' matches no linear layer", RTNConfig(target_modules=["x_proj"]), None, None),
+        ("`config` must be", QuantizationConfig(), None, [tokens()]),
+        ("`target_modules`: 'x_proj' matches no linear layer", RTNConfig(target_modules=["x_proj"]), None, None),
         (
             "does not divide the 48 inputs of 'model.layers.0.mlp.down_proj'",
             GPTQConfig(group_size=32),
             None,
             [tokens()],
         ),
-        ("calibration: got None", GPTQConfig(group_size=16), None, None),
+        ("`calibration` must be an iterable of batches", GPTQConfig(group_size=16), None, None),
         ("calibration: it yielded no data", GPTQConfig(group_size=16), None, []),
         ("down_proj holds NaN", RTNConfig(group_size=16), "nan", None),
         ("down_proj is a OwnLinear", RTNConfig(group_size=16), "subclass", None),

@@ -316,7 +316,8 @@ def test_uniform_subnets_need_no_import(tmp_path):
         expected |= save(model.extract_subnet("min", sparse_kernel=False), tmp_path / f"{kind}-{name}", inputs)
     forbidden = "import sys\nsys.modules['peft_elastic'] = None\n"
     script = forbidden + FRESH.replace(
-        "from structures import inputs_of", "from models import BLOCKS\ninputs_of = lambda n: BLOCKS[n].inputs()"
+        "from support.elastic_models import inputs_of",
+        "from support.models import BLOCKS\ninputs_of = lambda n: BLOCKS[n].inputs()",
     )
     run = run_fresh(script, tmp_path / "results.pt", *[key for key in expected if isinstance(key, str)])
     assert run.returncode == 0, run.stderr

@@ -725,7 +725,7 @@ def test_weighted_adapters_of_a_sorted_base():
         ({"importance": ["magnitude"]}, "`importance` must be one of"),
         ({"importance": "activation"}, "`calibration`: importance 'activation' needs data"),
         ({"importance": "activation", "calibration": []}, "calibration: it yielded no data"),
-        ({"importance": "activation", "calibration": 3}, "calibration: got int"),
+        ({"importance": "activation", "calibration": 3}, "`calibration` must be an iterable of batches, got 3"),
         ({"importance": "magnitude", "kinds": ("neurons",)}, "`kinds` must be"),
         ({"importance": "magnitude", "kinds": ()}, "`kinds` must be"),
         ({"importance": {"layers.0": [1.0]}}, "scores for 'layers.0'; the names of this model are"),

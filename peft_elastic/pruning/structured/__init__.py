@@ -17,6 +17,7 @@
 the result."""
 
 from .config import (
+    STRUCTURED_METHODS,
     BlockPrunerConfig,
     MultiPrunerConfig,
     StructuredPruningConfig,
@@ -29,6 +30,7 @@ from .prune import prune_structured
 
 
 __all__ = [
+    "STRUCTURED_METHODS",
     "BlockPrunerConfig",
     "MultiPrunerConfig",
     "PruningPlan",

@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
+from ...common.checks import check_choice, check_whole, is_finite, wrong
 from ...structure.importance import IMPORTANCES
 from .units import GRANULARITIES
 
 
 MEASURES = ("parameters", "macs", "latency")
+MODES = ("forward", "decode")
 CHOICES = ("metric", "score", "uniform", "random")
 ORDERS = (*IMPORTANCES, "l1")
 
@@ -87,91 +89,122 @@ class StructuredPruningConfig:
 
     method: ClassVar[str] = "structured"
 
-    ratio: float = field(default=0.2, metadata={"help": "Share of the model to remove, in [0, 1)."})
-    stages: tuple[str, ...] = field(default=("sub-blocks", "channels", "heads"), metadata={"help": "What is removed."})
-    split: tuple[float, ...] | str = field(default=(44, 52, 4), metadata={"help": "Shares of the stages, or 'auto'."})
-    choose: str | tuple[str, ...] = field(default="metric", metadata={"help": f"How a stage chooses: {CHOICES}."})
-    order: Any = field(default="activation", metadata={"help": f"Order of channels and heads: {ORDERS} or scores."})
-    mlp_group: int | float | None = field(default=None, metadata={"help": "Channels of a step. Default: a 14th."})
-    head_group: int = field(default=1, metadata={"help": "Key-value groups of a step."})
-    measure: str = field(default="parameters", metadata={"help": f"What `ratio` counts: {MEASURES}."})
-    latency_inputs: Mapping[str, tuple[int, ...]] = field(
-        default_factory=lambda: {"input_ids": (1, 128)}, metadata={"help": "Shapes of what is served."}
+    ratio: float = field(default=0.2, metadata={"help": "Share of the model to remove, e.g. 0.1."})
+    stages: tuple[str, ...] = field(
+        default=("sub-blocks", "channels", "heads"),
+        metadata={
+            "help": f"What is removed, in this order: {', '.join(GRANULARITIES)}. Sub-blocks are attentions and MLPs.",
+            "choices": tuple(GRANULARITIES),
+            "metavar": "STAGE",
+        },
     )
-    latency_mode: str = field(default="forward", metadata={"help": "'forward' or 'decode'."})
+    split: tuple[float, ...] | str = field(
+        default=(44, 52, 4),
+        metadata={
+            "help": "Shares of the ratio that the stages remove, or 'auto' for the least harmful of all stages in each step.",
+            "metavar": "SHARE",
+        },
+    )
+    choose: str | tuple[str, ...] = field(
+        default="metric",
+        metadata={
+            "help": "How a stage chooses, one for all or one for each: metric (by evaluating), score (channels and heads of least "
+            "importance), uniform (all blocks alike), random.",
+            "choices": CHOICES,
+            "metavar": "HOW",
+        },
+    )
+    order: Any = field(
+        default="activation",
+        metadata={
+            "help": "What channels and heads are sorted by within a block, the last go first; l1 is that of Intel's code, and of its "
+            "files.",
+            "choices": ORDERS,
+        },
+    )
+    mlp_group: int | float | None = field(
+        default=None, metadata={"help": "Channels of a step, a number or a share of all; by default a 14th."}
+    )
+    head_group: int = field(default=1, metadata={"help": "Key-value groups of a step."})
+    measure: str = field(default="parameters", metadata={"help": "What the ratio is a share of.", "choices": MEASURES})
+    latency_inputs: Mapping[str, tuple[int, ...]] = field(
+        default_factory=lambda: {"input_ids": (1, 128)}, metadata={"help": "For the measure latency: what is served."}
+    )
+    latency_mode: str = field(
+        default="forward",
+        metadata={
+            "help": "For the measure latency: that of the whole sequences, or of one more token behind them.",
+            "choices": MODES,
+        },
+    )
     slack: float = field(
-        default=0.25, metadata={"help": "How much worse a candidate may have been to be tried again."}
+        default=0.25,
+        metadata={
+            "help": "Try again what harmed at most 1 + X times as much as the best, when it was tried last; inf tries everything in "
+            "every step, as the paper does."
+        },
     )
     block_samples: int | None = field(default=256, metadata={"help": "Sequences to evaluate without blocks."})
-    width_samples: int | None = field(default=128, metadata={"help": "Sequences to evaluate narrower blocks."})
-    cache_gb: float = field(default=4.0, metadata={"help": "Memory for hidden states, GB."})
+    width_samples: int | None = field(
+        default=128, metadata={"help": "Sequences for channels and heads, of those that there are."}
+    )
+    cache_gb: float = field(
+        default=4.0, metadata={"help": "Memory for what blocks compute, in GB; less is slower.", "metavar": "GB"}
+    )
     seed: int = field(default=0, metadata={"help": "Of random choices."})
 
     def __post_init__(self) -> None:
         for name in ("stages", "split", "choose"):  # lists, from JSON or the command line
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not _is_number(self.ratio) or not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio: got {self.ratio!r}; it must be a number in [0, 1).")
-        if not isinstance(self.stages, tuple) or not self.stages or set(self.stages) - set(GRANULARITIES):
-            raise ValueError(f"stages: got {self.stages!r}; it must be a tuple of {list(GRANULARITIES)}.")
-        if len(set(self.stages)) < len(self.stages):
-            raise ValueError(f"stages: got {self.stages!r}; each may be there once.")
+        if not is_finite(self.ratio) or not 0 <= self.ratio < 1:
+            raise wrong("ratio", "a number in [0, 1)", self.ratio)
+        known = isinstance(self.stages, tuple) and self.stages and not set(self.stages) - set(GRANULARITIES)
+        if not known or len(set(self.stages)) < len(self.stages):
+            raise wrong("stages", f"a tuple of {list(GRANULARITIES)}, each at most once", self.stages)
         self._check_split()
         self._check_choose()
         if not isinstance(self.order, Mapping) and self.order not in ORDERS:
-            raise ValueError(f"order: got {self.order!r}; it must be one of {list(ORDERS)}, or scores.")
+            raise wrong("order", f"one of {list(ORDERS)}, or scores", self.order)
         group = self.mlp_group
         whole = type(group) is int and group >= 1
         if group is not None and not whole and not (isinstance(group, float) and 0 < group < 1):
-            raise ValueError(f"mlp_group: got {group!r}; it must be a whole number >= 1, a share in (0, 1) or None.")
-        if type(self.head_group) is not int or self.head_group < 1:
-            raise ValueError(f"head_group: got {self.head_group!r}; it must be a whole number >= 1.")
-        if self.measure not in MEASURES:
-            raise ValueError(f"measure: got {self.measure!r}; it must be one of {list(MEASURES)}.")
-        if self.latency_mode not in ("forward", "decode"):
-            raise ValueError(f"latency_mode: got {self.latency_mode!r}; it must be 'forward' or 'decode'.")
+            raise wrong("mlp_group", "a whole number >= 1, a share in (0, 1) or None", group)
+        check_whole("head_group", self.head_group, least=1)
+        check_choice("measure", self.measure, MEASURES)
+        check_choice("latency_mode", self.latency_mode, MODES)
         if not isinstance(self.latency_inputs, Mapping) or not self.latency_inputs:
-            raise ValueError(
-                f"latency_inputs: got {self.latency_inputs!r}; it must be shapes by name, {{'input_ids': (1, 128)}} say."
-            )
+            raise wrong("latency_inputs", "shapes by name such as {'input_ids': (1, 128)}", self.latency_inputs)
         for name in ("slack", "cache_gb"):
             value = getattr(self, name)
             if not _is_number(value) or not value >= 0:
-                raise ValueError(f"{name}: got {value!r}; it must be a number that is not negative.")
+                raise wrong(name, "a number that is not negative", value)
         for name in ("block_samples", "width_samples"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}: got {value!r}; it must be a whole number >= 1, or None.")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"seed: got {self.seed!r}; it must be a whole number that is not negative.")
+            check_whole(name, getattr(self, name), least=1, optional=True)
+        check_whole("seed", self.seed, least=0)
 
     def _check_split(self) -> None:
         if self.split == "auto":
             return
         numbers = isinstance(self.split, tuple) and all(_is_number(share) for share in self.split)
         if not numbers or len(self.split) != len(self.stages):
-            raise ValueError(
-                f"split: got {self.split!r}; it must be 'auto' or {len(self.stages)} numbers, one for each of {self.stages}."
-            )
+            raise wrong("split", f"'auto' or {len(self.stages)} numbers, one for each of {self.stages}", self.split)
         if not all(0 <= share < math.inf for share in self.split) or not sum(self.split) > 0:  # type: ignore[operator, arg-type]
-            raise ValueError(f"split: got {self.split!r}; the shares must not be negative, nor all of them 0.")
+            raise wrong("split", "shares that are not negative, nor all of them 0", self.split)
 
     def _check_choose(self) -> None:
         choices = self.choose if isinstance(self.choose, tuple) else (self.choose,) * len(self.stages)
         if len(choices) != len(self.stages) or set(choices) - set(CHOICES):
-            raise ValueError(
-                f"choose: got {self.choose!r}; it must be one of {list(CHOICES)}, or a tuple with one for each of {self.stages}."
+            raise wrong(
+                "choose", f"one of {list(CHOICES)}, or a tuple with one for each of {self.stages}", self.choose
             )
         if self.split == "auto" and set(choices) != {"metric"}:
-            raise ValueError(f"choose: got {self.choose!r}; with split='auto' it must be 'metric'.")
+            raise wrong("choose", "'metric' with split='auto'", self.choose)
         for stage, choice in zip(self.stages, choices):
             if choice in ("score", "uniform") and not GRANULARITIES[stage].narrows:
-                raise ValueError(
-                    f"choose: got {choice!r} for the stage {stage!r}, which allows 'metric' and 'random'."
-                )
+                raise wrong("choose", f"'metric' or 'random' for the stage {stage!r}", choice)
             if choice == "score" and self.order == "none":
-                raise ValueError("choose: got 'score', which needs an order of channels and heads; `order` is 'none'.")
+                raise wrong("order", "an order of channels and heads where a stage chooses by 'score'", self.order)
         object.__setattr__(self, "choose", choices)
 
 

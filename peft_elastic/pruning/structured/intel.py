@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...common.checks import check_choice
 from ...common.documents import read_json
 from ...structure.blocks import Structure
 from ...structure.importance import noted_orders
@@ -88,8 +89,7 @@ def from_pruning_config(
     Raises:
         ValueError: if `config` is not of that form, or does not fit the model; the message says what differs.
     """
-    if order not in ("l1", "none"):
-        raise ValueError(f"order: got {order!r}; it must be 'l1' or 'none'.")
+    check_choice("order", order, ("l1", "none"))
     check_whole(model)
     read = _read(config)
     structure = Structure(model)
@@ -111,7 +111,7 @@ def from_pruning_config(
             if rest or not 0 < value <= width.full or value % width.unit:
                 step = width.unit * _per_unit(width)
                 raise ValueError(
-                    f"config: {name!r} gives block {number} {channels!r} channels; allowed are multiples of {step} up to "
+                    f"config: {name!r} gives block {number} {channels!r} channels; these must be multiples of {step} up to "
                     f"{width.full * _per_unit(width)}."
                 )
             if value < width.full and units.is_there(

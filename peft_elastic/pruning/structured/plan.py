@@ -30,6 +30,7 @@ from matplotlib.ticker import EngFormatter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...common.checks import wrong
 from ...common.documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...common.writing import atomic_path, atomic_write_text
 from ...structure.blocks import Structure
@@ -307,13 +308,13 @@ def _check_values(values: Mapping[str, int], structure: Structure) -> None:
             width = widths[key]
             if type(value) is not int or not 0 < value <= width.full or value % width.unit:
                 unit = f"multiples of {width.unit} from {width.unit}" if width.unit > 1 else "whole numbers from 1"
-                raise ValueError(f"values: {key!r} is {value!r}; allowed are {unit} to {width.full}.")
+                raise wrong(f"values[{key!r}]", f"one of the {unit} to {width.full}", value)
         elif key not in parts:
             known = [*widths, *parts]
             near = [name for name in known if name.partition(":")[2] == str(key).partition(":")[2]] or known
             raise ValueError(f"values: {key!r} is no part of the model that can be removed; {near[0]!r}, say, is one.")
         elif type(value) is not int or value not in (0, 1):
-            raise ValueError(f"values: {key!r} is {value!r}; allowed are 0 (removed) and 1.")
+            raise wrong(f"values[{key!r}]", "0 (removed) or 1", value)
     for block in structure.blocks:
         for kind, part in (("heads", "attention"), ("mlp", "mlp")):
             key = f"{kind}:{block.path}"

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from ...common.checks import check_choice, wrong
 from ...structure.blocks import Structure
 from ...structure.calibration import calibration_batches
 from ...structure.description import undescribable
@@ -118,7 +119,7 @@ def plan_run(
     if batches is None and (
         needs_order_data(config, shares) or (metric is None and "metric" in config.choose and shares)
     ):
-        raise ValueError("calibration: got None; this method needs an iterable of batches, e.g. a DataLoader.")
+        raise wrong("calibration", "an iterable of batches, e.g. a DataLoader, for this method", None)
     latency = measure_latency(model, units, config) if config.measure == "latency" else None
     costs = Costs(model, units, config.measure, latency)
     whole = costs({})
@@ -126,8 +127,8 @@ def plan_run(
     least = costs(smallest_state(units, tuple(shares)))
     if least > target and config.ratio > 0:
         raise ValueError(
-            f"ratio: got {config.ratio}, but {list(shares)} are only {1 - least / whole:.1%} of the {config.measure} of this "
-            "model, as far as they can be removed."
+            f"`ratio` must be at most the share that can be removed, got {config.ratio}: {list(shares)} are only "
+            f"{1 - least / whole:.1%} of the {config.measure} of this model, as far as they can be removed."
         )
     evaluation = Evaluation(model, config, batches, metric, mode)
     stages = make_stages(config, shares, whole, target, evaluation.data_of)
@@ -207,13 +208,12 @@ def needs_order_data(config: StructuredPruningConfig, shares: Mapping[str, float
 
 def _check_arguments(config: Any, metric: Any, mode: Any) -> None:
     if not isinstance(config, StructuredPruningConfig):
-        raise ValueError(f"config: got {config!r}; it must be a `MultiPrunerConfig` or another structured config.")
+        raise wrong("config", "a `MultiPrunerConfig` or another structured config", config)
     if metric is not None and not callable(metric):
-        raise ValueError(f"metric: got {metric!r}; it must be a function of the model, or None.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode: got {mode!r}; it must be 'min' or 'max'.")
+        raise wrong("metric", "a function of the model, or None", metric)
+    check_choice("mode", mode, ("min", "max"))
     if mode == "max" and metric is None:
-        raise ValueError("mode: got 'max' without a `metric`; the loss is to be small.")
+        raise wrong("mode", "'min' without a `metric`, as the loss is to be small", mode)
 
 
 def _read(calibration: Any, config: StructuredPruningConfig) -> list[dict[str, Any]] | None:
