@@ -115,9 +115,9 @@ def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, 
     }
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        odd = weight is not None and weight.dtype not in _PRUNABLE_DTYPES
+        odd = None if weight is None or weight.dtype in _PRUNABLE_DTYPES else weight.dtype
         if backend_of(layer).packed or odd:
-            found = weight.dtype if odd else "packed integers"
+            found = odd or "packed integers"
             raise ValueError(f"model: {name} has quantised weights ({found}); {verb} the floating-point model first.")
         if weight is None or type(weight.data) is not torch.Tensor or weight.is_meta:
             raise ValueError(

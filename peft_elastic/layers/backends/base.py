@@ -156,7 +156,7 @@ class Backend:
         mixin = self.mixin(layer)
         if mixin is None:
             raise ValueError(f"A {type(layer).__name__} cannot be narrowed.")
-        return narrowed_class(plain_class(layer), mixin)
+        return narrowed_class(plain_class(layer), mixin)  # type: ignore[arg-type]
 
     def ordinary(self, layer: nn.Module, dtype: torch.dtype) -> Optional[nn.Module]:
         """The active part as a layer in floating point, of `dtype`, where the layer itself can only be narrowed and not be `cut`;

@@ -52,7 +52,7 @@ class FloatBackend(Backend):
 
     name = "PyTorch"
     layers = "`nn.Linear`, transformers' `Conv1D`"
-    exact = (nn.Linear, Conv1D)
+    exact: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, (nn.Linear, Conv1D))

@@ -58,7 +58,7 @@ def _has(layer: nn.Module, name: str) -> bool:
     """`hasattr`, which takes ten times as long to find nothing in a module."""
     if name in layer.__dict__ or name in layer._parameters or name in layer._buffers:
         return True
-    return _class_has(type(layer), name)
+    return _class_has(type(layer), name)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -42,7 +42,7 @@ class GPTQModelBackend(PackedBackend):
     }
 
     def matches(self, layer: nn.Module) -> bool:
-        return _is_of_gptqmodel(type(layer))
+        return _is_of_gptqmodel(type(layer))  # type: ignore[arg-type]
 
     def is_exact(self, layer: nn.Module) -> bool:
         return True

@@ -75,10 +75,10 @@ class GridBackend(FloatBackend):
         return NarrowedQuantized if self.is_exact(layer) else None
 
     def cut(
-        self, layer: nn.Module, outputs: Optional[Ranges], inputs: Optional[Ranges], undo: list[Callable[[], None]]
+        self, layer: Any, outputs: Optional[Ranges], inputs: Optional[Ranges], undo: list[Callable[[], None]]
     ) -> None:
         super().cut(layer, outputs, inputs, undo)
-        layer.grid = Grid.copy_of(layer.grid.take(outputs, inputs))  # type: ignore[union-attr, operator]
+        layer.grid = Grid.copy_of(layer.grid.take(outputs, inputs))
 
     def permute(self, layer: Any, side: str, index: torch.Tensor) -> None:
         super().permute(layer, side, index)
