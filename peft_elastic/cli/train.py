@@ -28,7 +28,7 @@ from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCa
 from peft_elastic.common.checks import wrong
 from peft_elastic.layers.grid import BITS
 from peft_elastic.structure.importance import IMPORTANCES
-from peft_elastic.supernet.samplers import ONE_A_STEP, SEVERAL_A_STEP
+from peft_elastic.supernet.samplers import STRATEGIES
 
 from . import _common, _data
 from ._examples import encode
@@ -130,7 +130,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--strategy",
-        choices=(*ONE_A_STEP, *SEVERAL_A_STEP),
+        choices=tuple(STRATEGIES),
         default=default_of(SubnetSamplingCallback, "strategy"),
         help="which subnets a step trains: one, with every choice drawn on its own, or sizes evenly; or the largest, the "
         "smallest and two random ones (default: %(default)s)",
