@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command line `peft-elastic`. Each module here but `main` is one command, thin over the public API: it has
-`add_parser(subparsers)`, which sets `run` as the parser's default, and `run(args) -> int`, the exit status."""
+"""The command line `peft-elastic`. Each module and package here but `main` is one command, thin over the public API: it has
+`add_parser(subparsers)`, which sets `run` as the parser's default, and `run(args) -> int`, the exit status. Its docstring begins
+with "`peft-elastic NAME`: " and what `peft-elastic --help` says of it. Names with an underscore are what commands share."""
 
 from .main import main
 

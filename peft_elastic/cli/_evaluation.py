@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +75,25 @@ def loss_evaluator(
     """Mean negative log-likelihood of the completions, in nats per token."""
     features = encode(tokenizer, examples, max_length)
     return LossEvaluator(batches(features, Collator(model), batch_size))
+
+
+def tokens_per_second(model: Any, prompt_tokens: int, new_tokens: int, repeats: int) -> float:
+    """Time the generation of one sequence after a prompt of any tokens: the median of so many runs."""
+    prompt = torch.arange(prompt_tokens)[None] % (model.config.vocab_size - 4) + 3
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                pad_token_id=0,
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+            )
+            seconds.append(time.perf_counter() - start)
+    return new_tokens / statistics.median(seconds[1:])  # the first starts threads
 
 
 def measure(model: Any, tokenizer: Any, examples: Sequence[Example], texts: int = 100) -> dict[str, Any]:

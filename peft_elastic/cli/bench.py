@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from peft_elastic.layers import extension
 from peft_elastic.layers.values import ROUNDED
 
 from . import _common
+from ._evaluation import tokens_per_second
 from ._options import default_of, positive_int, summary
 
 
@@ -135,30 +134,12 @@ def _bench_model(args: argparse.Namespace) -> None:
 
 
 def _speeds(model: Any, new_tokens: int) -> dict[str, float]:
-    speeds = {"generate": _tokens_per_second(model, new_tokens)}
+    speeds = {"generate": tokens_per_second(model, 32, new_tokens, repeats=3)}
     try:
         optimize_generation(model)
     except ValueError as error:
         print(f"Without optimize_generation: {error}")
         return speeds
-    speeds["optimize_generation"] = _tokens_per_second(model, new_tokens)
+    speeds["optimize_generation"] = tokens_per_second(model, 32, new_tokens, repeats=3)
     restore_generation(model)
     return speeds
-
-
-def _tokens_per_second(model: Any, new_tokens: int, repeats: int = 3) -> float:
-    prompt = torch.arange(32)[None] % (model.config.vocab_size - 4) + 3
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                pad_token_id=0,
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-            )
-            seconds.append(time.perf_counter() - start)
-    return new_tokens / statistics.median(seconds[1:])  # the first starts threads

@@ -16,27 +16,24 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from peft_elastic import ElasticLoraConfig, ElasticTrainer, SparseQALoraConfig, SubnetSamplingCallback
+from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCallback
 from peft_elastic.common.checks import wrong
-from peft_elastic.common.documents import read_json
-from peft_elastic.common.writing import writing
 from peft_elastic.layers.grid import BITS
 from peft_elastic.structure.importance import IMPORTANCES
-from peft_elastic.supernet.samplers import ONE_A_STEP, SEVERAL_A_STEP
+from peft_elastic.supernet.samplers import STRATEGIES
 
 from . import _common, _data
-from ._examples import Collator, batches, encode
+from ._examples import encode
 from ._options import default_of, positive_int, summary
+from ._training import fit, last_checkpoint, sort
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -133,7 +130,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--strategy",
-        choices=(*ONE_A_STEP, *SEVERAL_A_STEP),
+        choices=tuple(STRATEGIES),
         default=default_of(SubnetSamplingCallback, "strategy"),
         help="which subnets a step trains: one, with every choice drawn on its own, or sizes evenly; or the largest, the "
         "smallest and two random ones (default: %(default)s)",
@@ -259,85 +256,3 @@ def parse_width(words: Sequence[str] | None) -> dict[str, list[int | float]] | N
                 "--elastic-width", "heads=... or mlp=... with shares or whole numbers, such as mlp=1.0,0.75", word
             ) from None
     return widths or None
-
-
-def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
-    """Sort the heads and channels of the base as the configuration of the adapter says, where that takes data."""
-    config = model.active_peft_config
-    if config.elastic_width and config.importance in ("activation", "gradient"):
-        model.sort_by_importance(batches(features, Collator(model), 8))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint in a folder: a Trainer that is stopped while it saves leaves half of one."""
-    states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    complete = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdecimal()]
-    complete.sort(key=lambda path: int(path.name.rpartition("-")[2]))
-    return str(complete[-1]) if complete else None
-
-
-def _is_json(path: Path) -> bool:
-    # the Trainer writes this file last, but not at once
-    try:
-        read_json(path)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def fit(
-    model: PeftModel,
-    features: Sequence[Mapping[str, list[int]]],
-    checkpoints: Path,
-    strategy: str,
-    seed: int,
-    distillation: str | None = None,
-    **training_arguments: Any,
-) -> dict[str, Any]:
-    """Train the elastic adapter of `model`, other subnets in each step, from the last checkpoint if there is one.
-
-    Args:
-        model: with an elastic adapter.
-        features: what `encode` returned.
-        checkpoints: folder for checkpoints.
-        strategy, seed, distillation: of the `ElasticTrainer`.
-        training_arguments: passed to `TrainingArguments`.
-
-    Returns:
-        `steps`, `seconds` since the last start, and `log`: a list of `{"step", "loss", "learning_rate", ...}`.
-    """
-    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(TrainingArguments)}:
-        grouped = {"group_by_length": True}  # its name in transformers 5.0
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        seed=seed,
-        use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=model.device.type == "cuda",
-        save_total_limit=1,
-        logging_steps=10,
-        label_names=["labels"],
-        # every step uses every adapter module, only fewer rows of it, but for those in skipped blocks
-        ddp_find_unused_parameters=any(choice.kind == "depth" for choice in model.search_space),
-        report_to=[],
-        # padding costs as much as text: random batches of texts of similar length
-        **grouped,
-        **training_arguments,
-    )
-    trainer = ElasticTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=features,
-        data_collator=Collator(model),
-        strategy=strategy,
-        seed=seed,
-        distillation=distillation,
-    )
-    with writing(checkpoints):
-        output = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    model.eval()
-    return {
-        "steps": output.global_step,
-        "seconds": output.metrics["train_runtime"],
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-    }

@@ -20,12 +20,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .moved import import_moved
+
 
 def lazy_package(
     package: str,
     names: Mapping[str, Iterable[str]],
     modules: Iterable[str] = (),
-    otherwise: Callable[[str], Any] | None = None,
+    moved: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make the `__getattr__` and the `__dir__` of a package whose names come from modules that are imported late.
 
@@ -36,7 +38,7 @@ def lazy_package(
         package: `__name__` of the package.
         names: module, relative to the package (".trainer") -> the names that come from it.
         modules: modules of the package that are attributes of it as well.
-        otherwise: `__getattr__` for all other names.
+        moved: modules that left the package, as in `moved_modules`.
     """
     homes = {name: module for module, of_module in names.items() for name in of_module}
     known = {*homes, *modules}
@@ -46,10 +48,8 @@ def lazy_package(
             value = getattr(importlib.import_module(homes[name], package), name)
         elif name in known:
             value = importlib.import_module(f".{name}", package)
-        elif otherwise is not None:
-            return otherwise(name)
         else:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            return import_moved(package, moved or {}, name)
         setattr(sys.modules[package], name, value)  # next time without this function
         return value
 

@@ -30,9 +30,18 @@ def moved_modules(package: str, homes: Mapping[str, str]) -> Callable[[str], Any
     """
 
     def __getattr__(name: str) -> Any:
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        warnings.warn(f"`{package}.{name}` is now `{homes[name]}`.", DeprecationWarning, stacklevel=2)
-        return importlib.import_module(homes[name])
+        return import_moved(package, homes, name)
 
     return __getattr__
+
+
+def import_moved(package: str, homes: Mapping[str, str], name: str) -> Any:
+    """Do what the `__getattr__` that calls this has to do for a name.
+
+    Raises:
+        AttributeError: for one that is not in `homes`.
+    """
+    if name not in homes:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    warnings.warn(f"`{package}.{name}` is now `{homes[name]}`.", DeprecationWarning, stacklevel=3)
+    return importlib.import_module(homes[name])

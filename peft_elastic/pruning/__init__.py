@@ -15,7 +15,7 @@
 """Pruning of base weights: `prune(model, config, calibration)` with one config dataclass per method sets them to zero. Whole
 blocks, channels and heads are removed by `structured`."""
 
-from ..common.moved import moved_modules
+from ..common.lazy import lazy_package
 from .config import PruningConfig
 from .magnitude import MagnitudeConfig
 from .methods import PRUNING_METHODS
@@ -36,9 +36,9 @@ __all__ = [
     "prune",
 ]
 
-__getattr__ = moved_modules(
+__getattr__, __dir__ = lazy_package(
     __name__,
-    {
-        "layers": "peft_elastic.structure.selection",
-    },
+    {},
+    modules=("structured",),
+    moved={"layers": "peft_elastic.structure.selection"},
 )

@@ -47,4 +47,4 @@ __all__ = [
 ]
 
 # transformers' Trainer imports datasets, and that pandas
-__getattr__, __dir__ = lazy_package(__name__, {".trainer": ("ElasticTrainer", "ElasticTrainerMixin")})
+__getattr__, __dir__ = lazy_package(__name__, {".trainer": ("ElasticTrainer", "ElasticTrainerMixin")}, ("trainer",))

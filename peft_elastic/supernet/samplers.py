@@ -174,15 +174,19 @@ class SandwichSampler:
     def __init__(self, n_random: int = 2, sampler: str | SubnetSampler = "uniform") -> None:
         check_whole("n_random", n_random, least=0)
         self.n_random = n_random
-        self.sampler = _find(sampler, "sampler", ONE_A_STEP)
+        self.sampler = _find(sampler, "sampler", _strategies(several=False))
 
     def subnets_of_step(self, space: SearchSpace, rng: np.random.Generator) -> list[Subnet]:
         return [space.max, space.min, *(self.sampler(space, rng) for _ in range(self.n_random))]
 
 
-# Names in `strategy=`: of what draws one subnet for a step, and of what draws several.
-ONE_A_STEP: dict[str, type] = {"balanced": BalancedSampler, "uniform": UniformSampler}
-SEVERAL_A_STEP: dict[str, type] = {"sandwich": SandwichSampler}
+# Names in `strategy=`, and in `peft-elastic train --strategy`.
+STRATEGIES: dict[str, type] = {"uniform": UniformSampler, "balanced": BalancedSampler, "sandwich": SandwichSampler}
+
+
+def _strategies(several: bool) -> dict[str, type]:
+    """All of them, or those of one subnet a step."""
+    return {name: cls for name, cls in STRATEGIES.items() if several or not hasattr(cls, "subnets_of_step")}
 
 
 def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> SubnetSampler | StepSampler:
@@ -196,7 +200,8 @@ def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> Su
         ValueError: if it is neither, or needs several subnets a step where one is trained.
     """
     steps = isinstance(strategy, StepSampler) and not isinstance(strategy, type)  # a class is no sampler
-    if not several and (steps or (isinstance(strategy, str) and strategy in SEVERAL_A_STEP)):
+    unfit = isinstance(strategy, str) and strategy in STRATEGIES and strategy not in _strategies(several)
+    if not several and (steps or unfit):
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         raise ValueError(
             f"`strategy` {name!r} trains several subnets in each step, which takes several backward passes: use "
@@ -204,7 +209,7 @@ def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> Su
         )
     if steps:
         return cast(StepSampler, strategy)
-    return _find(strategy, "strategy", ONE_A_STEP | SEVERAL_A_STEP if several else ONE_A_STEP)
+    return _find(strategy, "strategy", _strategies(several))
 
 
 def _find(value: Any, argument: str, named: dict[str, type]) -> Any:

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, t
 from peft_elastic import SearchResult, Subnet
 from peft_elastic.cli import _data, _evaluation, main
 from peft_elastic.cli._examples import Collator, Example, encode, pack
+from peft_elastic.cli._training import last_checkpoint
 from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
 from peft_elastic.cli.quickstart.splits import split_examples
-from peft_elastic.cli.train import last_checkpoint
 from peft_elastic.cost import timing
 from peft_elastic.quantization import load_gptq
 

@@ -43,8 +43,8 @@ from peft_elastic import (
     sparsify_linears,
 )
 from peft_elastic.cli import quickstart
+from peft_elastic.cli._training import fit
 from peft_elastic.cli.main import main
-from peft_elastic.cli.train import fit
 from peft_elastic.layers import extension
 
 

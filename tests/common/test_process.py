@@ -23,7 +23,7 @@ import time
 import pytest
 
 from peft_elastic import _process
-from peft_elastic._process import is_command, settle
+from peft_elastic._process import is_command, is_program, settle
 from peft_elastic.common import progress
 from peft_elastic.search.shown import say
 
@@ -98,7 +98,7 @@ class TestProgress:
         (["python", "/usr/local/bin/peft-elastic", "info"], True),
         (["python.exe", "peft-elastic.exe", "info"], True),
         (["python", "C/peft-elastic-script.py"], True),
-        (["python", "-m", "peft_elastic.cli._serving", "x"], True),
+        (["python", "-m", "peft_elastic.cli.quickstart.serving", "x"], True),
         (["python", "-m", "peft_elastic.cli"], True),
         (["python", "-m", "peft_elastic.clients"], False),
         (["python", "-m", "pytest", "peft_elastic.cli"], False),
@@ -112,6 +112,23 @@ class TestProgress:
 def test_which_processes_are_the_command_line(line, expected):
     assert is_command(line, {}) is expected
     assert is_command(line, {"_PEFT_ELASTIC_COMMAND": "1"})
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["python", "/usr/local/bin/peft-elastic", "info"], True),
+        (["python.exe", "peft-elastic.exe", "info"], True),
+        (["python", "C/peft-elastic-script.py"], True),
+        (["python", "-m", "peft_elastic.cli.quickstart.serving", "x"], False),
+        (["python", "train.py", "peft-elastic"], False),
+        (["python"], False),
+        ([], False),
+    ],
+)
+def test_which_process_is_the_program_itself(line, expected):
+    """It alone imports what a command needs when one runs, whatever its children inherit."""
+    assert is_program(line) is expected
 
 
 def test_what_is_settled():

@@ -15,7 +15,6 @@
 
 import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -374,7 +373,7 @@ print("done")
 
 def test_pool_of_its_own():
     script = OWN_POOL.format(tests=str(Path(__file__).parent))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
+    result = fresh.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert result.stdout.strip() == "done", result.stderr
 
 

@@ -19,11 +19,11 @@ The dense layer with the same weights says what is right.
 import copy
 import io
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
+from support import fresh
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -327,5 +327,5 @@ print("done")
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system cannot fork")
 def test_a_child_forked_before_the_first_kernel():
-    result = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300)
+    result = fresh.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "done", result.stderr

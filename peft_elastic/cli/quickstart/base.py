@@ -41,7 +41,7 @@ from peft_elastic.pruning import measure_sparsity
 
 from .. import _common, _data, _evaluation, info
 from .._examples import Example, encode
-from ..train import fit, sort
+from .._training import fit, sort
 from . import reload, report, serving, smoke, splits
 from .checklist import Checklist
 from .plan import Plan

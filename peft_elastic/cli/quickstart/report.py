@@ -19,6 +19,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft_elastic.common.tables import text_table
+
 
 # Behind the name of a model that is also served in another way.
 OPTIMIZED = ", optimize_generation"
@@ -52,8 +54,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 *_serving(row["serving"]),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    formatted = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    formatted = text_table(lines)
     return "\n".join([formatted[0], "-" * len(formatted[0]), *formatted[1:]])
 
 

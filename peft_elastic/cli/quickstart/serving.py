@@ -21,7 +21,6 @@ repeats; the JSON file with the examples to measure the accuracy on, or "-"; the
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,12 +28,11 @@ from typing import Any
 
 
 def main(folder: str, mode: str, settings: str, data: str, answer: str) -> None:
-    import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import peft_elastic
-    from peft_elastic.cli._evaluation import measure
+    from peft_elastic.cli._evaluation import measure, tokens_per_second
     from peft_elastic.cli.quickstart.splits import read_splits
 
     transformers.utils.logging.disable_progress_bar()
@@ -49,15 +47,7 @@ def main(folder: str, mode: str, settings: str, data: str, answer: str) -> None:
             result["not_optimized"] = str(error)
 
     options = json.loads(Path(settings).read_text(encoding="utf-8"))
-    prompt = torch.arange(options["prompt"])[None] % (model.config.vocab_size - 4) + 3
-    tokens = {"min_new_tokens": options["new"], "max_new_tokens": options["new"], "do_sample": False}
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(1 + options["repeats"]):
-            start = time.perf_counter()
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **tokens)
-            seconds.append(time.perf_counter() - start)
-    result["tokens_per_second"] = options["new"] / statistics.median(seconds[1:])  # the first starts threads
+    result["tokens_per_second"] = tokens_per_second(model, options["prompt"], options["new"], options["repeats"])
     result["peak_bytes"] = peak_bytes()
     if data != "-":
         tokenizer = AutoTokenizer.from_pretrained(folder)
