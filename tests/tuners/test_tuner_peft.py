@@ -207,7 +207,7 @@ def test_the_model_card_is_tagged(tmp_path):
         ("every choice 7", "the value 7, allowed are \\[8, 6, 4\\]"),
         ("every choice -4", "non-negative integers, got -4"),
         ("every choice four", "non-negative integers, got 'four'"),
-        ([8, 8], "must be a dict from choice key to value, got list"),
+        ([8, 8], "must be a dict from choice key to value, got \\[8, 8\\]"),
         ("max", "must be a dict"),
     ],
 )
