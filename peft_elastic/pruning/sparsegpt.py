@@ -41,8 +41,8 @@ class SparseGPTConfig(PruningConfig):
     layer is made up for by the weights of the inputs that follow. So, unlike with the other methods, the weights that stay change.
 
     The score of a weight is w^2 / [H^-1]_jj, with H = X^T X over all calibration tokens and H^-1 that of the inputs from j on:
-    the error that is left when the weights behind it have made up for it. Of every block of `block_size` inputs, with all
-    output rows together, the lowest scores go, at the moment when the block is reached; with `pattern` of each row those of each
+    the error that is left when the weights behind it have made up for it. Of every column block of `block_size` inputs, with all
+    output rows together, the lowest scores go, at the moment when it is reached; with `pattern` of each row those of each
     group of m inputs. Zeros that are already there stay zero. Blocks of the model are pruned in order, as by Wanda. Needs
     calibration data.
 

@@ -388,7 +388,7 @@ def test_it_ends_where_nothing_brings_it_nearer(stages, ratio, mlp_group, auto, 
     try:
         plan = plan_of(model, config, metric=metric)
     except ValueError as error:
-        assert str(error).startswith("ratio: ")  # everything that these stages can remove is not enough
+        assert str(error).startswith("`ratio` must be ")  # everything that these stages can remove is not enough
         most = float(str(error).split("only ")[1].split("%")[0]) / 100
         assert most < ratio
         return
@@ -555,7 +555,7 @@ def test_a_granularity_of_ones_own():
         del GRANULARITIES["even MLPs"]
     gone = [row["removed"] for row in plan.history if row["stage"] == "even MLPs"]
     assert gone and {key.split(".")[2] for key in gone} <= {"0", "2", "4"}
-    with pytest.raises(ValueError, match="^stages: "):
+    with pytest.raises(ValueError, match="^`stages` must be "):
         BlockPrunerConfig(stages=("even MLPs",))
 
 

@@ -21,18 +21,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...common.checks import wrong
 from ...common.documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
-from ...common.writing import atomic_path, atomic_write_text
+from ...common.writing import atomic_write_text
 from ...structure.blocks import Structure
 from ...structure.description import active_values, extract_described, is_left, plan_extraction
 from ...structure.features import layer_at
@@ -41,6 +38,10 @@ from ...structure.narrow import check_narrowable, is_narrowed
 from ...structure.parts import Width
 from ...structure.space import activate
 from .units import depth_key
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 _ROW = Record(
@@ -79,7 +80,6 @@ _DOCUMENT = Document(
         after=MapOf(NUMBER),
     ),
 )
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 @dataclass
@@ -259,7 +259,10 @@ class PruningPlan:
         Raises:
             ValueError: if no removal was evaluated, or `path` has an unknown ending.
         """
-        return draw(self, path)
+        from .plot import draw  # with matplotlib, which few who prune need
+
+        title = f"{self.method}, {self.config.get('ratio', 0):.0%} of {self.config.get('measure', 'parameters')}"
+        return draw(title, self.history, self.before, self.metric, path)
 
     # -- on disk --------------------------------------------------------------------------------------------------------
 
@@ -419,42 +422,3 @@ def _is_out_of_order(model: nn.Module, width: Width, units: Mapping[str, list[in
         for order in width.orders
         if order.name in units
     )
-
-
-def draw(plan: PruningPlan, path: str | os.PathLike[str] | None) -> Figure:
-    rows = [row for row in plan.history if row["value"] is not None and "parameters" in row]
-    if not rows:
-        raise ValueError("plot: no removal of this plan was evaluated, so there is nothing to draw.")
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path is not None and os.fspath(path).rpartition(".")[2] not in canvas.get_supported_filetypes():
-        formats = sorted(canvas.get_supported_filetypes())
-        raise ValueError(f"`path` must end in one of {formats}, got {os.fspath(path)!r}.")
-    axes = figure.subplots()
-    last = None
-    if plan.metric in plan.before and "parameters" in plan.before:
-        last = (plan.before["parameters"], plan.before[plan.metric])
-        axes.scatter([last[0]], [last[1]], color="#333333", marker="D", s=40, zorder=3, label="whole model")
-    for number, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
-        points = [(row["parameters"], row["value"]) for row in rows if row["stage"] == stage]
-        colour = _COLOURS[number % len(_COLOURS)]
-        joined = [*([last] if last else []), *points]
-        axes.plot([x for x, _ in joined], [y for _, y in joined], color=colour, linewidth=1.4)
-        label = f"{stage} ({len(points)} removal{'s' if len(points) > 1 else ''})"
-        axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=22, zorder=2, label=label)
-        last = points[-1]
-    axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel("parameters")
-    axes.set_ylabel(f"{plan.metric} of the calibration data" if plan.metric == "perplexity" else plan.metric)
-    axes.set_title(
-        f"{plan.method}, {plan.config.get('ratio', 0):.0%} of {plan.config.get('measure', 'parameters')}", fontsize=11
-    )
-    axes.grid(color="#e5e5e5", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9)
-    if path is not None:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    return figure
