@@ -70,7 +70,7 @@ def _serving(serving: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def serving_legend(serving: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> str:
-    """Explain the columns of serving mean, and how much of the speed is not the sparse layers'."""
+    """Explain the columns of serving, and how much of the speed is not the sparse layers'."""
     optimized = [name for name, found in serving.items() if found["optimized"]]
     beside = [name for name in optimized if name.endswith(OPTIMIZED)]
     lines = [
