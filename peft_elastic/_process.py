@@ -52,7 +52,7 @@ def is_program(arguments: Sequence[str] | None = None) -> bool:
 
 
 def settle(environment: MutableMapping[str, str], is_terminal: bool) -> None:
-    """How threads wait, unless the user has said; and in a log, how often the progress bars of all libraries are written."""
+    """Say how threads wait, unless the user has said; and in a log, how often the progress bars of all libraries are written."""
     environment[_MARK] = "1"
     if not any(name in environment for name in _SPIN):
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)

@@ -36,6 +36,17 @@ from support.places import REPOSITORY  # noqa: E402
 
 torch.set_num_threads(1)
 
+# Fixtures of a module that take a minute: with `--dist loadgroup` the tests that use one run in the same process of xdist.
+_LONG = {"exported", "finished", "ranks"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            for name in _LONG.intersection(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.xdist_group(name))
+
 
 @pytest.fixture(autouse=True)
 def _seeds():

@@ -67,7 +67,7 @@ def add_seed_argument(parser: argparse.ArgumentParser, of: str) -> None:
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any:
-    """A pretrained model, of the class that its configuration names.
+    """Load a pretrained model, of the class that its configuration names.
 
     Raises:
         ValueError: if there is no such model or device, or it cannot be loaded.
@@ -89,7 +89,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any
 
 
 def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) -> Any:
-    """`load_model`, for the commands that work with language models alone."""
+    """Do as `load_model`, for the commands that work with language models alone."""
     model = load_model(name, dtype, device)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
@@ -100,7 +100,7 @@ def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) ->
 
 
 def load_tokenizer(name: str, required: bool = True) -> Any:
-    """The tokenizer of a model; None if it has none and none is required.
+    """Load the tokenizer of a model; None if it has none and none is required.
 
     Raises:
         ValueError: if one is required and cannot be loaded.
@@ -115,7 +115,7 @@ def load_tokenizer(name: str, required: bool = True) -> Any:
 
 
 def base_model_name(model: str | None, adapter: str) -> str:
-    """`model`, or else the base model that the adapter itself names.
+    """Choose `model`, or else the base model that the adapter itself names.
 
     Raises:
         ValueError: if the adapter is none, or names no base model.
@@ -131,7 +131,7 @@ def base_model_name(model: str | None, adapter: str) -> str:
 
 
 def load_adapter(model: Any, adapter: str) -> PeftModel:
-    """The model with an elastic adapter, in evaluation mode, its active subnet restored.
+    """Load an elastic adapter on the model, in evaluation mode, its active subnet restored.
 
     Raises:
         ValueError: if the adapter is not elastic or does not fit the model.
@@ -172,7 +172,7 @@ def check_new_folder(path: Path, option: str = "--out") -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; it becomes `path` on success and is removed on failure, so that `path`
+    """Make a temporary folder beside `path` to fill; it becomes `path` on success and is removed on failure, so that `path`
     never holds half a model. `path` must not exist, or be an empty folder. What killed processes left is removed as well.
 
     Raises:
@@ -196,7 +196,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def needs_this_package(folder: Path) -> bool:
-    """Whether a saved model has sparse layers or blocks of different sizes, which transformers alone does not build."""
+    """Say whether a saved model has sparse layers or blocks of different sizes, which transformers alone does not build."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     packed = config.get("quantization_config", {}).get("quant_method") == "peft_elastic"
     return packed or bool(config.get(BLOCKS_ATTRIBUTE))
@@ -211,7 +211,7 @@ def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:
 
 
 def zero_share(model: Any, names: Iterable[str]) -> float:
-    """Share of zeros in the weights of the named layers of a model, with adapters or without."""
+    """Measure the share of zeros in the weights of the named layers of a model, with adapters or without."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     shares = measure_sparsity(base)
     sizes = {name: base.get_submodule(name).weight.numel() for name in names if name in shares}

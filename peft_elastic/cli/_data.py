@@ -53,7 +53,7 @@ def add_data_arguments(
     samples: int | None = None,
     samples_help: str = "use N records, drawn with --seed (default: all)",
 ) -> None:
-    """The options that say which data to use and how to read it; `use` ends the sentence "the data to ..."."""
+    """Add the options that say which data to use and how to read it; `use` ends the sentence "the data to ..."."""
     group = parser.add_argument_group("data")
 
     def add(option: str, help: str, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ def add_data_arguments(
 
 
 def read_examples(args: argparse.Namespace, samples: int | None = None) -> list[Example]:
-    """The examples that the options of `add_data_arguments` describe; of only so many records, drawn with `args.seed`, if
+    """Read the examples that the options of `add_data_arguments` describe; of only so many records, drawn with `args.seed`, if
     `samples` is given.
 
     Raises:
@@ -121,7 +121,7 @@ def read_examples(args: argparse.Namespace, samples: int | None = None) -> list[
 
 
 def load_records(name: str, split: str = "train") -> datasets.Dataset:
-    """A dataset by its name on the hub, or from a local file or a folder that `save_to_disk` wrote.
+    """Load a dataset by its name on the hub, or from a local file or a folder that `save_to_disk` wrote.
 
     Raises:
         ValueError: if there is no such dataset or split, or it cannot be read.
@@ -160,7 +160,7 @@ def load_records(name: str, split: str = "train") -> datasets.Dataset:
 
 
 def _load_file(reader: str, path: Path, options: Mapping[str, Any]) -> datasets.Dataset:
-    """A dataset from a local file, through the cache of `datasets` if there can be one: without a home, or with one that cannot be
+    """Load a dataset from a local file, through the cache of `datasets` if there can be one: without a home, or with one that cannot be
     written to, in memory."""
     import datasets
 
@@ -222,7 +222,7 @@ def to_examples(
 def _find_columns(
     columns: Sequence[str], text: str | None, prompt: str | None, label: str | None
 ) -> tuple[str | None, str]:
-    """The prompt and the label column; or None and the text column."""
+    """Find the prompt and the label column; or None and the text column."""
     for option, name in (("--text-column", text), ("--prompt-column", prompt), ("--label-column", label)):
         if name is not None and name not in columns:
             raise ValueError(f"`{option}` {name!r} is not a column; there are {', '.join(map(repr, columns))}.")
@@ -262,5 +262,5 @@ def _fill(template: str, prompt: str, record: Mapping[str, Any]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of an exception, or its type if it has none."""
+    """Take the first line of the message of an exception, or its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -52,7 +52,7 @@ class ChoiceEvaluator:
         return {"loss": sum(loss) / len(loss), "accuracy": sum(correct) / len(correct)}
 
     def per_example(self, model: Any) -> tuple[list[int], list[float]]:
-        """For each example whether the right choice is the most likely one, 0 or 1, and -log of its probability among the
+        """Say for each example whether the right choice is the most likely one, 0 or 1, and -log of its probability among the
         choices, in nats. The model should be in evaluation mode."""
         correct, loss = [], []
         for scores, label in zip(self._scorer.scores(model), self._scorer.labels):
@@ -63,7 +63,7 @@ class ChoiceEvaluator:
 
 
 def text_perplexity(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> float:
-    """Perplexity of texts, each on its own, over all their tokens but the first."""
+    """Measure the perplexity of texts, each on its own, over all their tokens but the first."""
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
     features = [{"input_ids": row, "labels": row} for row in ids if len(row) > 1]
     return PerplexityEvaluator(batches(features, Collator(model), 16))(model)
@@ -72,7 +72,7 @@ def text_perplexity(model: Any, tokenizer: Any, texts: Sequence[str], max_length
 def loss_evaluator(
     model: Any, tokenizer: Any, examples: Sequence[Example], max_length: int, batch_size: int
 ) -> LossEvaluator:
-    """Mean negative log-likelihood of the completions, in nats per token."""
+    """Make the evaluator of the mean negative log-likelihood of the completions, in nats per token."""
     features = encode(tokenizer, examples, max_length)
     return LossEvaluator(batches(features, Collator(model), batch_size))
 
@@ -97,7 +97,7 @@ def tokens_per_second(model: Any, prompt_tokens: int, new_tokens: int, repeats: 
 
 
 def measure(model: Any, tokenizer: Any, examples: Sequence[Example], texts: int = 100) -> dict[str, Any]:
-    """What `quickstart` reports of a model: `correct` and `loss` per example (see `ChoiceEvaluator`), and the `perplexity`
+    """Measure what `quickstart` reports of a model: `correct` and `loss` per example (see `ChoiceEvaluator`), and the `perplexity`
     of the first `texts` prompts."""
     correct, loss = ChoiceEvaluator(examples, tokenizer).per_example(model)
     prompts = [example.prompt for example in examples[:texts]]

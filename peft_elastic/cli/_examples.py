@@ -43,7 +43,7 @@ class Example:
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[dict[str, list[int]]]:
-    """Token ids, with labels on the completion alone; examples of more than `max_length` tokens are left out. Plain text
+    """Make token ids, with labels on the completion alone; examples of more than `max_length` tokens are left out. Plain text
     (no prompts) is joined and cut instead, see `pack`.
 
     A completion that is no choice gets an end token, so that the model learns to stop.
@@ -72,7 +72,7 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list
 
 
 def pack(tokenizer: Any, texts: Iterable[str], length: int, limit: int | None = None) -> list[list[int]]:
-    """Token ids of the texts, joined by the end token and cut into pieces of `length` tokens, `limit` pieces at most. A
+    """Make token ids of the texts, joined by the end token and cut into pieces of `length` tokens, `limit` pieces at most. A
     shorter rest is dropped, unless it is all there is."""
     ids: list[int] = []
     for text in texts:
@@ -104,7 +104,7 @@ class Collator:
         self.trims = "logits_to_keep" in inspect.signature(base.forward).parameters and torch.cuda.device_count() < 2
 
     def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Tensors of shape (batch, length): `input_ids`, `attention_mask` and `labels`, -100 where there is none; `labels`
+        """Make tensors of shape (batch, length): `input_ids`, `attention_mask` and `labels`, -100 where there is none; `labels`
         is shorter, as is the tensor of positions `logits_to_keep`, if logits are left out."""
         length = max(len(feature["input_ids"]) for feature in features)
 
@@ -127,6 +127,6 @@ class Collator:
 def batches(
     features: Sequence[Mapping[str, list[int]]], collator: Callable[..., dict[str, torch.Tensor]], size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """All examples in batches of similar length."""
+    """Put all examples in batches of similar length."""
     ordered = sorted(features, key=lambda feature: len(feature["input_ids"]))
     return [collator(ordered[start : start + size]) for start in range(0, len(ordered), size)]

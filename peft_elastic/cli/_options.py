@@ -27,13 +27,13 @@ from peft_elastic.common.checks import wrong
 
 
 def summary(docstring: str | None) -> str:
-    """What a command's line in `peft-elastic --help` says: of the first paragraph of its module's docstring what follows
+    """Find what a command's line in `peft-elastic --help` says: of the first paragraph of its module's docstring what follows
     "`peft-elastic NAME`: "."""
     return " ".join((docstring or "").partition("\n\n")[0].partition(": ")[2].rstrip(".").split())
 
 
 def default_of(api: Callable[..., Any], name: str) -> Any:
-    """The default that a field of a dataclass, or an argument of a function or a class, has in the Python API."""
+    """Look up the default that a field of a dataclass, or an argument of a function or a class, has in the Python API."""
     if dataclasses.is_dataclass(api):
         field = next(field for field in dataclasses.fields(api) if field.name == name)
         made = field.default_factory
@@ -42,21 +42,21 @@ def default_of(api: Callable[..., Any], name: str) -> Any:
 
 
 def positive_int(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
+    """Parse, for argparse, a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """For argparse: what every random generator takes."""
+    """Parse, for argparse, what every random generator takes."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
 
 
 def parse_workload(text: str) -> tuple[int, int]:
-    """What `--latency-of` says: sequences and tokens."""
+    """Parse what `--latency-of` says: sequences and tokens."""
     numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if numbers is None:
         raise wrong("--latency-of", "sequences x tokens such as '1x128'", text)

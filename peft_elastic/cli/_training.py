@@ -38,7 +38,7 @@ def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint in a folder: a Trainer that is stopped while it saves leaves half of one."""
+    """Find the last complete checkpoint in a folder: a Trainer that is stopped while it saves leaves half of one."""
     states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     complete = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdecimal()]
     complete.sort(key=lambda path: int(path.name.rpartition("-")[2]))

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """What `info` shows, as plain data. `cpu` is None without the extension; sizes are in bytes."""
+    """Collect what `info` shows, as plain data. `cpu` is None without the extension; sizes are in bytes."""
     import psutil
     import torch
 

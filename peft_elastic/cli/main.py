@@ -80,14 +80,14 @@ def _commands() -> list[str]:
 
 
 def _docstring(command: str) -> str | None:
-    """That of the command's module, which is read and not run."""
+    """Read that of the command's module, which is read and not run."""
     spec = importlib.util.find_spec(f"peft_elastic.cli.{command}")
     source = getattr(spec and spec.loader, "get_source", lambda _: None)(f"peft_elastic.cli.{command}")
     return ast.get_docstring(ast.parse(source)) if source else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: that of the process) and returns its exit status.
+    """Run the command line `argv` (default: that of the process) and return its exit status.
 
     0 for success, 2 for bad input and full disks (argparse's own errors, and a ValueError or OSError from the command, of
     which one line is printed), 130 when interrupted. Any other exception is a bug, and is not caught.

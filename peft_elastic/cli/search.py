@@ -225,7 +225,7 @@ def _parse_points(args: argparse.Namespace) -> list[dict[str, float]] | None:
 
 
 def describe(result: SearchResult) -> str:
-    """The Pareto front and the reference subnets as a table."""
+    """Lay out the Pareto front and the reference subnets as a table."""
     names = [name for name in result.history[0].metrics if name in ("loss", "accuracy", result.cost)]
     front = {evaluation.index for evaluation in result.pareto}
     shown = [e for e in result.history if e.index in front or e.source != "search"]

@@ -234,14 +234,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_groups(words: Sequence[str]) -> str | list[list[str]]:
-    """`rank_groups` of an `ElasticLoraConfig` from the words of the command line."""
+    """Make `rank_groups` of an `ElasticLoraConfig` from the words of the command line."""
     if len(words) == 1 and words[0] in ("module", "block"):
         return words[0]
     return [[name for name in word.split(",") if name] for word in words]
 
 
 def parse_width(words: Sequence[str] | None) -> dict[str, list[int | float]] | None:
-    """`elastic_width` of an `ElasticLoraConfig` from the words of the command line, `heads=1.0,0.5`.
+    """Make `elastic_width` of an `ElasticLoraConfig` from the words of the command line, `heads=1.0,0.5`.
 
     Raises:
         ValueError: if a word is of another form.

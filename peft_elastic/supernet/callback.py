@@ -82,7 +82,7 @@ class SubnetSamplingCallback(TrainerCallback):
         self._reported: str | None = None
 
     def subnets_of_step(self, step: int) -> list[Subnet]:
-        """The subnets that optimizer step number `step` (from 0) trains, in their order.
+        """List the subnets that optimizer step number `step` (from 0) trains, in their order.
 
         Raises:
             ValueError: before training has started, as the search space comes from the model; if the strategy gives none.
@@ -101,7 +101,7 @@ class SubnetSamplingCallback(TrainerCallback):
         return subnets
 
     def subnet_of_step(self, step: int) -> Subnet:
-        """The subnet that optimizer step number `step` (from 0) trains, the first one if there are several.
+        """Draw the subnet that optimizer step number `step` (from 0) trains, the first one if there are several.
 
         Raises:
             ValueError: before training has started, as the search space comes from the model.

@@ -31,7 +31,7 @@ class SubnetSampler(Protocol):
     """Draws subnets; any callable with this signature will do."""
 
     def __call__(self, space: SearchSpace, rng: np.random.Generator) -> Subnet:
-        """A subnet of `space`; all randomness comes from `rng`."""
+        """Draw a subnet of `space`; all randomness comes from `rng`."""
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class StepSampler(Protocol):
     """Draws all the subnets that one optimizer step trains, for `ElasticTrainer`; any object with this method will do."""
 
     def subnets_of_step(self, space: SearchSpace, rng: np.random.Generator) -> list[Subnet]:
-        """At least one subnet of `space`, in the order of training; all randomness comes from `rng`."""
+        """Draw at least one subnet of `space`, in the order of training; all randomness comes from `rng`."""
 
 
 class UniformSampler:
@@ -190,7 +190,7 @@ def _strategies(several: bool) -> dict[str, type]:
 
 
 def sampler_of(strategy: str | SubnetSampler | StepSampler, several: bool) -> SubnetSampler | StepSampler:
-    """The sampler that the argument `strategy` of a callback or trainer stands for.
+    """Find the sampler that the argument `strategy` of a callback or trainer stands for.
 
     Args:
         strategy: the name of a sampler, or a sampler.

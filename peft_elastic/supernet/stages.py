@@ -113,7 +113,7 @@ class StagePlan:
         ]
 
     def space_of_step(self, step: int) -> SearchSpace:
-        """The space that optimizer step number `step` (from 0) samples."""
+        """Return the space that optimizer step number `step` (from 0) samples."""
         return self._spaces[self._stage_of(step)]
 
     def scale_learning_rate(self, lr_scheduler: Any) -> None:
@@ -145,7 +145,7 @@ class StagePlan:
 
 
 def check_stages(stages: Any) -> tuple[Stage, ...]:
-    """The argument `stages` as a tuple.
+    """Return the argument `stages` as a tuple.
 
     Raises:
         ValueError: if it is not None or a sequence of `Stage`.

@@ -154,7 +154,7 @@ class ElasticTrainerMixin(_Trainer):
         teacher.eval()
 
     def subnets_of_step(self, step: int) -> list[Subnet]:
-        """The subnets that optimizer step number `step` (from 0) trains, in their order.
+        """List the subnets that optimizer step number `step` (from 0) trains, in their order.
 
         Raises:
             ValueError: before training has started, as the stages depend on its length.
@@ -162,7 +162,7 @@ class ElasticTrainerMixin(_Trainer):
         return self._sampling.subnets_of_step(step)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass per subnet of the step; the mean of their losses."""
+        """Take one forward and backward pass per subnet of the step; the mean of their losses."""
         host, subnets = get_elastic_host(model), self.subnets_of_step(self.state.global_step)
         if self.distillation == "max" and subnets[0] != host.search_space.max:
             raise ValueError(
@@ -208,7 +208,7 @@ class ElasticTrainerMixin(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The trainer's loss, in training with the share of the step's mean that the active subnet has, and distilled."""
+        """Compute the trainer's loss, in training with the share of the step's mean that the active subnet has, and distilled."""
         micro_batch = self._micro_batch
         if micro_batch is None or self.distillation is None:
             result = super().compute_loss(

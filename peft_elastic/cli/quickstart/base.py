@@ -74,7 +74,7 @@ class Quickstart(ABC):
 
     @abstractmethod
     def make_stages(self) -> list[tuple[str, str, Callable[[], dict[str, Any]]]]:
-        """Name, title and work of each stage."""
+        """Make name, title and work of each stage."""
 
     @property
     @abstractmethod
@@ -87,22 +87,22 @@ class Quickstart(ABC):
 
     @abstractmethod
     def adapter_config(self, base: Any, **settings: Any) -> ElasticLoraConfig:
-        """The adapter, with what both paths set."""
+        """Make the adapter, with what both paths set."""
 
     @abstractmethod
     def search(self) -> dict[str, Any]:
-        """The stage that chooses a subnet, which `search_for` does."""
+        """Run the stage that chooses a subnet, which `search_for` does."""
 
     @abstractmethod
     def files(self) -> list[tuple[Path, str]]:
-        """What the run leaves, and what it is."""
+        """List what the run leaves, and what it is."""
 
     def deployed_models(self) -> dict[str, Path]:
-        """Name -> folder of the models with sparse layers."""
+        """Find the models with sparse layers: name -> folder."""
         return {}
 
     def more_to_serve(self) -> dict[str, tuple[Any, str]]:
-        """Name -> (folder, mode) of what is served beside them."""
+        """List what is served beside them: name -> (folder, mode)."""
         return {}
 
     def run(self) -> None:
@@ -264,7 +264,7 @@ class Quickstart(ABC):
         return {"rows": [row], **found}
 
     def serve(self) -> dict[str, Any]:
-        """Loads, generates and measures in turns, so that a machine that slows down slows down all of them."""
+        """Load, generate and measure in turns, so that a machine that slows down slows down all of them."""
         dense = self.done.results["data"]["model"]
         runs: dict[str, tuple[Any, str]] = {
             "dense": (dense, "plain"),
@@ -314,14 +314,14 @@ class Quickstart(ABC):
         return _common.load_causal_lm(str(name), self.args.dtype, self.args.device).eval()
 
     def _load_dense(self, name: str | Path) -> Any:
-        """The deployed model with its sparse layers as dense ones, to count in them."""
+        """Load the deployed model with its sparse layers as dense ones, to count in them."""
         return densify_linears(_common.load_causal_lm(str(name), self.args.dtype, "cpu").eval())
 
     def _load_tuned(self) -> PeftModel:
         return _common.load_adapter(self.load(self.base), str(self.adapter))
 
     def row(self, name: str, model: Any, size: int, measured: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A row of the table; `size` is that of the weights on disk, in bytes."""
+        """Make a row of the table; `size` is that of the weights on disk, in bytes."""
         if measured is None:
             measured = _evaluation.measure(model, self.tokenizer, self.examples("test"))
         is_tuned = isinstance(model, PeftModel)
@@ -378,7 +378,7 @@ class Quickstart(ABC):
 
 
 def _median_serving(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rounds: medians of the times, the largest memory."""
+    """Take, of the rounds, medians of the times, the largest memory."""
     peaks = [answer["peak_bytes"] for answer in answers if answer["peak_bytes"]]
     return {
         "tokens_per_second": float(np.median([answer["tokens_per_second"] for answer in answers])),
@@ -389,7 +389,7 @@ def _median_serving(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def movie_examples() -> list[Example]:
-    """The movie reviews that have a clear sentiment and fewer than 160 characters."""
+    """Choose the movie reviews that have a clear sentiment and fewer than 160 characters."""
     choices = (" negative", " positive")
     return [
         Example(f"Review: {row['text']}\nSentiment:", choices[row["rating"] > 0], choices)
@@ -406,11 +406,11 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _inactive(model: PeftModel) -> int:
-    """Parameters of the base that the active subnet leaves out."""
+    """Count the parameters of the base that the active subnet leaves out."""
     space = model.search_space
     return space.count_base_parameters(space.max) - space.count_base_parameters(model.active_subnet)
 
 
 def weights_size(folder: Path) -> int:
-    """Bytes of the weights in a folder, 0 if it does not exist."""
+    """Count the bytes of the weights in a folder, 0 if it does not exist."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -70,7 +70,7 @@ class Checklist:
         atomic_write_text(self.path, json.dumps({"settings": self.settings, "done": self.results}))
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of `work`, from the file if it is there. `seconds` is added to it."""
+        """Return the result of `work`, from the file if it is there. `seconds` is added to it."""
         number = list(self.results).index(name) + 1 if name in self.results else len(self.results) + 1
         print(f"\n[{number}/{self.stages}] {title}", flush=True)
         if name in self.results:

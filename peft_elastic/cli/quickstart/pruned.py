@@ -125,7 +125,7 @@ class PrunedQuickstart(Quickstart):
         return {"rows": [self.row("pruned", model, weights_size(self.pruned))]}
 
     def adapter_config(self, base: Any, **settings: Any) -> ElasticLoraConfig:
-        """Masked by the zeros of the pruned weights, so that merging keeps them (SparsePEFT)."""
+        """Mask the adapter by the zeros of the pruned weights, so that merging keeps them (SparsePEFT)."""
         return SparseQALoraConfig(**settings)
 
     def search(self) -> dict[str, Any]:

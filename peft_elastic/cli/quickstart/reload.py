@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def outputs(model, tokenizer, prompts, new_tokens=16):
-    """Logits of the next token, float32 of shape (prompts, vocabulary), and greedy continuations, int64 of shape (prompts,
+    """Compute logits of the next token, float32 of shape (prompts, vocabulary), and greedy continuations, int64 of shape (prompts,
     new_tokens)."""
     logits, tokens = [], []
     with torch.inference_mode():

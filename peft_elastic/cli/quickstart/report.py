@@ -29,7 +29,7 @@ _CLEAR = 2.0
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per model.
+    """Lay out one line per model.
 
     Args:
         rows: each with `name`; `measured`, what `measure` returned; `parameters`, all of them; `adapter_parameters`, those
@@ -70,7 +70,7 @@ def _serving(serving: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def serving_legend(serving: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> str:
-    """What the columns of serving mean, and how much of the speed is not the sparse layers'."""
+    """Explain the columns of serving, and how much of the speed is not the sparse layers'."""
     optimized = [name for name, found in serving.items() if found["optimized"]]
     beside = [name for name in optimized if name.endswith(OPTIMIZED)]
     lines = [
@@ -91,7 +91,7 @@ def serving_legend(serving: Mapping[str, Mapping[str, Any]], tokens: Sequence[in
 
 
 def legend(examples: Mapping[str, int]) -> str:
-    """What the columns mean."""
+    """Explain the columns."""
     return "\n".join(
         [
             f"accuracy, label loss: on {examples['test']} held-out examples, used for this table alone; ± is one standard error",
@@ -104,7 +104,7 @@ def legend(examples: Mapping[str, int]) -> str:
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with means and standard errors in place of the values of single examples."""
+    """Make a row with means and standard errors in place of the values of single examples."""
     measured = row["measured"]
     accuracy, accuracy_error = mean_and_error(measured["correct"])
     loss, loss_error = mean_and_error(measured["loss"])
@@ -120,7 +120,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Differences between rows, (minuend, subtrahend) by name: of the accuracy, in [-1, 1], and of the label loss, in nats.
+    """Compute differences between rows, (minuend, subtrahend) by name: of the accuracy, in [-1, 1], and of the label loss, in nats.
 
     Both were measured on the same examples, so the standard error is that of the differences example by example: smaller
     than the errors of the two means suggest.
@@ -142,7 +142,7 @@ def compare(rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) ->
 
 
 def describe(differences: Sequence[dict[str, Any]]) -> str:
-    """`compare`'s result in words."""
+    """Say `compare`'s result in words."""
     names = [" against ".join(entry["pair"]) for entry in differences]
     width = max(map(len, names))
     lines = [
@@ -162,6 +162,6 @@ def _verdict(difference: dict[str, Any]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
+    """Compute the mean and its standard error."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

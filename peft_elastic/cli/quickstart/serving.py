@@ -56,7 +56,7 @@ def main(folder: str, mode: str, settings: str, data: str, answer: str) -> None:
 
 
 def peak_bytes() -> int | None:
-    """The largest resident memory that this process has had; None on Windows."""
+    """Read the largest resident memory that this process has had; None on Windows."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux ru_maxrss begins with that of the process that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

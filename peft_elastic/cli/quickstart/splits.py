@@ -74,7 +74,7 @@ def write_splits(path: Path, splits: Mapping[str, Sequence[Example]]) -> None:
 
 
 def read_splits(path: Path) -> dict[str, list[Example]]:
-    """The inverse of `write_splits`."""
+    """Read what `write_splits` wrote."""
     plain = _SPLITS.check(read_json(path), str(path))
     return {
         name: [Example(row["prompt"], row["completion"], tuple(row["choices"])) for row in rows]

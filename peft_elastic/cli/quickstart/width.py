@@ -69,7 +69,7 @@ class WidthQuickstart(Quickstart):
         ]
 
     def adapter_config(self, base: Any, **settings: Any) -> ElasticLoraConfig:
-        """With two widths of attention, four of the MLP, and half of the blocks to skip, but for the last one."""
+        """Choose two widths of attention, four of the MLP, and half of the blocks to skip, but for the last one."""
         blocks = base.config.num_hidden_layers
         skippable: list[int | str] = [*range(blocks // 2, blocks - 1)] or [blocks - 1]
         return ElasticLoraConfig(**settings, elastic_width=_WIDTH, elastic_depth=skippable)
