@@ -83,13 +83,12 @@ struct EffectivePanel {
 // first, last: of the rows.
 using Fill = void (*)(const EffectivePanel& job, std::int64_t first, std::int64_t last);
 
-// A table without holes but for those that are named: what a level has no faster way for, it takes from the table of another
-// that needs no more instructions than it has itself.
+// What a level has no faster way for, it takes from the table of another that needs no more instructions than it has itself.
 struct Kernels {
-  // By the type of the weight's values:
+  // By the type of the weight's values. Null: the portable level's is used, which has those of every type.
   Kernel floats[kValueTypes];  // float activations
-  Kernel own[kValueTypes];     // activations of the values' own type. bf16: null where the caller has to widen them. int8: all in
-                               // -127 .. 127, and the sum is exact (32 bits) before it becomes float. int4: null
+  Kernel own[kValueTypes];     // activations of the values' own type. bf16: if null, the caller widens them. int8: all in
+                               // -127 .. 127, and the sum is exact (32 bits) before it becomes float. int4: none
   Attend attend;
   MultiplyDense dense;
   Fill fill;  // of the same bits on every level

@@ -203,11 +203,14 @@ void run_part(void* data, int part) {
 void linear(const LinearCall& call, const Kernels& kernels) {
   const Weight& w = call.weight;
   const std::int64_t width = w.tiles * tile_inputs(w.type);
-  const Kernel own = kernels.own[index_of(w.type)];
-  const bool bf16_inputs = w.type == ValueType::kBf16 && call.x_type == FloatType::kBfloat16 && own;
+  const bool bf16_inputs =
+      w.type == ValueType::kBf16 && call.x_type == FloatType::kBfloat16 && kernels.own[index_of(w.type)];
+  const auto kernel_of = [&](const Kernels& table) {
+    return (bf16_inputs || call.int8_activations ? table.own : table.floats)[index_of(w.type)];
+  };
   Pass pass{};
   pass.call = &call;
-  pass.kernel = bf16_inputs || call.int8_activations ? own : kernels.floats[index_of(w.type)];
+  pass.kernel = kernel_of(kernels) ? kernel_of(kernels) : kernel_of(*portable_kernels());
   const FloatType kernel_type = bf16_inputs ? FloatType::kBfloat16 : FloatType::kFloat32;
   const bool direct = !call.int8_activations && call.x_type == kernel_type && w.in_features == width && !w.order;
 

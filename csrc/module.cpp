@@ -58,7 +58,7 @@ py::dict cpu_report() {
   return result;
 }
 
-// Memory comes as addresses, so that nothing here depends on torch; the Python side (deploy/ops.py) owns it and has checked
+// Memory comes as addresses, so that nothing here depends on torch; the Python side (layers/ops.py) owns it and has checked
 // shapes, types and strides.
 using Address = std::uintptr_t;
 using peft_elastic::FloatType;
@@ -314,7 +314,7 @@ void effective_panel(Address weight, FloatType weight_type, std::int64_t rows, s
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ extension of peft_elastic. Use it through peft_elastic._native.";
+  m.doc() = "The C++ extension of peft_elastic. Use it through peft_elastic.layers.";
   m.attr("__version__") = PEFT_ELASTIC_TEXT(PEFT_ELASTIC_VERSION);
   m.attr("fingerprint") = PEFT_ELASTIC_TEXT(PEFT_ELASTIC_FINGERPRINT);
   m.def("cpu_report", &cpu_report, "What this processor can do and the operating system allows.");
@@ -326,11 +326,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_openmp", &peft_elastic::has_openmp);
 
   using namespace py::literals;
-  py::enum_<peft_elastic::ValueType>(m, "ValueType", "Of the values of a weight.")
-      .value("bf16", peft_elastic::ValueType::kBf16)
-      .value("int8", peft_elastic::ValueType::kInt8)
-      .value("int4", peft_elastic::ValueType::kInt4)
-      .value("int4_dense", peft_elastic::ValueType::kInt4Dense);
+  py::enum_<peft_elastic::ValueType> value_types(m, "ValueType", "Of the values of a weight.");
+  for (std::uint32_t type = 0; type < peft_elastic::kValueTypes; ++type) {
+    value_types.value(peft_elastic::kValueLayouts[type].name, static_cast<peft_elastic::ValueType>(type));
+  }
   py::enum_<FloatType>(m, "FloatType", "Of activations, biases, norms and dense weights.")
       .value("float32", FloatType::kFloat32)
       .value("bfloat16", FloatType::kBfloat16)

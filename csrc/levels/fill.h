@@ -46,7 +46,7 @@ PE_INLINE void fill_group(const W* weight, float* panel, float* slopes, std::int
       steps = steps < low - 1.0f ? low - 1.0f : steps;
       steps = steps > high + 1.0f ? high + 1.0f : steps;
       steps = (steps + kRound) - kRound;
-      if constexpr (kSlopes) slope = (steps >= low) & (steps <= high) ? slope : 0.0f;
+      if constexpr (kSlopes) slope = ((steps >= low) & (steps <= high)) ? slope : 0.0f;
       steps = steps < low ? low : steps;
       steps = steps > high ? high : steps;
       value = steps * scale;

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "bits.h"
 #include "values/layout.h"
@@ -85,10 +86,14 @@ struct Int4Dense : Int4Values {
   static std::int64_t count_of(const std::uint8_t*, std::int64_t rows) { return rows * kInt4DenseRowBytes; }
   static bool fits(std::int64_t, std::int64_t count, std::int64_t rows) { return count == rows * kInt4DenseRowBytes; }
   static std::int64_t compress_row(const Value* row, std::int64_t width, std::uint64_t&, std::uint8_t* bytes) {
-    for (int i = 0; i < kInt4DenseRowBytes; ++i) {
-      const Value* const code = row + i / 4 * width + i % 4;
-      const int low = code[0] < 0 ? 0 : code[0], high = code[8 * width] < 0 ? 0 : code[8 * width];
-      bytes[i] = static_cast<std::uint8_t>(low | high << 4);
+    const auto four_of = [row, width](int n) {  // 0 where none is stored
+      std::uint32_t codes;
+      std::memcpy(&codes, row + n * width, sizeof(codes));
+      return codes & ~(((codes >> 7) & 0x01010101u) * 0xffu);
+    };
+    for (int n = 0; n < 8; ++n) {
+      const std::uint32_t both = four_of(n) | four_of(8 + n) << 4;
+      std::memcpy(bytes + 4 * n, &both, sizeof(both));
     }
     return kInt4DenseRowBytes;
   }

@@ -20,7 +20,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -34,10 +34,19 @@ from .groups import groups_in_order, order_of_groups
 
 _C = extension._C
 _VALUE_DTYPES = (torch.bfloat16, torch.int8)
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 # What C++ calls them; empty without the extension.
-_VALUE_TYPES = {} if _C is None else {torch.bfloat16: _C.ValueType.bf16, torch.int8: _C.ValueType.int8}
-FLOAT_TYPES = {} if _C is None else {dtype: getattr(_C.FloatType, f"{dtype}"[6:]) for dtype in FLOAT_DTYPES}
+_VALUE_TYPES: dict[torch.dtype, Any] = (
+    {} if _C is None else {torch.bfloat16: _C.ValueType.bf16, torch.int8: _C.ValueType.int8}
+)
+_KINDS: dict[Any, tuple[str, bool]] = (  # of a value type: its name here, and whether it has a bitmask
+    {}
+    if _C is None
+    else {kind: (name.removesuffix("_dense"), "_" not in name) for name, kind in _C.ValueType.__members__.items()}
+)
+FLOAT_TYPES: dict[torch.dtype, Any] = (
+    {} if _C is None else {dtype: getattr(_C.FloatType, str(dtype).removeprefix("torch.")) for dtype in FLOAT_DTYPES}
+)
 
 # From this many rows on (measured: benchmarks/crossover.py, docs/performance.md) the weight is expanded and torch's dense
 # multiplication is used.
@@ -231,8 +240,8 @@ def describe(packed: Tensor) -> PackedInfo:
     kind, out_features, in_features, nnz, group_size, has_order = _extension().describe(
         address("packed", packed, torch.uint8), packed.numel()
     )
-    name = kind.name.removesuffix("_dense")
-    return PackedInfo(out_features, in_features, nnz, name, group_size, name == kind.name, has_order)
+    dtype, has_bitmask = _KINDS[kind]
+    return PackedInfo(out_features, in_features, nnz, dtype, group_size, has_bitmask, has_order)
 
 
 def to_dense(
