@@ -105,11 +105,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
             if not isinstance(entry["linear_dtype"], str) or entry["linear_dtype"] not in _LINEAR_DTYPES:
                 raise _not_one_of(name, "linear_dtype", entry, _LINEAR_DTYPES)
             sums, wanted = entry["crc32"], list(_stored_dtypes(entry))
-            if (
-                not isinstance(sums, dict)
-                or set(sums) != set(wanted)
-                or any(not is_whole(v) for v in sums.values())
-            ):
+            if not isinstance(sums, dict) or set(sums) != set(wanted) or any(not is_whole(v) for v in sums.values()):
                 raise ValueError(f"{name}: crc32 must have a number for each of {wanted}, got {sums!r:.200}.")
 
     def tensor_names(self) -> set[str]:

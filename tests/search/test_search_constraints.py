@@ -252,7 +252,10 @@ def test_nsga2_under_a_bound_beats_random():
         ({"max_macs": -1}, "bound on 'macs'.*-1"),
         ({"max_macs": True}, "bound on 'macs'.*True"),
         ({"max_bytes": math.nan}, "bound on 'bytes'.*nan"),
-        ({"constraints": {"flops": 5}}, r"`constraints` must be bounds on some of \['bytes', 'latency', .*, got 'flops'"),
+        (
+            {"constraints": {"flops": 5}},
+            r"`constraints` must be bounds on some of \['bytes', 'latency', .*, got 'flops'",
+        ),
         ({"constraints": ["macs"]}, "`constraints` must be a dict"),
         ({"constraints": {"macs": 5}, "max_macs": 6}, "`max_macs` bounds 'macs', which another"),
         ({"max_params": 5, "max_parameters": 6}, "`max_params` bounds 'parameters', which another"),
