@@ -53,8 +53,8 @@ _DOCUMENT = Document(
     1,
     Record(fingerprint=TEXT, workload=MapOf(ANYTHING), fixed=FINITE, layers=MapOf(MapOf(FINITE)), rest=ListOf(FINITE)),
 )
-_MODES = ("forward", "decode")
-_KERNELS = ("auto", "dense", "sparse")
+MODES = ("forward", "decode")
+KERNELS = ("auto", "dense", "sparse")
 _MIN_ROUNDS = 3
 _N_RANDOM = 3
 _VISIT_SECONDS = 0.02
@@ -475,8 +475,8 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
 def _check_arguments(
     model: nn.Module, linears: Mapping[str, MergedLinear], mode: Any, kernel: Any, seconds: Any
 ) -> None:
-    check_choice("mode", mode, _MODES)
-    check_choice("kernel", kernel, _KERNELS)
+    check_choice("mode", mode, MODES)
+    check_choice("kernel", kernel, KERNELS)
     if kernel != "dense" and not ops.is_available():
         raise ValueError(f"`kernel={kernel!r}` needs the C++ extension (`peft-elastic info` says how to get it).")
     if not is_finite(seconds) or seconds < 0:
