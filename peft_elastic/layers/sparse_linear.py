@@ -85,7 +85,7 @@ class SparseLinear(nn.Module):
         weight = weight.T if isinstance(linear, Conv1D) else weight
         check_choice("dtype", dtype, ROUNDED)
         tensors = FORMATS[dtype].compress(weight)
-        sizes = Sizes(*weight.shape, tensors["weight_values"].numel())
+        sizes = Sizes(weight.shape[0], weight.shape[1], tensors["weight_values"].numel())
         layer = cls(*FORMATS[dtype].pack(tensors, sizes), linear.bias, weight.dtype)
         return layer.train(linear.training)
 
@@ -126,7 +126,7 @@ class SparseLinear(nn.Module):
         tensors = INT4.compress(q, scales, zeros, g_idx, group_size, sparse)
         if bias is not None and (tuple(bias.shape) != (q.shape[0],) or bias.dtype not in ops.FLOAT_DTYPES):
             raise ValueError(f"`bias` must be floating point ({q.shape[0]},), got {bias.dtype} {tuple(bias.shape)}.")
-        packed, row_scales = INT4.pack(tensors, Sizes(*q.shape, q.numel(), group_size, sparse))
+        packed, row_scales = INT4.pack(tensors, Sizes(q.shape[0], q.shape[1], q.numel(), group_size, sparse))
         return cls(packed, row_scales, bias, linear_dtype)
 
     def to_quantized(self) -> dict[str, Any]:

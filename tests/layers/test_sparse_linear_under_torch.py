@@ -295,7 +295,7 @@ def test_bias_put_there_by_hand():
 def test_large_groups(group_size):
     q, zeros, scales = torch.randint(0, 16, (5, 44)), torch.randint(0, 16, (5, 1)), torch.rand(5, 1)
     if group_size >= 2**62:
-        with pytest.raises(ValueError, match="`group_size` is"):
+        with pytest.raises(ValueError, match="`group_size` must be"):
             SparseLinear.from_quantized(q, scales, zeros, group_size=group_size)
         return
     layer = SparseLinear.from_quantized(q, scales, zeros, torch.zeros(44, dtype=torch.int64), group_size=group_size)
