@@ -21,16 +21,12 @@ from typing import Any
 
 from peft_elastic import LatencyModel, SearchResult, search_subnet
 from peft_elastic.common.checks import wrong
-from peft_elastic.cost.counts import COST_NAMES
+from peft_elastic.cost.counts import COSTS
 from peft_elastic.cost.latency import KERNELS, MODES
 from peft_elastic.search import ALGORITHMS
 
 from . import _common, _data, _evaluation
 from ._options import default_of, positive_int, summary
-
-
-# Costs that can be bounded, and what their unit is.
-_BOUNDED = {"macs": "MACs per token", "parameters": "parameters", "bytes": "bytes on disk", "latency": "seconds"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -78,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     search.add_argument(
         "--cost",
-        choices=(*COST_NAMES, "latency"),
+        choices=tuple(COSTS),
         default="macs",
         help="what to save (default: macs)",
     )
@@ -90,11 +86,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="for --algorithm r-nsga2, which prefers subnets near it: a value of the metric and one of the cost, such as loss=0.4 "
         "macs=1e8; may be given several times",
     )
-    for name in _BOUNDED:
+    for name, cost in COSTS.items():
         search.add_argument(
             f"--max-{name}",
             metavar="B",
-            help=f"evaluate only subnets of at most these {_BOUNDED[name]}: a number, or a share of the max subnet's such as 75%%",
+            help=f"evaluate only subnets of at most these {cost.unit}: a number, or a share of the max subnet's such as 75%%",
         )
     search.add_argument(
         "--latency-of",
@@ -137,7 +133,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     budget = _parse_bound("budget", args.budget)
-    bounds = {name: _parse_bound(f"max-{name}", getattr(args, f"max_{name}")) for name in _BOUNDED}
+    bounds = {name: _parse_bound(f"max-{name}", getattr(args, f"max_{name}")) for name in COSTS}
     constraints = {name: bound for name, bound in bounds.items() if bound is not None}
     points = _parse_points(args)
     workload = _common.parse_workload(args.latency_of)

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,10 +28,36 @@ from ..supernet.space import Choice, LayerShape, SearchSpace
 from .merged import base_modules, is_mergeable, merged_linears
 
 
-# The objectives that `CostModel` can compute, always minimised.
-COST_NAMES = ("bytes", "macs", "parameters")
-# Recorded in every search; `bytes` only where it is asked for.
-ALWAYS_RECORDED = ("macs", "parameters")
+@dataclass(frozen=True)
+class Cost:
+    """A cost that searches, bounds and structured pruning know by name; it is always minimised.
+
+    Args:
+        title: of a column of values times `factor`, formatted by `form`.
+        unit: of the values themselves, for help texts.
+        axis: what stands at the axis of a plot of the values.
+        counted: whether `CostModel` has a method of that name; otherwise it is measured, by a `LatencyModel`.
+        always_recorded: in the history of every search, and not only where it is asked for.
+    """
+
+    title: str
+    unit: str
+    axis: str
+    factor: float = 1.0
+    form: str = ",.0f"
+    counted: bool = True
+    always_recorded: bool = False
+
+
+# All costs, by name. One that is counted is a method of `CostModel` as well.
+COSTS = {
+    "parameters": Cost("parameters", "parameters", "parameters", always_recorded=True),
+    "macs": Cost("MACs per token", "MACs per token", "MACs per token", always_recorded=True),
+    "bytes": Cost("MB", "bytes on disk", "bytes", factor=1e-6, form=",.2f"),
+    "latency": Cost("ms", "seconds", "latency (s)", factor=1e3, form=",.3f", counted=False),
+}
+COST_NAMES = tuple(name for name, cost in COSTS.items() if cost.counted)
+ALWAYS_RECORDED = tuple(name for name, cost in COSTS.items() if cost.always_recorded)
 
 
 class CostModel:
@@ -140,7 +167,7 @@ class CostModel:
 
     def costs(self, subnet: Mapping[str, int]) -> dict[str, int]:
         """All of them, under the names of `COST_NAMES`."""
-        return {"bytes": self.bytes(subnet), "macs": self.macs(subnet), "parameters": self.parameters(subnet)}
+        return {name: getattr(self, name)(subnet) for name in COST_NAMES}
 
 
 def _find(layer: LayerShape, modules: Mapping[str, nn.Module]) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..common.checks import is_finite, wrong
+from ..cost.counts import COSTS
 from ..supernet.space import SearchSpace, Subnet
 
 
@@ -29,13 +30,7 @@ from ..supernet.space import SearchSpace, Subnet
 TOLERANCE = 1e-9
 
 # Keyword of `search_subnet` -> cost that it bounds.
-BOUND_KEYWORDS = {
-    "max_bytes": "bytes",
-    "max_latency": "latency",
-    "max_macs": "macs",
-    "max_parameters": "parameters",
-    "max_params": "parameters",
-}
+BOUND_KEYWORDS = {f"max_{name}": name for name in COSTS} | {"max_params": "parameters"}
 
 
 class Constraints:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..cost.counts import ALWAYS_RECORDED, CostModel
+from ..cost.counts import ALWAYS_RECORDED, COSTS, CostModel
 from ..cost.latency import LatencyModel
 from ..supernet.context import eval_mode, seeded
 from ..supernet.host import ElasticHost
@@ -48,9 +48,7 @@ class Meter:
         self.evaluate, self.held_out, self.targets = evaluate, held_out, targets
         self.cost_model, self.latency = CostModel(model, host.search_space), latency
         asked = {target.name for target in targets if target.function is None} | set(bounded)
-        self.recorded = [
-            name for name in ("macs", "parameters", "bytes", "latency") if name in {*asked, *ALWAYS_RECORDED}
-        ]
+        self.recorded = [name for name in COSTS if name in {*asked, *ALWAYS_RECORDED}]
         self.costs = lru_cache(maxsize=4096)(self._compute_costs)
 
     def _compute_costs(self, subnet: Subnet) -> dict[str, float]:

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cost.counts import COST_NAMES
+from ..cost.counts import COST_NAMES, COSTS
 from .constraints import NEEDS_LATENCY
 from .evaluators import Evaluator
 from .values import plain
 
 
 # What a search computes itself; always minimised.
-_BUILT_IN = (*COST_NAMES, "latency")
+_BUILT_IN = tuple(COSTS)
 
 # What `evaluate` and `held_out` are: functions of the model that return a number or a dict of named numbers.
 Evaluate = Callable[[Any], float | Mapping[str, float]]

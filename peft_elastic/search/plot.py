@@ -29,13 +29,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ..common.writing import atomic_path
+from ..cost.counts import COSTS
 
 
 # Colours of Okabe and Ito, distinguishable with every kind of colour vision; the shapes tell them apart in print.
 _EVALUATED, _LINE = "#9a9a9a", "#0072b2"
 _MARKS = {"max": ("^", "#d55e00"), "min": ("v", "#009e73"), "heuristic": ("D", "#e69f00")}
 _HYPERVOLUME = "#cc79a7"
-_LABELS = {"bytes": "bytes", "latency": "latency (s)", "macs": "MACs per token", "parameters": "parameters"}
 
 
 class Point(NamedTuple):
@@ -138,7 +138,7 @@ def _front(axes: Axes, picture: Picture) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_title("Evaluated subnets", fontsize=11)
-    axes.set_xlabel(_LABELS.get(picture.cost, picture.cost))
+    axes.set_xlabel(COSTS[picture.cost].axis if picture.cost in COSTS else picture.cost)
     axes.set_ylabel(picture.metric)
     _finish(axes)
 

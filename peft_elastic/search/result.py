@@ -40,7 +40,7 @@ from ..common.documents import (
     Record,
 )
 from ..common.writing import atomic_write_text
-from ..cost.counts import COST_NAMES
+from ..cost.counts import COSTS
 from ..supernet.space import SearchSpace, Subnet
 from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
 from .hypervolume import hypervolumes
@@ -270,7 +270,7 @@ class SearchResult:
             return {}
         bounds = budget if isinstance(budget, Mapping) else {self.cost: budget}
         minimised = [name for name, direction in self.objectives.items() if direction == "min"]
-        recorded = [name for name in (*COST_NAMES, "latency") if name in self.reference.metrics]
+        recorded = [name for name in COSTS if name in self.reference.metrics]
         allowed = list(dict.fromkeys([*minimised, *recorded]))
         limits = {}
         for name, bound in bounds.items():

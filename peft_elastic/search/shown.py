@@ -21,18 +21,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.tables import text_table
+from ..cost.counts import COSTS
 from .hypervolume import HypervolumeTracker
 from .result import SearchResult
 
 
 logger = logging.getLogger(__name__)
-
-_UNITS = {
-    "parameters": ("parameters", 1, ",.0f"),
-    "macs": ("MACs per token", 1, ",.0f"),
-    "bytes": ("MB", 1e-6, ",.2f"),
-    "latency": ("ms", 1e3, ",.3f"),
-}
 
 
 def say(bar: Any, text: str) -> None:
@@ -47,12 +41,12 @@ def profile(references: Mapping[str, Mapping[str, float]], bounds: Mapping[str, 
     """The costs of the max, min and heuristic subnet, and the bounds on them, as a table."""
     rows = dict(references) | ({"at most": bounds} if bounds else {})
     whole = references["max"]
-    columns = [name for name in _UNITS if name in whole]
-    table = [["", *(_UNITS[name][0] for name in columns)]]
+    columns = [name for name in COSTS if name in whole]
+    table = [["", *(COSTS[name].title for name in columns)]]
     for row, costs in rows.items():
         cells = []
         for name in columns:
-            _, factor, form = _UNITS[name]
+            factor, form = COSTS[name].factor, COSTS[name].form
             share = f"{costs[name] / whole[name]:>6.1%}" if name in costs and whole[name] else ""
             cells.append(f"{format(factor * costs[name], form)} {share}" if name in costs else "")
         table.append([row, *cells])

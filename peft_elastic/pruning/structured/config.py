@@ -21,11 +21,12 @@ from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from ...common.checks import check_choice, check_whole, is_finite, wrong
+from ...cost.counts import COSTS
 from ...structure.importance import IMPORTANCES
 from .units import GRANULARITIES
 
 
-MEASURES = ("parameters", "macs", "latency")
+MEASURES = tuple(COSTS)
 MODES = ("forward", "decode")
 CHOICES = ("metric", "score", "uniform", "random")
 ORDERS = (*IMPORTANCES, "l1")
@@ -65,7 +66,7 @@ class StructuredPruningConfig:
         head_group (`int`):
             Key-value groups that one step removes. At least one is kept.
         measure (`str`):
-            What `ratio` counts: "parameters", "macs" (multiply-accumulates per token) or "latency" (seconds on this machine of
+            What `ratio` counts: "parameters", "macs" (multiply-accumulates per token), "bytes" (on disk) or "latency" (seconds on this machine of
             the deployed model, as `peft_elastic.LatencyModel` predicts them from measurements).
         latency_inputs (`Mapping[str, tuple[int, ...]]`):
             For "latency": the shapes of the inputs that are served.

@@ -33,7 +33,7 @@ class Costs:
     Args:
         model: the whole model, nothing of it narrowed.
         units: of `model`.
-        measure: "parameters", "macs" or "latency".
+        measure: a name of `peft_elastic.cost.counts.COSTS`.
         latency: of the model, if that is measured.
     """
 

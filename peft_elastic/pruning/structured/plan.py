@@ -30,6 +30,7 @@ from torch import nn
 from ...common.checks import wrong
 from ...common.documents import ANYTHING, COUNT, INTEGER, NUMBER, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ...common.writing import atomic_write_text
+from ...cost.counts import COST_NAMES
 from ...structure.blocks import Structure
 from ...structure.description import active_values, extract_described, is_left, plan_extraction
 from ...structure.features import layer_at
@@ -231,7 +232,7 @@ class PruningPlan:
             before, after = self.before.get(name), self.after.get(name)
             if before is None or after is None:
                 continue
-            form = ",.0f" if name in ("parameters", "macs") else ".4g"
+            form = ",.0f" if name in COST_NAMES else ".4g"
             change = f" ({after / before - 1:+.1%})" if before > 0 else ""
             lines.append(f"  {name}: {before:{form}} -> {after:{form}}{change}")
         blocks = list(self.model["blocks"])
