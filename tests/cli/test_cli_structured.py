@@ -271,7 +271,7 @@ def test_plans_of_intel(folder, prune, tmp_path, order, capsys):
 
 KILLED = """
 import os, sys, signal
-from peft_elastic import journal
+from peft_elastic.common import journal
 from peft_elastic.cli import main
 
 append, rows = journal.Journal.append, []
