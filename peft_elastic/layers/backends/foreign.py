@@ -56,7 +56,8 @@ class ForeignBackend(PackedBackend):
 
 def _has(layer: nn.Module, name: str) -> bool:
     """`hasattr`, which takes ten times as long to find nothing in a module."""
-    if name in layer.__dict__ or name in layer._parameters or name in layer._buffers:
+    attributes = layer.__dict__
+    if name in attributes or name in attributes["_buffers"] or name in attributes["_parameters"]:
         return True
     return _class_has(type(layer), name)  # type: ignore[arg-type]
 

@@ -39,8 +39,7 @@ class TorchaoBackend(PackedBackend):
     }
 
     def matches(self, layer: nn.Module) -> bool:
-        weight = layer._parameters.get("weight")
-        return isinstance(layer, nn.Linear) and type(weight).__module__.startswith("torchao.")
+        return isinstance(layer, nn.Linear) and type(layer._parameters.get("weight")).__module__.startswith("torchao.")
 
     def dequantize(self, layer: nn.Module) -> torch.Tensor:
         weight: Any = layer._parameters["weight"]
