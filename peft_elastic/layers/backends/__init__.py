@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 from torch import nn
 
+from ..narrowed import plain_class
 from .base import ABILITIES, Backend, OldWeight, PackedBackend
 from .bitsandbytes import BITSANDBYTES
 from .float import EMBEDDING, FLOAT
@@ -32,9 +34,15 @@ from .torchao import TORCHAO
 # The first that matches has the layer: `nn.Linear` is what many of them derive from.
 BACKENDS: tuple[Backend, ...] = (GRID, BITSANDBYTES, GPTQMODEL, SPARSE, TORCHAO, FOREIGN, FLOAT, EMBEDDING)
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def find_backend(module: nn.Module) -> Optional[Backend]:
     """The backend of a linear layer or an embedding; None for any other module."""
+    # most layers, at once: adapters ask in every forward pass, and torch.compile has to follow
+    weight = module._parameters.get("weight")
+    if plain_class(module) in FLOAT.exact and type(weight) is nn.Parameter and weight.dtype in _FLOATS:
+        return FLOAT
     for backend in BACKENDS:
         if backend.matches(module):
             return backend

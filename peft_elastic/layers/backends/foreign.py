@@ -15,8 +15,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 
@@ -44,7 +42,9 @@ class ForeignBackend(PackedBackend):
             return False
         weight = layer._parameters.get("weight")
         odd = weight is not None and (not weight.is_floating_point() or weight.element_size() == 1)
-        return odd or type(layer).__module__.partition(".")[0] in _PACKAGES
+        if odd or isinstance(layer, nn.Linear):
+            return odd
+        return type(layer).__module__.partition(".")[0] in _PACKAGES
 
     def dequantize(self, layer: nn.Module) -> torch.Tensor:
         raise ValueError(f"The packed weight of a {type(layer).__name__} is not read here.")
@@ -55,15 +55,10 @@ class ForeignBackend(PackedBackend):
 
 
 def _has(layer: nn.Module, name: str) -> bool:
-    """`hasattr`, which takes ten times as long to find nothing in a module."""
-    if name in layer.__dict__ or name in layer._parameters or name in layer._buffers:
+    """`hasattr`, which takes several times as long to find nothing in a module."""
+    if name in layer.__dict__ or name in layer._buffers or name in layer._parameters:
         return True
-    return _class_has(type(layer), name)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _class_has(cls: type, name: str) -> bool:
-    return hasattr(cls, name)
+    return hasattr(type(layer), name)
 
 
 FOREIGN = ForeignBackend()

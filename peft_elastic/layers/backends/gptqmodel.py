@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Optional
 
 import torch
@@ -42,7 +41,10 @@ class GPTQModelBackend(PackedBackend):
     }
 
     def matches(self, layer: nn.Module) -> bool:
-        return _is_of_gptqmodel(type(layer))  # type: ignore[arg-type]
+        return any(
+            cls.__name__ == "BaseQuantLinear" and cls.__module__.startswith("gptqmodel.")
+            for cls in type(layer).__mro__
+        )
 
     def is_exact(self, layer: nn.Module) -> bool:
         return True
@@ -60,11 +62,6 @@ class GPTQModelBackend(PackedBackend):
 
     def writable(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         return to_quantized_linear(layer, dtype=dtype)
-
-
-@functools.cache
-def _is_of_gptqmodel(cls: type) -> bool:
-    return any(c.__name__ == "BaseQuantLinear" and c.__module__.startswith("gptqmodel.") for c in cls.__mro__)
 
 
 def read_layer(layer: Any, name: str = "the layer") -> tuple[torch.Tensor, Grid]:

@@ -24,6 +24,9 @@ from torch import nn
 from .base import PackedBackend
 
 
+_ORDINARY = (type(None), nn.Parameter, torch.Tensor)
+
+
 class TorchaoBackend(PackedBackend):
     """`nn.Linear` whose weight is a tensor of torchao."""
 
@@ -39,8 +42,9 @@ class TorchaoBackend(PackedBackend):
     }
 
     def matches(self, layer: nn.Module) -> bool:
-        weight = layer._parameters.get("weight")
-        return isinstance(layer, nn.Linear) and type(weight).__module__.startswith("torchao.")
+        kind = type(layer._parameters.get("weight"))
+        # the first condition comes first, as torch.compile cannot follow the last one
+        return kind not in _ORDINARY and isinstance(layer, nn.Linear) and kind.__module__.startswith("torchao.")
 
     def dequantize(self, layer: nn.Module) -> torch.Tensor:
         weight: Any = layer._parameters["weight"]
