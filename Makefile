@@ -30,7 +30,7 @@ INSTALLED_GPTQ := $(VENV_GPTQ)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 SOURCES := peft_elastic tests benchmarks examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 .PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq test-oldest wheel
 .DEFAULT_GOAL := test
@@ -72,7 +72,7 @@ $(INSTALLED_OLDEST): pyproject.toml setup.py $(CONSTRAINTS_OLDEST) peft_elastic/
 	@touch $@
 
 test-oldest: $(INSTALLED_OLDEST)
-	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 fuzz: $(INSTALLED)
 	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/layers/test_levels.py -k fuzzing

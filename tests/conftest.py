@@ -36,16 +36,23 @@ from support.places import REPOSITORY  # noqa: E402
 
 torch.set_num_threads(1)
 
-# Fixtures of a module that take a minute: with `--dist loadgroup` the tests that use one run in the same process of xdist.
-_LONG = {"exported", "finished", "ranks"}
+# Files with a fixture that takes long: their tests run in the same process of xdist, which sets it up once.
+_TOGETHER = ("test_benchmarks.py", "test_distributed.py", "test_quickstart.py", "test_tuner_export.py")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            for name in _LONG.intersection(getattr(item, "fixturenames", ())):
-                item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # its own `--dist loadgroup` does nothing under pytest 9.2, whose tests have no `_nodeid` to write into
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(_TOGETHER) else nodeid
+
+    return ByFixture(config, log)
 
 
 @pytest.fixture(autouse=True)
