@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     )
     from .layers.quantized_linear import QuantizedLinear
     from .layers.sparse_linear import SparseLinear
-    from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig, prune
+    from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig
+    from .pruning.prune import prune
     from .pruning.structured import (
         BlockPrunerConfig,
         MultiPrunerConfig,
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
         WidthPrunerConfig,
         prune_structured,
     )
-    from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, quantize, save_gptq
+    from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, save_gptq
+    from .quantization.quantize import quantize
     from .search import SearchResult, search_subnet
     from .structure import sort_by_importance
     from .supernet import (
@@ -187,7 +189,7 @@ def register() -> None:
     but in the process of the command line, where `peft-elastic --version` should not have to import torch for it."""
     from . import tuners  # noqa: F401
     from .deploy import checkpoint  # noqa: F401
-    from .structure import description  # noqa: F401
+    from .structure import rebuild  # noqa: F401
 
 
 if not _process.is_program():
