@@ -28,7 +28,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_GPTQ := $(VENV_GPTQ)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
-SOURCES := peft_elastic tests benchmarks examples setup.py .ci
+SOURCES := peft_elastic tests benchmarks docs examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 

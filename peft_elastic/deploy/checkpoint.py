@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -42,6 +41,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..common.checks import is_whole
 from ..common.documents import COUNT, MapOf
 from ..layers import ops
+from ..layers.backends.float import FLOAT
 from ..layers.sparse_linear import SparseLinear
 from ..layers.values import FORMATS, STORED_NAMES, Sizes
 from ..quantization.saving import GridQuantizer, replace_quantized, state_to_save
@@ -206,9 +206,9 @@ class SparseQuantizer(HfQuantizer):
                 raise ValueError(f"quantization_config: {seen[path]!r} and {name!r} are the same layer.")
             seen[path] = name
             linear = modules[path]
-            if not isinstance(linear, (nn.Linear, Conv1D)):
+            if not FLOAT.matches(linear):
                 raise ValueError(f"quantization_config: layer {name!r} is a {type(linear).__name__}, no linear layer.")
-            found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+            found = FLOAT.sizes(linear)
             if tuple(found) != (entry["out_features"], entry["in_features"]):
                 raise ValueError(
                     f"quantization_config: layer {name!r} is {entry['out_features']} x {entry['in_features']}, in the model "

@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from ..common.writing import atomic_write_text
+from ..layers.backends import backend_of
 from ..structure.modules import linear_layers, zero_fraction
 from ..structure.report import layer_table, mean_over_weights, routers_line
 
@@ -84,8 +85,4 @@ def measure_sparsity(model: nn.Module) -> dict[str, float]:
         {layer name: fraction in [0, 1]}; for a layer wrapped by a peft adapter that of its base weight, of a narrowed one that
         of its active part.
     """
-    return {
-        name: zero_fraction(layer)
-        for name, layer in linear_layers(model).items()
-        if not hasattr(layer, "qweight") and layer.weight.is_floating_point()  # type: ignore[operator]
-    }
+    return {name: zero_fraction(layer) for name, layer in linear_layers(model).items() if not backend_of(layer).packed}

@@ -37,14 +37,9 @@ from peft_elastic.layers.values import ROUNDED
 from peft_elastic.search import ALGORITHMS
 
 
-# (command, option) -> where its default comes from.
+# (command, option) -> where its default comes from. Those of `prune` and `quantize` that are fields of configs have none of their own.
 API = {
-    ("quantize", "--act-order"): (GPTQConfig, "act_order"),
-    ("quantize", "--bits"): (GPTQConfig, "bits"),
-    ("quantize", "--clipping"): (GPTQConfig, "clipping"),
     ("quantize", "--format"): (save_gptq, "checkpoint_format"),
-    ("quantize", "--group-size"): (GPTQConfig, "group_size"),
-    ("quantize", "--symmetric"): (GPTQConfig, "symmetric"),
     ("train", "--groups"): (ElasticLoraConfig, "rank_groups"),
     ("train", "--ranks"): (ElasticLoraConfig, "elastic_ranks"),
     ("train", "--elastic-width"): (ElasticLoraConfig, "elastic_width"),

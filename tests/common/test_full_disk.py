@@ -31,8 +31,9 @@ from safetensors.torch import save_file
 from support import fresh
 
 from peft_elastic import ElasticLoraConfig
-from peft_elastic.cli import _common, _data, quickstart
+from peft_elastic.cli import _common, _data
 from peft_elastic.cli.main import main
+from peft_elastic.cli.quickstart import smoke
 from peft_elastic.common.documents import COUNT, Record
 from peft_elastic.common.journal import Journal
 from peft_elastic.common.writing import WriteError, atomic_path, atomic_write_text, write_error, writing
@@ -116,8 +117,8 @@ def test_a_journal_keeps_its_rows(tmp_path):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
-    examples = quickstart._smoke_examples()
-    model, tokenizer = quickstart._smoke_model(examples)
+    examples = smoke.smoke_examples()
+    model, tokenizer = smoke.smoke_model(examples)
     _common.save_model(model, tokenizer, root / "model")
     rows = [{"prompt": example.prompt, "completion": example.completion} for example in examples]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -42,9 +42,9 @@ from peft_elastic import (
     search_subnet,
     sparsify_linears,
 )
-from peft_elastic.cli import quickstart
 from peft_elastic.cli._training import fit
 from peft_elastic.cli.main import main
+from peft_elastic.cli.quickstart import smoke
 from peft_elastic.layers import extension
 
 
@@ -276,8 +276,8 @@ def test_save_gptq(tmp_path):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
-    examples = quickstart._smoke_examples()
-    model, tokenizer = quickstart._smoke_model(examples)
+    examples = smoke.smoke_examples()
+    model, tokenizer = smoke.smoke_model(examples)
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     rows = [{"prompt": example.prompt, "completion": example.completion} for example in examples]

@@ -149,4 +149,3 @@ def _unpacked(data: torch.Tensor, quant_state: Any) -> tuple[torch.Tensor, Any]:
 
 
 BITSANDBYTES = BitsAndBytesBackend()
-is_bitsandbytes = BITSANDBYTES.matches

@@ -116,4 +116,3 @@ def leave_gptqmodel(model: nn.Module) -> None:
 
 
 GPTQMODEL = GPTQModelBackend()
-is_gptqmodel = GPTQMODEL.matches

@@ -29,7 +29,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ...common.names import has_suffix
-from ...layers.backends.bitsandbytes import is_bitsandbytes, keep_unpacked
+from ...layers.backends.bitsandbytes import BITSANDBYTES, keep_unpacked
 from ...structure.importance import noted_orders
 from ...supernet.host import HOST_ATTRIBUTE
 from .config import ElasticLoraConfig
@@ -185,7 +185,7 @@ def make_layers_elastic(model: nn.Module, adapter_name: str) -> None:
     for name, layer in find_layers(model, adapter_name):
         make_elastic(layer, adapter_name, name)
         layer.kwargs.pop("tied_adapter", None)  # views that would keep the model from being copied
-        if is_bitsandbytes(base_layer := layer.get_base_layer()):
+        if BITSANDBYTES.matches(base_layer := layer.get_base_layer()):
             read_unpacked(layer)
             if adapter_name in layer.lora_variant:  # which reads the weight in every forward pass
                 keep_unpacked(base_layer)

@@ -26,9 +26,8 @@ from torch import nn
 
 from ...common.checks import check_choice
 from ...common.parameters import check_parameters
+from ...layers.backends import find_backend
 from ...layers.backends.bitsandbytes import allow_packing
-from ...layers.backends.gptqmodel import is_gptqmodel
-from ...layers.quantized_linear import QuantizedLinear
 from ...layers.values import ROUNDED
 from ...structure.description import extract_described
 from ...structure.importance import reorder
@@ -47,7 +46,8 @@ def check_merge_into(layer: LoraLayer, adapter_name: str, path: str) -> None:
     """Raise a ValueError if merging into this layer would change what the model computes, or be lost."""
     base_layer = layer.get_base_layer()
     check_parameters({path: base_layer})
-    if isinstance(base_layer, QuantizedLinear) or is_gptqmodel(base_layer):
+    backend = find_backend(base_layer)
+    if backend is not None and backend.obstacle("merge"):
         raise ValueError(
             f"{path!r} is quantised and adapter {adapter_name!r} is not quantisation-aware, so the merged weight would be "
             "rounded to other values than the adapter was trained with. `peft_elastic.merge_and_requantize(model)` does "
