@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import fresh
+from support.places import TESTS
 
 from peft_elastic.layers import extension
 
@@ -354,7 +355,7 @@ def test_other_processes(method):
 OWN_POOL = """
 import os, sys
 from concurrent.futures import ThreadPoolExecutor
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 import torch
 from peft_elastic.layers import extension
 from test_kernels import make_work, repeat
@@ -372,7 +373,7 @@ print("done")
 
 
 def test_pool_of_its_own():
-    script = OWN_POOL.format(tests=str(Path(__file__).parent))
+    script = OWN_POOL.format(paths=[str(Path(__file__).parent), str(TESTS)])
     result = fresh.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert result.stdout.strip() == "done", result.stderr
 
