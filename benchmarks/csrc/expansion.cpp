@@ -219,7 +219,7 @@ int main(int argc, char** argv) {
   check_constant(constants[0], bitmap_bytes, true, groups4, x, checked);
   std::vector<float> spare(static_cast<std::size_t>(out * 2)), expected(static_cast<std::size_t>(out));
   const Weight first = open_packed(packed[1][0].get(), bytes[1]);
-  avx2_kernels()->int8_float(first, x, in, 1, 0, first.blocks, sums, out, nullptr);
+  avx2_kernels()->floats[static_cast<int>(ValueType::kInt8)](first, x, in, 1, 0, first.blocks, sums, out, nullptr);
   std::memcpy(expected.data(), sums, expected.size() * 4);
   multiply_constant_int8(first, x, sums);
   if (std::memcmp(expected.data(), sums, expected.size() * 4) != 0) return 1;
@@ -232,11 +232,11 @@ int main(int argc, char** argv) {
     std::vector<double> seconds;
   };
   Case cases[] = {
-      {"bf16", [&](int copy) { const Weight w = open(0, copy); avx2_kernels()->bf16_float(w, x, in, 1, 0, w.blocks, sums, out, nullptr); }, {}},
+      {"bf16", [&](int copy) { const Weight w = open(0, copy); avx2_kernels()->floats[static_cast<int>(ValueType::kBf16)](w, x, in, 1, 0, w.blocks, sums, out, nullptr); }, {}},
       {"bf16 2:4", [&](int copy) { multiply_constant_bf16<Pattern::k2of4>(constant(copy), out / 16, groups4, x, spare.data()); }, {}},
       {"bf16 4:8", [&](int copy) { multiply_constant_bf16<Pattern::k4of8>(constant(copy), out / 8, groups8, x, spare.data()); }, {}},
       {"bf16 8:16", [&](int copy) { multiply_constant_bf16<Pattern::k8of16>(constant(copy), out / 8, groups8, x, spare.data()); }, {}},
-      {"int8", [&](int copy) { const Weight w = open(1, copy); avx2_kernels()->int8_float(w, x, in, 1, 0, w.blocks, sums, out, nullptr); }, {}},
+      {"int8", [&](int copy) { const Weight w = open(1, copy); avx2_kernels()->floats[static_cast<int>(ValueType::kInt8)](w, x, in, 1, 0, w.blocks, sums, out, nullptr); }, {}},
       {"int8 2:4", [&](int copy) { multiply_constant_int8(open(1, copy), x, sums); }, {}},
   };
   for (int round = 0; round < rounds; ++round) {
