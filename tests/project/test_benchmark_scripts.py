@@ -24,7 +24,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from support.places import BENCHMARKS
+from support.places import BENCHMARKS, REPOSITORY
 from test_benchmarks import load
 
 from peft_elastic.common import assets
@@ -47,6 +47,10 @@ SMOLLM2, MINILM, REVIEWS = asset("smollm2-135m-instruct"), asset("all-minilm-l6-
 
 # the arguments of the smallest run, beside `--out` in the list that begins with it
 SCRIPTS = {
+    "before_after": (
+        ["--out", "--smoke", "--before", str(REPOSITORY), "--after", str(REPOSITORY)],
+        [EXTENSION, pytest.mark.slow],
+    ),
     "crossover": (["--out", "--smoke", "--threads", "1"], [EXTENSION]),
     "expansion": (["--out", "--smoke"], [EXTENSION, COMPILER]),
     "generate": (["--out", "--smoke", "--threads", "1", "--sparsities", "0.5"], [EXTENSION, PROC]),
