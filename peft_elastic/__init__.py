@@ -135,7 +135,8 @@ __getattr__, __dir__ = lazy_package(
         ),
         ".layers.quantized_linear": ("QuantizedLinear",),
         ".layers.sparse_linear": ("SparseLinear",),
-        ".pruning": ("MagnitudeConfig", "PruningReport", "SparseGPTConfig", "WandaConfig", "prune"),
+        ".pruning": ("MagnitudeConfig", "PruningReport", "SparseGPTConfig", "WandaConfig"),
+        ".pruning.prune": ("prune",),
         ".pruning.structured": (
             "BlockPrunerConfig",
             "MultiPrunerConfig",
@@ -144,7 +145,8 @@ __getattr__, __dir__ = lazy_package(
             "WidthPrunerConfig",
             "prune_structured",
         ),
-        ".quantization": ("GPTQConfig", "QuantizationReport", "RTNConfig", "load_gptq", "quantize", "save_gptq"),
+        ".quantization": ("GPTQConfig", "QuantizationReport", "RTNConfig", "load_gptq", "save_gptq"),
+        ".quantization.quantize": ("quantize",),
         ".search": ("SearchResult", "search_subnet"),
         ".structure": ("sort_by_importance",),
         ".supernet": (

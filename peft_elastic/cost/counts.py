@@ -51,8 +51,8 @@ class Cost:
 
 # All costs, by name. One that is counted is a method of `CostModel` as well.
 COSTS = {
-    "parameters": Cost("parameters", "parameters", "parameters", always_recorded=True),
     "macs": Cost("MACs per token", "MACs per token", "MACs per token", always_recorded=True),
+    "parameters": Cost("parameters", "parameters", "parameters", always_recorded=True),
     "bytes": Cost("MB", "bytes on disk", "bytes", factor=1e-6, form=",.2f"),
     "latency": Cost("ms", "seconds", "latency (s)", factor=1e3, form=",.3f", counted=False),
 }

@@ -38,6 +38,9 @@ def check_narrowable(layer: nn.Module, name: str) -> None:
     """ValueError if this layer cannot compute with a part of its features."""
     check_parameters({name: layer})
     backend = find_backend(layer)
+    obstacle = None if backend is None else backend.obstacle("narrow")
+    if obstacle:
+        raise ValueError(f"{name!r} is of type {type(layer).__name__}, {obstacle}")
     if backend is None or backend.mixin(layer) is None:
         able = [backend for backend in BACKENDS if not backend.obstacle("narrow")]
         classes = sorted(cls.__name__ for backend in able for cls in backend.exact)
