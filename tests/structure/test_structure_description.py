@@ -30,6 +30,7 @@ from torch import nn
 
 from peft_elastic import ElasticLoraConfig, MultiPrunerConfig, PruningPlan, prune_structured, sparsify_linears
 from peft_elastic.layers import ops
+from peft_elastic.layers.backends import float as float_backend
 from peft_elastic.pruning.structured.plan import describe_model
 from peft_elastic.structure import description
 from peft_elastic.structure import extract as extraction
@@ -636,10 +637,10 @@ def test_an_extraction_that_fails_anywhere(error, monkeypatch):
 
         return call
 
-    for where, name in ((extraction, "_cut_parameter"), (extraction, "_remove_blocks"), (description, "_settle")):
+    for where, name in ((float_backend, "cut_parameter"), (extraction, "_remove_blocks"), (description, "_settle")):
         at = 0
         while True:
-            at += 9 if name == "_cut_parameter" else 1
+            at += 9 if name == "cut_parameter" else 1
             model = model_of(build)
             activate(model, Structure(model), values)
             plans = plan_extraction(model)
