@@ -56,6 +56,20 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Variables that a test, or a library in it, has set are gone after it: scripts of later tests would inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in {**os.environ, **before}:
+        if name == "PYTEST_CURRENT_TEST" or os.environ.get(name) == before.get(name):
+            continue
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
 def _seeds():
     random.seed(0)
     np.random.seed(0)
