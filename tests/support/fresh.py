@@ -36,6 +36,9 @@ from support.places import REPOSITORY, TESTS
 # Variables that are read by what a script imports, or by nothing.
 _READ_LATE = ("PYTHONPATH", "PEFT_ELASTIC_", "PYTEST_", "COLUMNS", "LINES", "TMPDIR", "_PEFT_ELASTIC_")
 
+# When the tests are collected; the one that starts the server may have changed something for itself.
+_AT_FIRST = dict(os.environ)
+
 
 def run_fresh(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, which finds this package first."""
@@ -102,7 +105,7 @@ def _early(environment: dict[str, str]) -> dict[str, str]:
 
 class _Server:
     def __init__(self) -> None:
-        self.environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        self.environment = {"OMP_NUM_THREADS": "1", **_AT_FIRST}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
