@@ -183,6 +183,15 @@ __getattr__, __dir__ = lazy_package(
         "tuners",
         "utils",
     ),
+    moved={
+        "_native": "peft_elastic.layers.extension",
+        "addresses": "peft_elastic.layers.addresses",
+        "assets": "peft_elastic.common.assets",
+        "documents": "peft_elastic.common.documents",
+        "files": "peft_elastic.common.files",
+        "journal": "peft_elastic.common.journal",
+        "parameters": "peft_elastic.common.parameters",
+    },
 )
 
 
