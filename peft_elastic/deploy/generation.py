@@ -34,6 +34,10 @@ from .decode.step import MODEL_CONDITIONS, Call, DecodeStep
 __all__ = ["GenerationReport", "explain_generation", "optimize_generation", "restore_generation"]
 
 
+# The name it had in this module; programs that count the steps it takes go by it.
+_DecodeStep = DecodeStep
+
+
 def optimize_generation(model: nn.Module) -> nn.Module:
     """Make `model.generate` faster on the CPU, in place; `restore_generation` undoes it.
 
