@@ -31,6 +31,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from support import fresh  # noqa: E402
 from support.places import REPOSITORY  # noqa: E402
 
 
@@ -55,9 +56,11 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFixture(config, log)
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """Variables that a test, or a library in it, has set are gone after it: scripts of later tests would inherit them."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    fresh.note_environment()
+
+
+def _restoring_the_environment() -> Iterator[None]:
     before = dict(os.environ)
     yield
     for name in {**os.environ, **before}:
@@ -67,6 +70,12 @@ def _environment() -> Iterator[None]:
             os.environ[name] = before[name]
         else:
             del os.environ[name]
+
+
+# Variables that a test, or a library in it, has set are gone after it: scripts of later tests would inherit them. What a fixture of
+# a module set is gone after the module.
+_environment_of_module = pytest.fixture(autouse=True, scope="module")(_restoring_the_environment)
+_environment = pytest.fixture(autouse=True)(_restoring_the_environment)
 
 
 @pytest.fixture(autouse=True)

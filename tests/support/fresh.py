@@ -36,8 +36,14 @@ from support.places import REPOSITORY, TESTS
 # Variables that are read by what a script imports, or by nothing.
 _READ_LATE = ("PYTHONPATH", "PEFT_ELASTIC_", "PYTEST_", "COLUMNS", "LINES", "TMPDIR", "_PEFT_ELASTIC_")
 
-# When the tests are collected; the one that starts the server may have changed something for itself.
-_AT_FIRST = dict(os.environ)
+_at_first: dict[str, str] = {}
+
+
+def note_environment() -> None:
+    """To be called when all tests have been collected, as modules of tests set variables. The server gets these, whichever test
+    starts it: that one may have changed something for itself."""
+    _at_first.clear()
+    _at_first.update(os.environ)
 
 
 def run_fresh(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -105,7 +111,7 @@ def _early(environment: dict[str, str]) -> dict[str, str]:
 
 class _Server:
     def __init__(self) -> None:
-        self.environment = {"OMP_NUM_THREADS": "1", **_AT_FIRST}
+        self.environment = {"OMP_NUM_THREADS": "1", **(_at_first or os.environ)}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
