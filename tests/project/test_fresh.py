@@ -62,7 +62,8 @@ def test_nothing_of_ours_is_there_before_the_script():
     assert fresh.run([sys.executable, "-c", code], capture_output=True).stdout == "set()\n"
     if sys.platform.startswith("linux"):
         code = "import sys; print('torch' in sys.modules, 'peft' in sys.modules)"
-        assert fresh.run([sys.executable, "-c", code], capture_output=True).stdout == "True True\n"
+        environment = fresh.first_environment()  # with another one it would be an interpreter
+        assert fresh.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == "True True\n"
 
 
 def test_what_the_libraries_have_read_already_takes_an_interpreter():

@@ -46,6 +46,11 @@ def note_environment() -> None:
     _at_first.update(os.environ)
 
 
+def first_environment() -> dict[str, str]:
+    """That of the process which forks, unless it has been started before the tests were collected."""
+    return {"OMP_NUM_THREADS": "1", **(_at_first or os.environ)}
+
+
 def run_fresh(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, which finds this package first."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(TESTS)]), "OMP_NUM_THREADS": "1"}
@@ -111,7 +116,7 @@ def _early(environment: dict[str, str]) -> dict[str, str]:
 
 class _Server:
     def __init__(self) -> None:
-        self.environment = {"OMP_NUM_THREADS": "1", **(_at_first or os.environ)}
+        self.environment = first_environment()
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
