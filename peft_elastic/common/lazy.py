@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-from .moved import import_moved
 
 
 def lazy_package(
     package: str,
-    names: Mapping[str, Iterable[str]],
+    names: Mapping[str, Iterable[str]] | None = None,
     modules: Iterable[str] = (),
     moved: Mapping[str, str] | None = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -38,9 +37,9 @@ def lazy_package(
         package: `__name__` of the package.
         names: module, relative to the package (".trainer") -> the names that come from it.
         modules: modules of the package that are attributes of it as well.
-        moved: modules that left the package, as in `moved_modules`.
+        moved: modules that left the package -> where they are now, in full. Their old names work, with a DeprecationWarning.
     """
-    homes = {name: module for module, of_module in names.items() for name in of_module}
+    homes = {name: module for module, of_module in (names or {}).items() for name in of_module}
     known = {*homes, *modules}
 
     def __getattr__(name: str) -> Any:
@@ -49,7 +48,10 @@ def lazy_package(
         elif name in known:
             value = importlib.import_module(f".{name}", package)
         else:
-            return import_moved(package, moved or {}, name)
+            if not moved or name not in moved:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            warnings.warn(f"`{package}.{name}` is now `{moved[name]}`.", DeprecationWarning, stacklevel=2)
+            return importlib.import_module(moved[name])
         setattr(sys.modules[package], name, value)  # next time without this function
         return value
 

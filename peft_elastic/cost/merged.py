@@ -24,9 +24,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..common.tensors import zero_share
 from ..layers.backends import backend_of, find_linear_backend
 from ..layers.values import Sizes, grid_format
 from ..layers.values.bf16 import BF16
+from ..structure.modules import output_head
 
 
 # From this share of zeros on a layer counts as sparse; the default of `sparsify_linears`.
@@ -103,7 +105,7 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
     inner: Any = model
     while not isinstance(inner, PreTrainedModel) and isinstance(getattr(inner, "model", None), nn.Module):
         inner = inner.model
-    output = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+    output = output_head(inner)
     linears = {}
     for name, module in base_modules(model):
         if not is_mergeable(module):
@@ -121,7 +123,7 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
             # an adapter on a grid is masked by the zeros from before the rounding
             rounded = called is module and backend.on_grid
             values = grid.round(weight.detach()) if rounded else weight
-            sparsity = 1 - int(torch.count_nonzero(values)) / weight.numel()
+            sparsity = zero_share(values)
         linears[name] = MergedLinear(
             name,
             called,

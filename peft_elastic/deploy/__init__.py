@@ -13,7 +13,7 @@
 # limitations under the License.
 """Deployment: compressed layers for a sparse CPU kernel, and their form on disk. Knows no tuner."""
 
-from ..common.moved import moved_modules
+from ..common.lazy import lazy_package
 from ..layers.sparse_linear import SparseLinear
 from .generation import GenerationReport, explain_generation, optimize_generation, restore_generation
 from .sparsify import SwapDecision, SwapReport, densify_linears, sparsify_linears
@@ -31,9 +31,9 @@ __all__ = [
     "sparsify_linears",
 ]
 
-__getattr__ = moved_modules(
+__getattr__, __dir__ = lazy_package(
     __name__,
-    {
+    moved={
         "format": "peft_elastic.layers.values",
         "ops": "peft_elastic.layers.ops",
         "sparse_linear": "peft_elastic.layers.sparse_linear",

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import nn
 
+from ..structure.modules import output_head
 from .decode.families import FAMILIES, kinds_of
 from .decode.in_cpp import DenseStep, FusedLayers
 from .decode.step import MODEL_CONDITIONS, Call, DecodeStep
@@ -73,7 +74,7 @@ def optimize_generation(model: nn.Module) -> nn.Module:
         return model
     _check(base)
     base.forward = DecodeStep(base)
-    head = _output_embedding(model)
+    head = output_head(model)
     if type(head) is nn.Linear and "forward" not in head.__dict__:
         head.forward = DenseStep(head)  # type: ignore[method-assign]
     return model
@@ -196,11 +197,6 @@ def restore_generation(model: nn.Module) -> nn.Module:
         if isinstance(module.__dict__.get("forward"), DenseStep):
             del module.forward
     return model
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return None if find is None else find()
 
 
 def _find(model: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ from ..common.names import has_suffix
 from ..common.parameters import check_parameters
 from ..common.progress import progress_bar
 from ..common.tables import text_table
+from ..common.tensors import zero_share
 from ..cost import timing
 from ..layers import ops
 from ..layers.backends import backend_of, grid_layers
@@ -39,7 +40,7 @@ from ..layers.groups import groups_in_order
 from ..layers.sparse_linear import SparseLinear
 from ..layers.values import ROUNDED, grid_format, most_bits, parse_values
 from ..quantization.saving import GridQuantizer, unguard_saving
-from ..structure.modules import linear_layers, routers
+from ..structure.modules import linear_layers, output_head, routers
 from . import checkpoint
 
 
@@ -279,7 +280,7 @@ def _not_asked(
     for path, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = output_head(model)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     choosing = set(routers(model))
@@ -320,7 +321,7 @@ def _decide(name: str, linear: Any, dtype: str, when: str, min_sparsity: float, 
         value_format = grid_format(grid["bits"])
         candidates = [] if value_format is None else value_format.variants(sparsity >= min_sparsity)
     elif reason is None:
-        sparsity = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        sparsity = zero_share(weight)
         if sparsity < min_sparsity:
             reason = f"fewer than {min_sparsity:.0%} zeros"
     if reason is None and when == "always":

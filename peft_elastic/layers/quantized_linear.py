@@ -20,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .grid import Grid
+from .ordinary import ordinary_linear
 
 
 class QuantizedLinear(nn.Linear):
@@ -59,15 +60,8 @@ class QuantizedLinear(nn.Linear):
     def to_linear(self) -> nn.Module:
         """The ordinary layer, `nn.Linear` or `Conv1D`, with the rounded weight."""
         weight = self.grid.round(self.weight.detach())
-        with torch.device("meta"):
-            linear: Any = (
-                Conv1D(self.out_features, self.in_features)
-                if self.conv1d
-                else nn.Linear(self.in_features, self.out_features, self.bias is not None)
-            )
-        linear.weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight, self.weight.requires_grad)
-        linear.bias = self.bias
-        return linear.train(self.training)
+        weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight, self.weight.requires_grad)
+        return ordinary_linear(weight, self.bias, self.training, self.conv1d)
 
     @property
     def exact(self) -> bool:

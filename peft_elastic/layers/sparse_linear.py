@@ -26,6 +26,7 @@ from ..common.checks import check_choice, wrong
 from ..common.parameters import check_parameters
 from . import ops
 from .addresses import is_plain
+from .ordinary import ordinary_linear
 from .values import FORMATS, ROUNDED, STORED_NAMES, Sizes, ValueFormat
 from .values.int4 import INT4
 
@@ -156,12 +157,8 @@ class SparseLinear(nn.Module):
             weight = ops.to_dense(self.packed, self.scales, self.linear_dtype)
         else:  # in a type that C++ may not know, such as float64
             weight = self.value_format.decompress(self.stored_tensors(), self.sizes, self.linear_dtype)
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.linear_dtype)
-        linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear.train(self.training)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return ordinary_linear(nn.Parameter(weight), bias, self.training)  # type: ignore[return-value]
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """The weight in its form on disk, by the names there (`layers/values/README.md`)."""

@@ -38,7 +38,6 @@ __all__ = [
 
 __getattr__, __dir__ = lazy_package(
     __name__,
-    {},
     modules=("structured",),
     moved={"layers": "peft_elastic.structure.selection"},
 )

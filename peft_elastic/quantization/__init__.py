@@ -13,7 +13,7 @@
 # limitations under the License.
 """Affine group quantisation of base weights: `quantize(model, config, calibration)`, and the GPTQ format on disk."""
 
-from ..common.moved import moved_modules
+from ..common.lazy import lazy_package
 from ..layers.grid import Grid, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from .checkpoint import save_gptq
@@ -40,9 +40,9 @@ __all__ = [
     "save_gptq",
 ]
 
-__getattr__ = moved_modules(
+__getattr__, __dir__ = lazy_package(
     __name__,
-    {
+    moved={
         "gptq_format": "peft_elastic.layers.gptq_format",
         "grid": "peft_elastic.layers.grid",
         "layer": "peft_elastic.layers.quantized_linear",

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.tensors import zero_share
 from ..layers.grid import Grid, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from ..structure.hessian import output_error
@@ -62,8 +63,8 @@ def report_row(name: str, weight: torch.Tensor, rounded: Rounded, hessian: torch
         "group_size": rounded.grid.group_size,
         "weight_error": difference.square().sum().item() / norm if norm else 0.0,
         "output_error": None if hessian is None else output_error(difference, weight, hessian),
-        "sparsity": 1 - weight.count_nonzero().item() / weight.numel(),
-        "zeros": 1 - values.count_nonzero().item() / values.numel(),
+        "sparsity": zero_share(weight),
+        "zeros": zero_share(values),
     }
 
 

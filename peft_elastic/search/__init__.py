@@ -14,7 +14,7 @@
 """Subnet search: objectives, cost model, ready-made evaluators, pymoo algorithms, results and plots. Knows search
 spaces and elastic models (`supernet`), but no tuner."""
 
-from ..common.moved import moved_modules
+from ..common.lazy import lazy_package
 from ..cost.counts import CostModel
 from ..cost.latency import LatencyModel, LatencyReport
 from .algorithms import ALGORITHMS
@@ -50,9 +50,9 @@ __all__ = [
     "search_subnet",
 ]
 
-__getattr__ = moved_modules(
+__getattr__, __dir__ = lazy_package(
     __name__,
-    {
+    moved={
         "context": "peft_elastic.supernet.context",
         "cost": "peft_elastic.cost.counts",
         "latency": "peft_elastic.cost.latency",

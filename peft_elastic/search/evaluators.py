@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.checks import check_choice
+from ..structure.inputs import is_language_model
 from ..supernet.context import eval_mode
 
 
@@ -352,7 +353,7 @@ def _is_causal(model: nn.Module) -> bool:
     base = _unwrap(model)
     if not hasattr(base, "can_generate") or not hasattr(base, "config"):
         raise ValueError(f"cannot tell whether {type(base).__name__} predicts the next token; pass `shift`.")
-    return base.can_generate() and not base.config.is_encoder_decoder
+    return is_language_model(base)
 
 
 def _read_example(example: Mapping[str, Any], number: int) -> tuple[str, list[str], int]:

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layers.narrowed import active_ranges
+from ..supernet.space import choice_key
 from .blocks import Structure
 from .comparing import difference_of, mismatch
 from .configurations import build_whole, candidates, read_again
@@ -94,7 +95,7 @@ def undescribable(model: nn.Module, values: Mapping[str, int]) -> dict[str, str]
         `dict[str, str]`: the key of the choice -> why.
     """
     structure = Structure(model)
-    blocks = {f"depth:{block.path}" for block in structure.blocks}
+    blocks = {block.depth_key() for block in structure.blocks}
     reasons: dict[str, str] = {}
     # what is skipped has no width, and a block that is skipped no parts
     kinds = [[key for key in values if not key.startswith("depth:")], [key for key in values if key in blocks]]
@@ -142,7 +143,7 @@ def _shares(model: nn.Module, values: Mapping[str, int]) -> Iterator[tuple[str, 
         inside += (prefix,)
         names = {key: key.partition(":") for key in values}
         own = {
-            f"{kind}:{name.removeprefix(prefix)}": values[key]
+            choice_key(kind, name.removeprefix(prefix)): values[key]
             for key, (kind, _, name) in names.items()
             if name.startswith(prefix)
         }
@@ -157,15 +158,15 @@ def _with_something_left(model: nn.Module, structure: Reading, values: Mapping[s
         blocks = [block for block in structure.blocks if block.stack == stack]
         known = len(blocks) == len(module_at(model, stack)._modules)
         if known and not any(is_left(block, values) for block in blocks):
-            left = {k: v for k, v in left.items() if not f"{k}.".startswith(f"depth:{blocks[-1].path}.")}
+            left = {k: v for k, v in left.items() if not f"{k}.".startswith(f"{blocks[-1].depth_key()}.")}
     return left
 
 
 def is_left(block: Block, values: Mapping[str, int]) -> bool:
     """Whether these values of structural choices leave an attention or an MLP of a block."""
-    if values.get(f"depth:{block.path}", 1) == 0:
+    if values.get(block.depth_key(), 1) == 0:
         return False
-    return any(part not in block.removed and values.get(f"depth:{block.path}.{part}", 1) for part in PARTS)
+    return any(part not in block.removed and values.get(block.depth_key(part), 1) for part in PARTS)
 
 
 def extract_described(model: nn.Module, plans: Sequence[Extraction] | None = None) -> None:
@@ -196,11 +197,11 @@ def active_values(model: nn.Module, structure: Reading) -> dict[str, int]:
         ranges = active_ranges(layer_at(model, slot.path))[slot.side == "in"]
         if ranges is not None:
             active, whole = (sum(b - a for a, b in runs) for runs in (ranges, [(0, n) for _, n in slot.parts]))
-            values[f"{width.kind}:{width.name}"] = width.full * active // whole
+            values[width.key] = width.full * active // whole
     for block in structure.blocks:
         for part, paths in block.skips.items():
             if all(is_skipped(module_at(model, path)) for path in paths):
-                values[f"depth:{block.path}" + ("" if part == "block" else f".{part}")] = 0
+                values[block.depth_key(part)] = 0
     return values
 
 
@@ -237,14 +238,12 @@ def _plan(
     """
     base = build_whole(cls, config_cls, text)  # type: ignore[arg-type]
     structure = blueprint(base)
-    known = {f"{width.kind}:{width.name}" for width in structure.widths}
-    known |= {f"depth:{b.path}" + ("" if p == "block" else f".{p}") for b in structure.blocks for p in b.skips}
+    known = {width.key for width in structure.widths}
+    known |= {b.depth_key(p) for b in structure.blocks for p in b.skips}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"The configuration of this {cls.__name__} builds a model without {unknown[0]!r}.")
-    stacks = {block.stack for block in structure.blocks if values.get(f"depth:{block.path}", 1) == 0}
-    for path in [
-        p for b in structure.blocks for n in PARTS if values.get(f"depth:{b.path}.{n}") == 0 for p in b.skips[n]
-    ]:
+    stacks = {block.stack for block in structure.blocks if values.get(block.depth_key(), 1) == 0}
+    for path in [p for b in structure.blocks for n in PARTS if values.get(b.depth_key(n)) == 0 for p in b.skips[n]]:
         if told := _setters(base.get_submodule(path)):
             raise ValueError(
                 f"{path!r} must stay: the model calls `{told[0]}` of it, which nothing else could answer."

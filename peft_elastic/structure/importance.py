@@ -33,7 +33,7 @@ from ..layers.backends import backend_of, find_backend
 from .blocks import Structure
 from .calibration import calibration_batches, calibration_mode
 from .features import layer_at, layer_sizes, permute
-from .inputs import InputCollector, is_encoder_decoder
+from .inputs import InputCollector, is_encoder_decoder, is_language_model, own_labels
 from .narrow import is_narrowed
 from .parts import KINDS, Slot, Width
 from .sequential import BlockWalker
@@ -397,14 +397,9 @@ def _sensitivities(
 
 def _loss(model: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
     if "labels" not in arguments:
-        can_generate = getattr(model, "can_generate", lambda: False)()
-        if not can_generate or is_encoder_decoder(model) or "input_ids" not in arguments:
+        if not is_language_model(model) or "input_ids" not in arguments:
             raise ValueError("`calibration`: importance 'gradient' needs batches with `labels`.")
-        mask = arguments.get("attention_mask")
-        labels = arguments["input_ids"]
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, -100)
-            labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)  # nor is the first token predicted from padding
+        labels = own_labels(arguments["input_ids"], arguments.get("attention_mask"))
         arguments = arguments | {"labels": labels}
     loss = model(**arguments).loss
     if loss is None:

@@ -31,6 +31,29 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether position t of a model predicts token t + 1."""
+    can_generate = getattr(model, "can_generate", lambda: False)()
+    return bool(can_generate) and not is_encoder_decoder(model)
+
+
+def own_labels(input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The labels by which a language model predicts its own inputs, for transformers, which shifts them.
+
+    Args:
+        input_ids: int64 (sequences, length), left as it is.
+        mask: the attention mask (sequences, length), 0 for padding.
+
+    Returns:
+        int64 (sequences, length); -100 at padding, and at the first token behind padding, which nothing predicts.
+    """
+    if mask is None:
+        return input_ids
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
+    return labels
+
+
 class InputCollector:
     """
     Sums a statistic of the inputs of layers over all calibration tokens. A subclass says which, in `_measure`.

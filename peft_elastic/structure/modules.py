@@ -17,13 +17,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..common.parameters import check_parameters
+from ..common.tensors import zero_share
 from ..layers.backends import backend_of, find_linear_backend
 
 
@@ -76,8 +76,7 @@ def replace_layers(model: nn.Module, replacements: list[tuple[nn.Module, nn.Modu
 
 def zero_fraction(layer: nn.Module) -> float:
     """Fraction of the weights of a linear layer that are zero, of its active part if it is narrowed."""
-    weight: Any = layer.weight
-    return 1 - weight.count_nonzero().item() / weight.numel()
+    return zero_share(layer.weight)  # type: ignore[arg-type]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

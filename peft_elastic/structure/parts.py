@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..layers.narrowed import Ranges
+from ..supernet.space import choice_key
 from .layouts import AttentionLayout, BlockLayout, Skip
 
 
@@ -142,6 +143,11 @@ class Width:
     numbers: tuple[tuple[str, str], ...] = ()
 
     @property
+    def key(self) -> str:
+        """Of its choice in a subnet."""
+        return choice_key(self.kind, self.name)
+
+    @property
     def slots(self) -> Iterator[Slot]:
         return (slot for order in self.orders for slot in order.slots)
 
@@ -177,3 +183,7 @@ class Block:
     problems: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
+
+    def depth_key(self, part: str = "block") -> str:
+        """The key of the choice to skip the block, or its "attention" or "mlp"."""
+        return choice_key("depth", self.path if part == "block" else f"{self.path}.{part}")

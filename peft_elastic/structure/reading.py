@@ -84,7 +84,7 @@ class Reading:
 
     def width(self, key: str) -> Width:
         """By its kind and name, `"heads:model.layers.0"`."""
-        return next(width for width in self.widths if f"{width.kind}:{width.name}" == key)
+        return next(width for width in self.widths if width.key == key)
 
 
 def _removed_parts(block: nn.Module, layout: BlockLayout) -> set[str]:

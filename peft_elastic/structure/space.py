@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import nn
 
-from ..supernet.space import Choice, LayerShape
+from ..common.names import has_suffix
+from ..supernet.space import Choice, LayerShape, choice_key
 from .features import layer_at, layer_sizes
 from .modules import linear_layers
 from .narrow import check_narrowable, set_skipped, set_width
@@ -112,7 +113,7 @@ def check_depth(structure: Reading, values: Mapping[str, int]) -> None:
     for stack in {block.stack for block in structure.blocks}:
         names = [block.path for block in structure.blocks if block.stack == stack]
         others = any(path.rpartition(".")[0] == stack for path in structure.unknown)
-        if not others and not any(values.get(f"depth:{name}", 1) for name in names):
+        if not others and not any(values.get(choice_key("depth", name), 1) for name in names):
             raise ValueError(
                 f"The subnet skips every block of {stack!r}; one has to stay. Leave one out of `elastic_depth`, as 'all' does."
             )
@@ -130,14 +131,13 @@ def activate(model: nn.Module, structure: Reading, values: Mapping[str, int]) ->
     structure.active = dict.fromkeys([*before, *values], -1)  # nobody knows, if it is interrupted
     paths = []
     for width in structure.widths:
-        if (key := f"{width.kind}:{width.name}") in changed:
+        if (key := width.key) in changed:
             set_width(model, width, values.get(key, width.full))
             paths += [slot.path for slot in width.slots]
     for block in structure.blocks:
         for part in block.skips:
-            name = block.path if part == "block" else f"{block.path}.{part}"
-            if f"depth:{name}" in changed:
-                set_skipped(model, block, part, not values.get(f"depth:{name}", 1))
+            if (key := block.depth_key(part)) in changed:
+                set_skipped(model, block, part, not values.get(key, 1))
     structure.active = dict(values)
     return paths
 
@@ -160,7 +160,7 @@ def _shapes_of_block(
             inside = any(f"{path}.".startswith(f"{skipped}.") for skipped in block.skips.get(part, {}))
             if f"{block.path}.{part}" in depth and inside:
                 names.append(f"{block.path}.{part}")
-        return tuple(f"depth:{name}" for name in names)
+        return tuple(choice_key("depth", name) for name in names)
 
     for name, layer in linears.items():
         path = f"{block.path}.{name}"
@@ -235,7 +235,7 @@ def _read_depth(structure: Reading, entry: int | str) -> dict[str, str]:
             raise ValueError(f"`elastic_depth` has {entry!r}; the blocks are 0 to {count - 1}.")
         blocks = [block for block in structure.blocks if first <= block.index <= last]
     else:
-        blocks = [block for block in structure.blocks if block.path == text or block.path.endswith(f".{text}")]
+        blocks = [block for block in structure.blocks if has_suffix(block.path, text)]
         if len(blocks) != 1:
             raise ValueError(
                 f"`elastic_depth` has {entry!r}, which is no block of the model; the blocks are {_paths(structure)}."

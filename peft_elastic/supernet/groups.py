@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..common.names import has_suffix
+
 
 BlockOf = Callable[[str], "str | None"]
 
@@ -91,7 +93,7 @@ def group_modules(
         if rank_groups == "block":
             group_name = block or name
         elif not isinstance(rank_groups, str):
-            hits = [(group, listed) for group in rank_groups for listed in group if _names(listed, name)]
+            hits = [(group, listed) for group in rank_groups for listed in group if has_suffix(name, listed)]
             unmatched -= {listed for _, listed in hits}
             if len({id(group) for group, _ in hits}) > 1:
                 raise ValueError(
@@ -107,7 +109,3 @@ def group_modules(
             f"{sorted({name.rpartition('.')[2] for name in names})}."
         )
     return groups
-
-
-def _names(listed: str, path: str) -> bool:
-    return path == listed or path.endswith(f".{listed}")

@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ..common.progress import progress_bar
+from ..common.tensors import zero_share
 from ..layers.backends import backend_of, find_linear_backend, grid_layers
 from ..layers.backends.gptqmodel import leave_gptqmodel
 from ..layers.grid import Grid, fit_grid
@@ -182,8 +183,8 @@ def _merge(layer: LoraLayer, names: list[str], refit: bool) -> tuple[nn.Module, 
         "shape": list(wanted.shape),
         "update_error": float(error / update.norm().clamp(min=1e-30)),
         "weight_error": float(error / wanted.norm().clamp(min=1e-30)),
-        "zeros_before": 1 - int(before.count_nonzero()) / before.numel(),
-        "zeros_after": 1 - int(after.count_nonzero()) / after.numel(),
+        "zeros_before": zero_share(before),
+        "zeros_after": zero_share(after),
     }
 
 

@@ -114,8 +114,9 @@ def lists_of(path):
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             public = set(ast.literal_eval(node.value))
         elif isinstance(node, ast.Assign) and "lazy_package(" in ast.unparse(node.value):
-            for module, names in ast.literal_eval(node.value.args[1]).items():
-                lazy |= dict.fromkeys(names, module)
+            for given in node.value.args[1:2]:  # none where only old names of modules are given
+                for module, names in ast.literal_eval(given).items():
+                    lazy |= dict.fromkeys(names, module)
     return checked, public, lazy
 
 

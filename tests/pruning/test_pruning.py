@@ -26,6 +26,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.calibration import Experts, inputs_by_full_passes, linears
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -233,29 +234,15 @@ def matrix(layer):
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
-def linears(module):
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
-
-
 def naive_wanda(model, batches, block_patterns, prune_row, real=None):
     """The definition: for each block in turn, one full forward pass per batch, the norms, then `prune_row` on each row."""
     names = [name for pattern in block_patterns for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
     training = model.training
     model.eval()
     for block in names:
-        layers = linears(model.get_submodule(block))
-        seen = {name: [] for name in layers}
-        hooks = [
-            layer.register_forward_hook(lambda m, args, out, kept=seen[name]: kept.append(args[0].clone()))
-            for name, layer in layers.items()
-        ]
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-        for hook in hooks:
-            hook.remove()
-        for name, layer in layers.items():
-            norm = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen[name]]).double().square().sum(0).sqrt()
+        inputs = inputs_by_full_passes(model, block, batches)
+        for name, layer in linears(model.get_submodule(block)).items():
+            norm = inputs[name].double().square().sum(0).sqrt()
             weight = matrix(layer).detach()
             for row in weight:
                 row[prune_row(row.double().abs() * norm)] = 0
@@ -804,14 +791,6 @@ def test_activations_that_are_not_finite():
 
 
 def test_expert_without_tokens():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-
-        def forward(self, hidden):
-            return self.experts[0](hidden) + self.experts[1](hidden)
-
     model = Skips()
     model.blocks = nn.ModuleList([Experts(), Experts()])
     with pytest.warns(UserWarning, match=r"No calibration token reaches blocks\.\d\.experts\.2: pruned by magnitude"):

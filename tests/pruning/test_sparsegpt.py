@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.calibration import Experts, inputs_by_full_passes, linears
 from support.models import tiny_gpt2, tiny_llama, tiny_t5, tokens
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -67,12 +68,12 @@ def problem(rows, inputs, seed=0, share_of_zeros=0.0):
     return weight.masked_fill(torch.rand(weight.shape, generator=generator) < share_of_zeros, 0), x
 
 
-def linears(model):
+def pruned_layers(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and "head" not in n}
 
 
 def zeros(model):
-    return {name: weight_matrix(layer) == 0 for name, layer in linears(model).items()}
+    return {name: weight_matrix(layer) == 0 for name, layer in pruned_layers(model).items()}
 
 
 def lively(model):
@@ -164,21 +165,11 @@ def naive(model, batches, stacks, **options):
     """For each block in turn one full forward pass for each batch, and the definition for each of its layers."""
     for pattern in stacks:
         for block in [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]:
-            layers = linears(model.get_submodule(block))
-            seen = {name: [] for name in layers}
-            hooks = [
-                layer.register_forward_hook(lambda m, args, out, kept=seen[name]: kept.append(args[0].clone()))
-                for name, layer in layers.items()
-            ]
-            with torch.no_grad():
-                for batch in batches:
-                    model(**batch)
-                for hook in hooks:
-                    hook.remove()
-                for name, layer in layers.items():
-                    x = torch.cat([inputs.flatten(0, -2) for inputs in seen[name]])
-                    weight = weight_matrix(layer)
-                    weight.copy_(reference(weight, x.T @ x, 0.01, **options)[0])
+            inputs = inputs_by_full_passes(model, block, batches)
+            for name, layer in linears(model.get_submodule(block)).items():
+                weight = weight_matrix(layer)
+                with torch.no_grad():
+                    weight.copy_(reference(weight, inputs[name].T @ inputs[name], 0.01, **options)[0])
 
 
 MODELS = {
@@ -246,9 +237,9 @@ def test_precision(dtype):
     dense = copy.deepcopy(model)
     report = prune(model, SparseGPTConfig(sparsity=0.5), [tokens(batch=4, length=40)], progress=False)
     assert report.sparsity == pytest.approx(0.5, abs=0.001) and report.sparsity >= 0.5
-    for name, layer in linears(model).items():
+    for name, layer in pruned_layers(model).items():
         assert layer.weight.dtype == dtype and torch.isfinite(layer.weight).all()
-        assert not torch.equal(layer.weight[layer.weight != 0], linears(dense)[name].weight[layer.weight != 0])
+        assert not torch.equal(layer.weight[layer.weight != 0], pruned_layers(dense)[name].weight[layer.weight != 0])
 
 
 def test_zeros_stay_and_sparsity_zero_changes_nothing():
@@ -314,14 +305,6 @@ def test_routers_are_left_alone():
 
 
 def test_a_layer_without_tokens_is_pruned_by_magnitude():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-
-        def forward(self, hidden):
-            return self.experts[0](hidden) + self.experts[1](hidden)
-
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

@@ -21,10 +21,10 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.calibration import Experts, inputs_by_full_passes, linears
 from support.models import ARCHITECTURES, ConvNet, outputs, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from peft_elastic import MultiPrunerConfig, prune_structured, sparsify_linears
 from peft_elastic.layers import ops
@@ -252,22 +252,9 @@ def naive_gptq(model, batches, config, block_names):
     """GPTQ of a model by its definition: full forward passes for each block in turn."""
     integers = {}
     for block in block_names:
-        layers = {
-            f"{block}.{name}": layer
-            for name, layer in model.get_submodule(block).named_modules()
-            if isinstance(layer, (nn.Linear, Conv1D))
-        }
-        seen = {name: [] for name in layers}
-        hooks = [
-            layer.register_forward_hook(lambda m, args, out, kept=seen[name]: kept.append(args[0].flatten(0, -2)))
-            for name, layer in layers.items()
-        ]
-        for batch in batches:
-            outputs(model, batch)
-        for hook in hooks:
-            hook.remove()
-        for name, layer in layers.items():
-            inputs = torch.cat(seen[name])
+        found = inputs_by_full_passes(model, block, batches)
+        for inner, layer in linears(model.get_submodule(block)).items():
+            name, inputs = f"{block}.{inner}", found[inner]
             integers[name], values = reference_gptq(weight_matrix(layer), inputs.T @ inputs, config)
             weight_matrix(layer).copy_(values)
     return integers
@@ -383,14 +370,6 @@ def test_an_interrupted_run_leaves_whole_blocks_and_goes_on(error):
 
 
 def test_layers_without_tokens_are_rounded_to_nearest():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-
-        def forward(self, hidden):
-            return self.experts[0](hidden) + self.experts[1](hidden)
-
     model = nn.Sequential(Experts(), Experts())
     before = copy.deepcopy(model)
     with pytest.warns(UserWarning, match=r"No calibration token reaches \d\.experts\.2: rounded to nearest"):

@@ -38,6 +38,7 @@ from peft_elastic import ElasticLoraConfig, densify_linears, search_subnet
 from peft_elastic.common import assets
 from peft_elastic.common.writing import atomic_path, atomic_write_text
 from peft_elastic.pruning import measure_sparsity
+from peft_elastic.structure.modules import output_head
 
 from .. import _common, _data, _evaluation, info
 from .._examples import Example, encode
@@ -327,7 +328,7 @@ class Quickstart(ABC):
         is_tuned = isinstance(model, PeftModel)
         base = model.get_base_model() if is_tuned else model
         adapter = model.search_space.count_parameters(model.active_subnet) if is_tuned else 0
-        head = base.get_output_embeddings()
+        head = output_head(base)
         layers = [name for name in measure_sparsity(base) if base.get_submodule(name) is not head]
         own = sum(parameter.numel() for key, parameter in base.named_parameters() if ".lora_" not in key)
         row = {

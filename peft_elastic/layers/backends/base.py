@@ -23,6 +23,7 @@ from torch import nn
 
 from ..grid import Grid
 from ..narrowed import Narrowed, Ranges, active_ranges, narrowed_class, plain_class, take
+from ..ordinary import ordinary_linear
 
 
 # What may be done to a layer, with the words of the table in docs/compatibility.md.
@@ -214,12 +215,8 @@ class PackedBackend(Backend):
             return None
         weight = self.weight(layer).to(dtype, memory_format=torch.contiguous_format, copy=True)
         bias: Any = layer.bias
-        with torch.device("meta"):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        return linear.train(layer.training)
+        bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return ordinary_linear(nn.Parameter(weight, requires_grad=False), bias, layer.training)
 
 
 class NarrowedPacked(Narrowed):

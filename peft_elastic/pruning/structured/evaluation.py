@@ -24,8 +24,9 @@ from torch import nn
 
 from ...structure.blocks import Structure
 from ...structure.calibration import calibration_batches
+from ...structure.inputs import is_language_model
 from .config import StructuredPruningConfig
-from .metric import CalibrationLoss, Metric, UserMetric, is_language_model
+from .metric import CalibrationLoss, Metric, UserMetric
 from .units import GRANULARITIES
 
 

@@ -36,7 +36,7 @@ from ...structure.parts import Block, Width
 from .cost import Costs
 from .importance import l1_scores
 from .plan import PruningPlan, check_whole, describe_model
-from .units import Units, depth_key
+from .units import Units
 
 
 _PARTS = {"pruned_attn_idx": "attention", "pruned_mlp_idx": "mlp"}
@@ -67,11 +67,11 @@ def to_pruning_config(plan: PruningPlan, model: nn.Module) -> dict[str, Any]:
         )
     config: dict[str, Any] = {}
     for name, part in _PARTS.items():
-        keys = [(depth_key(block, "block"), depth_key(block, part)) for block in blocks]
+        keys = [(block.depth_key(), block.depth_key(part)) for block in blocks]
         config[name] = [number for number, pair in enumerate(keys) if any(plan.values.get(key) == 0 for key in pair)]
     for name, kind in _WIDTHS.items():
         widths = _widths(structure, blocks, kind)
-        left = {number: plan.values.get(f"{kind}:{width.name}", width.full) for number, width in widths.items()}
+        left = {number: plan.values.get(width.key, width.full) for number, width in widths.items()}
         config[name] = {str(number): value * _per_unit(widths[number]) for number, value in left.items()}
     return config
 
@@ -99,7 +99,7 @@ def from_pruning_config(
         for number in read.get(name, []):
             if type(number) is not int or not 0 <= number < len(blocks) or part not in blocks[number].skips:
                 raise ValueError(f"config: {name!r} has {number!r}; the model has {len(blocks)} blocks, from 0.")
-            values[depth_key(blocks[number], part)] = 0
+            values[blocks[number].depth_key(part)] = 0
     units = Units(model, structure, {"mlp": 1, "heads": 1})
     for name, kind in _WIDTHS.items():
         widths = _widths(structure, blocks, kind)
@@ -117,7 +117,7 @@ def from_pruning_config(
             if value < width.full and units.is_there(
                 values, blocks[int(number)], "mlp" if kind == "mlp" else "attention"
             ):
-                values[f"{kind}:{width.name}"] = value
+                values[width.key] = value
     state: dict[str, int] = {}
     for move in values.items():
         state = units.after(state, move)
@@ -139,7 +139,7 @@ def _kept(model: nn.Module, structure: Structure, state: Mapping[str, int], orde
     noted = noted_orders(model)
     kept = {}
     for width in structure.widths:
-        value = state.get(f"{width.kind}:{width.name}")
+        value = state.get(width.key)
         if value is None:
             continue
         scores = l1_scores(model, [width]) if order == "l1" else {}

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ...structure.blocks import Structure
-from ...structure.inputs import is_encoder_decoder
+from ...structure.inputs import is_language_model, own_labels
 from ...structure.modules import find_stacks
 from ...structure.narrow import is_skipped
 from ...structure.sequential import StopForward, replaced_forward
@@ -315,13 +315,7 @@ class CalibrationLoss:
 
 
 def _skipped_blocks(structure: Structure, state: State) -> int:
-    return sum(state.get(f"depth:{block.path}") == 0 for block in structure.blocks)
-
-
-def is_language_model(model: nn.Module) -> bool:
-    """Whether position t of a model predicts token t + 1."""
-    can_generate = getattr(model, "can_generate", lambda: False)()
-    return bool(can_generate) and not is_encoder_decoder(model)
+    return sum(state.get(block.depth_key()) == 0 for block in structure.blocks)
 
 
 def _targets(batch: dict[str, Any]) -> torch.Tensor:
@@ -331,9 +325,7 @@ def _targets(batch: dict[str, Any]) -> torch.Tensor:
     if labels is None:
         if "input_ids" not in batch:
             raise ValueError("calibration: a batch without `input_ids` needs `labels`.")
-        labels = batch["input_ids"]
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, -100)
+        labels = own_labels(batch["input_ids"], mask)
     targets = torch.full_like(labels, -100)
     targets[:, :-1] = labels[:, 1:]
     if mask is not None and mask.dim() == 2:

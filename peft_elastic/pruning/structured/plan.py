@@ -37,8 +37,8 @@ from ...structure.features import layer_at
 from ...structure.importance import ORDER_SETTING, check_sortable, noted_orders, reorder
 from ...structure.narrow import check_narrowable, is_narrowed
 from ...structure.parts import Width
-from ...structure.space import activate
-from .units import depth_key
+from ...structure.space import PARTS, activate
+from ...supernet.space import choice_key
 
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class PruningPlan:
                 f"model: the plan is for a {self.model['class']} in which {path!r} is {self.model['blocks'].get(path)}; in this "
                 f"{type(model).__name__} it is {described.get(path)}."
             )
-        keys = {f"{width.kind}:{width.name}": width for width in structure.widths}
+        keys = {width.key: width for width in structure.widths}
         _check_values(self.values, structure)
         _check_units(self.units, {key: width for key, width in keys.items() if key in self.values}, self.values)
         narrowed = [width for key, width in keys.items() if key in self.values]
@@ -218,7 +218,8 @@ class PruningPlan:
             whole = [
                 path
                 for path in self.model["blocks"]
-                if f"depth:{path}" not in gone and not {f"depth:{path}.attention", f"depth:{path}.mlp"} <= gone
+                if choice_key("depth", path) not in gone
+                and not {choice_key("depth", f"{path}.{part}") for part in PARTS} <= gone
             ]
             if row.get("evaluations"):
                 total += row.get("candidates", 0) * len(whole)
@@ -240,15 +241,16 @@ class PruningPlan:
             gone = [
                 number
                 for number, path in enumerate(blocks)
-                if self.values.get(f"depth:{path}{part}") == 0 and (not part or self.values.get(f"depth:{path}") != 0)
+                if self.values.get(choice_key("depth", f"{path}{part}")) == 0
+                and (not part or self.values.get(choice_key("depth", path)) != 0)
             ]
             if gone:
                 lines.append(f"  {title} removed: {', '.join(map(str, gone))}")
         for kind, title in (("mlp", "channels"), ("heads", "heads")):
             cut = [
-                f"{number}: {self.values[f'{kind}:{path}']} of {sizes.get(kind, '?')}"
+                f"{number}: {self.values[choice_key(kind, path)]} of {sizes.get(kind, '?')}"
                 for number, (path, sizes) in enumerate(self.model["blocks"].items())
-                if f"{kind}:{path}" in self.values
+                if choice_key(kind, path) in self.values
             ]
             if cut:
                 lines.append(f"  {title} left: {'; '.join(cut)}")
@@ -305,8 +307,8 @@ def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
 
 def _check_values(values: Mapping[str, int], structure: Structure) -> None:
     """ValueError unless these are values of structural choices of a model, which do not contradict each other."""
-    widths = {f"{width.kind}:{width.name}": width for width in structure.widths}
-    parts = {depth_key(block, part): (block, part) for block in structure.blocks for part in block.skips}
+    widths = {width.key: width for width in structure.widths}
+    parts = {block.depth_key(part): (block, part) for block in structure.blocks for part in block.skips}
     for key, value in values.items():
         if key in widths:
             width = widths[key]
@@ -321,8 +323,8 @@ def _check_values(values: Mapping[str, int], structure: Structure) -> None:
             raise wrong(f"values[{key!r}]", "0 (removed) or 1", value)
     for block in structure.blocks:
         for kind, part in (("heads", "attention"), ("mlp", "mlp")):
-            key = f"{kind}:{block.path}"
-            gone = [k for k in (depth_key(block, "block"), depth_key(block, part)) if values.get(k) == 0]
+            key = choice_key(kind, block.path)
+            gone = [k for k in (block.depth_key(), block.depth_key(part)) if values.get(k) == 0]
             if gone and key in values and values[key] != widths[key].full:
                 raise ValueError(f"values: {key!r} is {values[key]!r}, and {gone[0]!r} is 0, which removes all of it.")
     for stack in dict.fromkeys(block.stack for block in structure.blocks):
@@ -406,7 +408,7 @@ def kept_units(model: nn.Module, structure: Structure, values: Mapping[str, int]
     noted = noted_orders(model)
     kept = {}
     for width in structure.widths:
-        value = values.get(f"{width.kind}:{width.name}")
+        value = values.get(width.key)
         if value is not None:
             for order in width.orders:
                 now = noted.get(order.name, torch.arange(width.units))

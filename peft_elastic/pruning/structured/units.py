@@ -28,7 +28,7 @@ from torch import nn
 from ...structure.blocks import Structure
 from ...structure.parts import Block, Width
 from ...structure.space import PARTS, layer_shapes
-from ...supernet.space import Choice, SearchSpace
+from ...supernet.space import Choice, SearchSpace, choice_key
 
 
 State = Mapping[str, int]
@@ -53,13 +53,13 @@ class Units:
         self, model: nn.Module, structure: Structure, groups: Mapping[str, int], without: Collection[str] = ()
     ) -> None:
         self.structure, self.without = structure, without
-        self.widths = {f"{w.kind}:{w.name}": w for w in structure.widths if w.kind in groups}
+        self.widths = {w.key: w for w in structure.widths if w.kind in groups}
         self.groups = {key: groups[width.kind] * width.unit for key, width in self.widths.items()}
         choices = [_width_choice(width, self.groups[key]) for key, width in self.widths.items()]
         for block in structure.blocks:
             for part in ("block", *PARTS):
                 if part in block.skips:
-                    choices.append(Choice("depth", depth_key(block, part)[len("depth:") :], (1, 0), (block.path,)))
+                    choices.append(Choice("depth", block.depth_key(part).partition(":")[2], (1, 0), (block.path,)))
         self.space = SearchSpace(choices, layer_shapes(model, structure, choices, {}))
 
     def moves(self, granularity: str, state: State) -> Iterator[Move]:
@@ -71,9 +71,9 @@ class Units:
         width."""
         values = {**state, move[0]: move[1]}
         for block in self.structure.blocks:
-            keys = [depth_key(block, part) for part in PARTS if part not in block.removed]
+            keys = [block.depth_key(part) for part in PARTS if part not in block.removed]
             known = all(part in block.skips or part in block.removed for part in PARTS)
-            whole = depth_key(block, "block")
+            whole = block.depth_key()
             if (
                 known
                 and "block" in block.skips
@@ -83,12 +83,12 @@ class Units:
                 values[whole] = 0
             for part, kind in (("attention", "heads"), ("mlp", "mlp")):
                 if not self.is_there(values, block, part):
-                    values.pop(f"{kind}:{block.path}", None)
+                    values.pop(choice_key(kind, block.path), None)
         return values
 
     def is_there(self, state: State, block: Block, part: str) -> bool:
         """Whether "attention" or "mlp" of a block is computed."""
-        keys = (depth_key(block, "block"), depth_key(block, part))
+        keys = (block.depth_key(), block.depth_key(part))
         return part not in block.removed and all(state.get(key, 1) for key in keys)
 
     def leaves_something(self, state: State) -> bool:
@@ -100,17 +100,13 @@ class Units:
         return all(stacks.values())
 
 
-def depth_key(block: Block, part: str) -> str:
-    return f"depth:{block.path}" if part == "block" else f"depth:{block.path}.{part}"
-
-
 def _skips(units: Units, state: State, parts: tuple[str, ...]) -> Iterator[Move]:
     for block in units.structure.blocks:
         for part in parts:
             inside = PARTS if part == "block" else (part,)
             if part not in block.skips or not any(units.is_there(state, block, name) for name in inside):
                 continue
-            move = (depth_key(block, part), 0)
+            move = (block.depth_key(part), 0)
             if units.leaves_something(units.after(state, move)):
                 yield move
 

@@ -134,7 +134,7 @@ def narrowing(
     structure = None if adapter is None else adapter.structure
     if structure is None:
         return {}
-    whole = {f"{width.kind}:{width.name}": width.full for width in structure.widths}
+    whole = {width.key: width.full for width in structure.widths}
     chosen = (state.structural_values if values is None else values).get(adapter_name, {})
     return {key: value for key, value in chosen.items() if value != whole.get(key, 1)}
 

@@ -1,0 +1,23 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Small measurements of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def zero_share(tensor: torch.Tensor) -> float:
+    """The share of the entries that are zero, from 0 to 1. The tensor is of any shape and dtype, and not empty."""
+    return 1 - int(tensor.count_nonzero()) / tensor.numel()
