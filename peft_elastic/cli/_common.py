@@ -40,7 +40,7 @@ from peft_elastic.pruning import measure_sparsity
 from peft_elastic.structure.rebuild import BLOCKS_ATTRIBUTE
 
 from ._data import first_line
-from ._options import parse_workload, seed  # noqa: F401
+from ._options import seed
 
 
 # What libraries raise when they meet a file that is damaged, which is not always their best.

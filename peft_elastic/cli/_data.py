@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from peft_elastic.common.files import scratch_folder
 from peft_elastic.common.writing import write_error
 
-from ._examples import Example, pack  # noqa: F401, pack for the commands that calibrate
+from ._examples import Example
 from ._options import positive_int
 
 

@@ -36,6 +36,7 @@ from peft_elastic.pruning.structured import (
 )
 
 from . import _common, _methods
+from ._options import parse_workload
 
 
 _DEFAULT = MultiPrunerConfig.method
@@ -160,7 +161,7 @@ def make_config(args: argparse.Namespace) -> StructuredPruningConfig:
         if getattr(args, name) is not None and args.measure != "latency":
             raise ValueError(f"`{_methods.option_of(name)}` goes with `--measure latency`.")
     if args.latency_of is not None:
-        options["latency_inputs"] = {"input_ids": _common.parse_workload(args.latency_of)}
+        options["latency_inputs"] = {"input_ids": parse_workload(args.latency_of)}
     if args.samples is not None:
         options["block_samples"] = args.samples
     return STRUCTURED_METHODS[method](ratio=args.ratio, seed=args.seed, **options)

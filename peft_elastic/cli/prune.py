@@ -29,6 +29,7 @@ from peft_elastic.pruning import PRUNING_METHODS
 from peft_elastic.pruning.structured import STRUCTURED_METHODS
 
 from . import _common, _data, _methods, _structured
+from ._examples import pack
 
 
 _DEFAULT = "wanda"
@@ -140,7 +141,7 @@ def calibration_batches(
         ValueError: if they are less than one piece.
     """
     shuffled = random.Random(seed).sample(texts, len(texts))
-    pieces = _data.pack(tokenizer, shuffled, length, limit=sequences)
+    pieces = pack(tokenizer, shuffled, length, limit=sequences)
     if len(pieces[0]) < length:
         raise ValueError(
             f"the calibration text has {len(pieces[0])} tokens, less than one sequence of `--max-length` {length}: give a "

@@ -26,7 +26,7 @@ from peft_elastic.cost.latency import KERNELS, MODES
 from peft_elastic.search import ALGORITHMS
 
 from . import _common, _data, _evaluation
-from ._options import default_of, positive_int, summary
+from ._options import default_of, parse_workload, positive_int, summary
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     bounds = {name: _parse_bound(f"max-{name}", getattr(args, f"max_{name}")) for name in COSTS}
     constraints = {name: bound for name, bound in bounds.items() if bound is not None}
     points = _parse_points(args)
-    workload = _common.parse_workload(args.latency_of)
+    workload = parse_workload(args.latency_of)
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
     base = _common.base_model_name(args.model, args.adapter)
