@@ -43,7 +43,7 @@ from peft_elastic import (
     search_subnet,
     sparsify_linears,
 )
-from peft_elastic.cli._data import Example
+from peft_elastic.cli._examples import Example
 from peft_elastic.cli.quickstart import splits as quickstart_splits
 from peft_elastic.cli.quickstart.checklist import Checklist
 from peft_elastic.common.documents import COUNT, NUMBER, Document, ListOf, MapOf, OneOf, Record, parse_json, read_json
