@@ -624,7 +624,7 @@ def test_sanitizers(tmp_path):
     names = ("decode", "linear", "pack", "threads", "levels/portable", "levels/avx2")
     sources = [*(CSRC / f"{name}.cpp" for name in names), REPOSITORY / "tests/csrc/test_decode.cpp"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    objects = [compile_file(each, tmp_path / f"{each.stem}.o", "-O1", "-g", *sanitize) for each in sources]
+    objects = [compile_file(each, tmp_path / f"{each.stem}.o", "-O1", "-g1", *sanitize) for each in sources]
     program = tmp_path / "program"
     subprocess.run([COMPILER, *sanitize, "-pthread", *objects, "-o", program], check=True)
     result = subprocess.run([program, "40"], capture_output=True, text=True, timeout=600)

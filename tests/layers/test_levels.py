@@ -53,7 +53,7 @@ def build(folder, sources, *options, link=()):
     flags = [
         "-std=c++17",
         "-O1",
-        "-g",
+        "-g1",  # lines for reports of the sanitizers; the rest of `-g` doubles the time of compiling the software model
         "-w",
         *SANITIZE,
         f"-I{CSRC}",
