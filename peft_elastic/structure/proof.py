@@ -76,11 +76,14 @@ def prove(structure: Reading, model: nn.Module) -> None:
         whole = _whole_key(module_at(model, stack.rpartition(".")[0]))
         # of a first block others read more than its outputs, the length of a cache for instance
         keys = {block.path: (whole, _block_key(model, structure, block), block.index == 0) for block in blocks}
-        if not all(key in _VERDICTS for key in keys.values()):
-            for key, verdict in _try_stack(model, structure, blocks, keys).items():
-                _VERDICTS.setdefault(key, verdict)  # one that is known was found in more natural company
+        verdicts = {key: _VERDICTS[key] for key in keys.values() if key in _VERDICTS}
+        if not all(key in verdicts for key in keys.values()):
+            found, tried = _try_stack(model, structure, blocks, keys)
+            verdicts = found | verdicts  # one that is known was found in more natural company
+            if tried:  # else it may be another block that fails, or a size, which the keys do not tell
+                _VERDICTS.update(verdicts)
         for block in blocks:
-            _apply(_VERDICTS[keys[block.path]], structure, block)
+            _apply(verdicts[keys[block.path]], structure, block)
 
 
 def _apply(verdict: Verdict, structure: Reading, block: Block) -> None:
@@ -146,8 +149,8 @@ def _block_key(model: nn.Module, structure: Reading, block: Block) -> tuple[Any,
 
 def _try_stack(
     model: nn.Module, structure: Reading, blocks: list[Block], keys: Mapping[str, Any]
-) -> dict[Any, Verdict]:
-    """Verdicts for every class of block of a stack."""
+) -> tuple[dict[Any, Verdict], bool]:
+    """Verdicts for every class of block of a stack, and whether it could be tried."""
     verdicts = {keys[block.path]: Verdict(block.layout) for block in blocks}
     with laboratory():
         try:
@@ -156,11 +159,13 @@ def _try_stack(
             failure = (
                 error if isinstance(error, Failure) else f"it could not be tried ({type(error).__name__}: {error})"
             )
+            misread = dict.fromkeys(why for block in blocks for why in block.problems.values())
+            text = "; ".join([str(failure), *list(misread)[:1]])
             for block in blocks:
                 verdict = verdicts[keys[block.path]]
-                verdict.problems = dict.fromkeys(("heads", "mlp"), str(failure))
-                verdict.skips = dict.fromkeys(block.skips, str(failure))
-            return verdicts
+                verdict.problems = dict.fromkeys(("heads", "mlp"), text)
+                verdict.skips = dict.fromkeys(block.skips, text)
+            return verdicts, False
         for kind in ("heads", "mlp"):
             reasons = {key[:-1]: trial.why_not_narrowed(key[:-1], kind) for key in verdicts}
             for key, verdict in verdicts.items():
@@ -168,4 +173,4 @@ def _try_stack(
                     verdict.problems[kind] = why
         for key, found in trial.skips().items():
             verdicts[key].skips = found
-    return verdicts
+    return verdicts, True

@@ -177,6 +177,16 @@ class TestRegistering:
         with pytest.raises(ValueError, match="`layout` 'empty' has neither `attentions` nor an `mlp`"):
             register_layout(BlockLayout("empty"))
 
+    def test_a_block_that_fails_condemns_no_other_model(self, monkeypatch):
+        monkeypatch.setattr("peft_elastic.structure.proof._VERDICTS", {})
+        register_layout(self.LAYOUT)
+        model = self.Net()
+        model.blocks[1].attn.head_dim = 3
+        with pytest.raises(ValueError, match="could not be tried.*blocks.1.attn has no attribute head_dim"):
+            adapted(model, elastic_width={"heads": [1.0]})
+        space = adapted(self.Net(), elastic_width={"heads": [1.0, 0.5]}, target_modules=["wq"]).search_space
+        assert [choice.key for choice in space if choice.kind == "heads"] == ["heads:blocks.0", "heads:blocks.1"]
+
     def test_sizes_that_do_not_fit(self):
         register_layout(self.LAYOUT)
         model = self.Net()
