@@ -170,7 +170,7 @@ class SparseQuantizer(HfQuantizer):
         devices = _devices(device_map)
         self._stays_dense = ""
         if "disk" in devices:
-            raise ValueError('`device_map`: sparse layers cannot be offloaded to "disk"; allowed are "cpu" and GPUs.')
+            raise ValueError('`device_map` must place sparse layers on "cpu" or GPUs, got "disk".')
         if not ops.is_available():
             self._stays_dense = (
                 "the C++ extension with the sparse kernels is not there (`peft-elastic info` says how to get it)"

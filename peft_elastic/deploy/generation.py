@@ -96,8 +96,8 @@ def _check(base: Any) -> None:
         found, expected = kinds_of(layer, FAMILIES[type(base)])
         if found != expected:
             raise ValueError(
-                f"`model`: layer {index} is made of {[kind.__name__ for kind in found]}; allowed are "
-                f"{[kind.__name__ for kind in expected]} of transformers."
+                f"`model`: layer {index} must be made of {[kind.__name__ for kind in expected]} of transformers, got "
+                f"{[kind.__name__ for kind in found]}."
             )
 
 
@@ -204,6 +204,6 @@ def _find(model: nn.Module) -> nn.Module:
         if type(module) in FAMILIES:
             return module
     raise ValueError(
-        f"`model` ({type(model).__name__}) has no decoder that can be optimized; allowed are "
-        f"{', '.join(sorted(kind.__name__ for kind in FAMILIES))} of transformers, alone or inside another module."
+        f"`model` must be or hold a decoder that can be optimized, one of "
+        f"{', '.join(sorted(kind.__name__ for kind in FAMILIES))} of transformers, got {type(model).__name__}."
     )

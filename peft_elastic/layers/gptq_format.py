@@ -106,10 +106,10 @@ def unpack_gptq(
         ValueError: naming the tensor that is missing or is not of a layer of this shape, or the scales that float16 cannot hold.
     """
     if type(bits) is not int or bits not in BITS:
-        raise ValueError(f"{name}: bits is {bits!r:.100} in the checkpoint's config; allowed are {list(BITS)}.")
+        raise ValueError(f"{name}: the config's bits must be one of {list(BITS)}, got {bits!r:.100}.")
     if type(group_size) is not int or (group_size != -1 and group_size < 1):
         raise ValueError(
-            f"{name}: group_size is {group_size!r:.100} in the checkpoint's config; allowed are -1 and 1 upwards."
+            f"{name}: the config's group_size must be -1 or a whole number >= 1, got {group_size!r:.100}."
         )
     check_packable(name, out_features, in_features, bits)
     size = in_features if group_size == -1 else min(group_size, in_features)
@@ -130,7 +130,7 @@ def unpack_gptq(
             raise ValueError(f"{name}.{key} is missing.{hint}")
         found, dtypes = tensors[key], _DTYPES[key]
         if found.dtype not in dtypes:
-            raise ValueError(f"{name}.{key} is {found.dtype}; allowed are {', '.join(map(str, dtypes))}.")
+            raise ValueError(f"{name}.{key} must be {' or '.join(map(str, dtypes))}, got {found.dtype}.")
         if tuple(found.shape) != shape:
             raise ValueError(
                 f"{name}.{key} is {tuple(found.shape)}; a layer {out_features} x {in_features} with {bits} bits and groups of "

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.checks import check_bool, check_choice, wrong
+
 
 BITS = (2, 4, 8)
 CLIPPING = ("minmax", "mse")
@@ -41,14 +43,10 @@ _LARGEST_SCALE = 65504.0
 
 def check_grid_options(bits: Any, group_size: Any, symmetric: Any) -> None:
     """ValueError that names the argument which is out of range."""
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"`bits` is {bits!r}; allowed are {list(BITS)}.")
+    check_choice("bits", bits, BITS)
     if type(group_size) is not int or (group_size != -1 and group_size < 1):
-        raise ValueError(
-            f"`group_size` is {group_size!r}; it must be a whole number of inputs, or -1 for one group over all inputs."
-        )
-    if not isinstance(symmetric, bool):
-        raise ValueError(f"`symmetric` is {symmetric!r}; allowed are True and False.")
+        raise wrong("group_size", "a whole number of inputs, or -1 for one group over all inputs", group_size)
+    check_bool("symmetric", symmetric)
 
 
 def check_group_size(name: str, in_features: int, group_size: int) -> None:
@@ -300,15 +298,14 @@ def fit_grid(
         ValueError: for an option out of range, or a weight whose scales float16 cannot hold.
     """
     check_grid_options(bits, group_size, symmetric)
-    if clipping not in CLIPPING:
-        raise ValueError(f"`clipping` is {clipping!r}; allowed are {list(CLIPPING)}.")
+    check_choice("clipping", clipping, CLIPPING)
     in_features = weight.shape[1]
     check_group_size("the weight", in_features, group_size)
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     groups = wide.unflatten(1, (-1, in_features if group_size == -1 else group_size))
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     if not bool(torch.isfinite(high - low).all()):
-        raise ValueError("`weight` has infinite or NaN entries; all have to be finite.")
+        raise ValueError("`weight` must be finite, got infinite or NaN entries.")
     scales, zeros = range_to_grid(low, high, bits, symmetric)
     if clipping == "mse":
         best = torch.full_like(scales, float("inf"))

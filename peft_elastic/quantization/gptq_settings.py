@@ -145,19 +145,19 @@ def _check_entry(source: str, entry: Any) -> None:
         raise ValueError(f"{source} must be an object, got {entry!r:.100}.")
     method = entry.get("quant_method") or entry.get("method") or "gptq"
     if not isinstance(method, str) or method.lower() != "gptq":
-        raise ValueError(f"{source}: quant_method is {method!r:.100}; allowed is 'gptq'.")
+        raise ValueError(f"{source}: quant_method must be 'gptq', got {method!r:.100}.")
     for form in _formats(entry):
         if form not in FORMATS:
-            raise ValueError(f"{source}: checkpoint_format is {form!r:.100}; allowed are {list(FORMATS)}.")
+            raise ValueError(f"{source}: checkpoint_format must be one of {list(FORMATS)}, got {form!r:.100}.")
     if entry.get("pack_dtype", "int32") not in ("int32", None):
-        raise ValueError(f"{source}: pack_dtype is {entry['pack_dtype']!r:.100}; allowed is 'int32'.")
+        raise ValueError(f"{source}: pack_dtype must be 'int32', got {entry['pack_dtype']!r:.100}.")
     for key in ("sym", "desc_act"):
         _check_bool(source, key, entry.get(key))
 
 
 def _check_bool(source: str, key: str, value: Any) -> None:
     if not (value is None or isinstance(value, bool)):
-        raise ValueError(f"{source}: {key} is {value!r:.100}; allowed are true and false.")
+        raise ValueError(f"{source}: {key} must be true or false, got {value!r:.100}.")
 
 
 def _formats(entry: Mapping[str, Any]) -> list[Any]:

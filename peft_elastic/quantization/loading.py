@@ -434,7 +434,7 @@ def _check_dtypes(skeleton: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     for key, (target, _) in names_in_model(skeleton, state).items():
         wrong = state[key].dtype not in _DTYPES
         if target in known and known[target].is_floating_point() and wrong:
-            raise ValueError(f"{key} is {state[key].dtype}; allowed are {', '.join(map(str, _DTYPES))}.")
+            raise ValueError(f"{key} must be {' or '.join(map(str, _DTYPES))}, got {state[key].dtype}.")
 
 
 def _packed_shape(name: str, tensors: Mapping[str, torch.Tensor], bits: Any) -> tuple[int, int]:

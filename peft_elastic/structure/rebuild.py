@@ -138,8 +138,8 @@ def apply_description(model: nn.Module, config: PreTrainedConfig) -> None:
         for kind, value in _sizes_of(sizes, block).items():
             width = widths.get((kind, path)) or widths.get((kind, block.stack))
             if width is None or type(value) is not int or not 0 < value <= width.full or value % width.unit:
-                allowed = "nothing" if width is None else f"multiples of {width.unit} up to {width.full}"
-                raise ValueError(f"The configuration gives {path!r} {value!r} {kind}; allowed are {allowed}.")
+                allowed = "left out" if width is None else f"a multiple of {width.unit} up to {width.full}"
+                raise ValueError(f"The configuration's {kind} of {path!r} must be {allowed}, got {value!r}.")
             set_width(model, width, value)
     extract(model, structure, empty)
 

@@ -369,9 +369,7 @@ class SearchSpace:
         for choice in self.choices:
             value = subnet[choice.key]
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value not in choice.options:
-                raise ValueError(
-                    f"`subnet` gives {choice.key!r} the value {value!r}, allowed are {list(choice.options)}."
-                )
+                raise ValueError(f"`subnet[{choice.key!r}]` must be one of {list(choice.options)}, got {value!r}.")
 
     def encode(self, subnet: Mapping[str, int]) -> tuple[int, ...]:
         """Index of each choice's value among its options (0 is the largest), in the order of `choices`.
@@ -394,7 +392,7 @@ class SearchSpace:
         for choice, index in zip(self.choices, indices):
             if not isinstance(index, (int, np.integer)) or not 0 <= index < len(choice.options):
                 raise ValueError(
-                    f"`indices` holds {index!r} for {choice.key!r}, allowed are 0 to {len(choice.options) - 1}."
+                    f"`indices` must hold 0 to {len(choice.options) - 1} for {choice.key!r}, got {index!r}."
                 )
             values[choice.key] = choice.options[int(index)]
         return Subnet(values)

@@ -605,7 +605,7 @@ def test_evaluation_by_subnet():
     result = make_result([(0.81, 100), (0.50, 40), (0.70, 70)])
     assert result.evaluation("max") is result.history[0] is result.reference
     assert result.evaluation({"rank:a": 2}) is result.history[1]
-    with pytest.raises(ValueError, match="allowed are"):
+    with pytest.raises(ValueError, match="must be one of"):
         result.evaluation({"rank:a": 9})
     result.history.pop(1)
     with pytest.raises(ValueError, match="was not evaluated"):

@@ -211,14 +211,14 @@ def test_checkpoints_of_earlier_versions(tmp_path, name):
     [
         (
             {"model.layers.0": {"intermediate_size": 64}},
-            "gives 'model.layers.0' 64 mlp; allowed are multiples of 1 up to 48",
+            "mlp of 'model.layers.0' must be a multiple of 1 up to 48, got 64",
         ),
         ({"model.layers.0": {"intermediate_size": 0}}, "gives 'model.layers.0' 0 mlp"),
         ({"model.layers.0": {"intermediate_size": "24"}}, "gives 'model.layers.0' '24' mlp"),
         ({"model.layers.0": {"intermediate_size": True}}, "gives 'model.layers.0' True mlp"),
         (
             {"model.layers.1": {"num_attention_heads": 3}},
-            "gives 'model.layers.1' 3 heads; allowed are multiples of 2 up to 4",
+            "heads of 'model.layers.1' must be a multiple of 2 up to 4, got 3",
         ),
         ({"model.layers.1": {"skip": ["norm"]}}, "says to skip 'norm' of 'model.layers.1', which cannot be skipped"),
         ({"model.layers.1": {"skip": "attention"}}, "describes 'model.layers.1' wrongly"),
@@ -631,5 +631,5 @@ def test_the_decode_step_of_blocks_of_different_sizes(width):
 def test_the_decode_step_is_refused_without_an_attention():
     settings = {"elastic_width": None, "elastic_depth": "1.attention", "target_modules": ["q_proj"]}
     small = adapted(tiny_llama(), **settings).extract_subnet("min", sparse_kernel=False)
-    with pytest.raises(ValueError, match="`model`: layer 1 is made of"):
+    with pytest.raises(ValueError, match="`model`: layer 1 must be made of"):
         optimize_generation(small)

@@ -370,7 +370,7 @@ def test_bad_spaces():
         ([8, 4], "list"),
         ({"rank:a": 8}, "no value for 'rank:b'"),
         ({"rank:a": 8, "rank:b": 32, "heads:a": 6, "rank:c": 1}, "unknown choices 'rank:c'"),
-        ({"rank:a": 7, "rank:b": 32, "heads:a": 6}, r"'rank:a' the value 7, allowed are \[8, 4, 2\]"),
+        ({"rank:a": 7, "rank:b": 32, "heads:a": 6}, r"`subnet\['rank:a'\]` must be one of \[8, 4, 2\], got 7"),
         ({"rank:a": 8.0, "rank:b": 32, "heads:a": 6}, "rank:a"),
         ({}, "no value for"),
     ],

@@ -38,11 +38,11 @@ from peft_elastic.quantization import QuantizedLinear, fit_grid
 
 
 BAD_CONFIGS = {
-    "bits": ({"quantization_aware": True, "bits": 3}, r"`bits` is 3; allowed are \[2, 4, 8\]"),
+    "bits": ({"quantization_aware": True, "bits": 3}, r"`bits` must be 2, 4 or 8, got 3"),
     "bits are no flag": ({"quantization_aware": True, "bits": True}, "`bits` is True"),
     "no group": ({"quantization_aware": True, "group_size": 0}, "`group_size` is 0"),
     "half a group": ({"quantization_aware": True, "group_size": 16.0}, "`group_size` is 16.0"),
-    "symmetric": ({"quantization_aware": True, "symmetric": 1}, "`symmetric` is 1"),
+    "symmetric": ({"quantization_aware": True, "symmetric": 1}, "`symmetric` must be True or False, got 1"),
     "clipping": (
         {"quantization_aware": True, "clipping": "max"},
         "`clipping` must be 'minmax' or 'mse', got 'max'",

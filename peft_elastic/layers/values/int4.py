@@ -141,10 +141,10 @@ def _verify(name: str, tensors: Tensors, sizes: Sizes) -> None:
     of_scales = torch.float16 if half else torch.float32
     scales = base.take(name, tensors, "weight_scales", of_scales, (out_features, groups))
     if not bool(torch.isfinite(scales).all()):
-        raise ValueError(f"{name}.weight_scales has entries that are infinite or NaN.")
+        raise ValueError(f"{name}.weight_scales must be finite, got infinite or NaN entries.")
     zeros = base.take(name, tensors, "weight_zeros", torch.uint8, (out_features, groups))
     if bool((zeros > 15).any()):
-        raise ValueError(f"{name}.weight_zeros has the value {int(zeros.max())}; allowed are 0 to 15.")
+        raise ValueError(f"{name}.weight_zeros must be 0 to 15, got {int(zeros.max())}.")
     if "weight_g_idx" in tensors:
         g_idx = base.take(name, tensors, "weight_g_idx", torch.int32, (in_features,))
         order_of_groups(f"{name}.weight_g_idx", g_idx, in_features, group_size)

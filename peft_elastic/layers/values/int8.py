@@ -39,9 +39,9 @@ def _verify(name: str, tensors: Tensors, sizes: Sizes) -> None:
     values = base.take(name, tensors, "weight_values", torch.int8, (sizes.nnz,))
     scales = base.take(name, tensors, "weight_scales", torch.float32, (sizes.out_features,))
     if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-        raise ValueError(f"{name}.weight_scales has entries that are negative, infinite or NaN.")
+        raise ValueError(f"{name}.weight_scales must be finite and >= 0, got negative, infinite or NaN entries.")
     if bool((values == -128).any()):
-        raise ValueError(f"{name}.weight_values has the value -128; allowed are -127 to 127.")
+        raise ValueError(f"{name}.weight_values must be -127 to 127, got -128.")
     base.check_bitmask(name, bitmask, sizes)
 
 
