@@ -243,16 +243,34 @@ class Grid(nn.Module):
             torch.eq(free, steps, out=self._cut(inside))
         return self._join(steps.mul_(scales))
 
+    def round_rows_(
+        self, matrix: torch.Tensor, rows: slice, with_inside: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`round_rows` of a matrix of float32 or float64 that may be overwritten, in as few operators as there can be; and,
+        `with_inside`, where it lay inside of the range (bool)."""
+        low, high, scales = self._ends(matrix.dtype, rows)
+        free = self._cut(matrix).div_(scales).round_()
+        if not with_inside:
+            return self._join(free.clamp_(low, high).mul_(scales)), None
+        steps = torch.clamp(free, low, high)
+        inside = torch.eq(free, steps)
+        return self._join(steps.mul_(scales)), self._join(inside)
+
     def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q - z of these rows before and after the clamp, and the scales; cut into groups where these are in order."""
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        scales, zeros = self.scales[rows].to(wide.dtype), self.zeros[rows].to(wide.dtype)
-        if self.in_order:
-            scales, zeros = scales[..., None], zeros[..., None]
-        else:
-            scales, zeros = scales[:, self.g_idx.long()], zeros[:, self.g_idx.long()]
+        low, high, scales = self._ends(wide.dtype, rows)
         free = (self._cut(wide) / scales).round_()
-        return free, torch.clamp(free, -zeros, 2**self.bits - 1 - zeros), scales
+        return free, torch.clamp(free, low, high), scales
+
+    def _ends(self, dtype: torch.dtype, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Between what q - z is clamped in these rows, and the scales in float16, which operators widen by themselves; for what
+        `_cut` returns."""
+        scales, low = self.scales[rows], self.zeros[rows].to(dtype).neg_()
+        high = low + (2**self.bits - 1)
+        if self.in_order:
+            return low[..., None], high[..., None], scales[..., None]
+        return low.index_select(1, self.g_idx), high.index_select(1, self.g_idx), scales.index_select(1, self.g_idx)
 
     def _cut(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.unflatten(1, (-1, self.group_size)) if self.in_order else matrix
