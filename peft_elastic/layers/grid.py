@@ -83,8 +83,11 @@ class Grid(nn.Module):
     zeros: torch.Tensor
     g_idx: torch.Tensor
     in_order: bool
-    # The last part that was taken, and which one it is.
-    _taken: tuple[Any, Grid] | None
+    # The last part that was taken, which one it is, and of which scales.
+    _taken: tuple[Any, torch.Tensor, Grid] | None
+    # `g_idx` on the CPU, as soon as somebody asks for it; and what `equals` has said last, of which versions of which tensors.
+    _host_g_idx: torch.Tensor | None
+    _compared: tuple[list[torch.Tensor], list[int], bool] | None
 
     def __init__(
         self,
@@ -112,12 +115,7 @@ class Grid(nn.Module):
         if bool(((zeros < 0) | (zeros > 2**bits - 1)).any()):  # 2**bits itself does not fit into uint8
             raise ValueError(f"`zeros` must be 0 to {2**bits - 1} with {bits} bits.")
         groups = scales.shape[1]
-        self.bits, self.in_features = bits, in_features
-        self.__dict__["_taken"] = None  # no submodule
-        self.group_size = -(-in_features // groups)
-        if g_idx is None:
-            g_idx = torch.arange(in_features, device=scales.device) // self.group_size
-        else:
+        if g_idx is not None:
             if g_idx.shape != (in_features,) or g_idx.is_floating_point():
                 raise ValueError(
                     f"`g_idx` is {g_idx.dtype} {tuple(g_idx.shape)}; it must be whole numbers ({in_features},)."
@@ -125,10 +123,27 @@ class Grid(nn.Module):
             if bool(((g_idx < 0) | (g_idx >= groups)).any()):
                 raise ValueError(f"`g_idx` must be 0 to {groups - 1}, as there are {groups} groups.")
             g_idx = g_idx.to(scales.device)
-        self.register_buffer("scales", half.contiguous(), persistent)
-        self.register_buffer("zeros", zeros.detach().to(torch.uint8).contiguous(), persistent)
-        self.register_buffer("g_idx", g_idx.to(torch.int32).contiguous(), persistent)
+        else:
+            g_idx = torch.arange(in_features, device=scales.device) // -(-in_features // groups)
+        self._fill(half, zeros.detach(), g_idx, in_features, bits, persistent)
         self._note_order()
+
+    def _fill(
+        self,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        g_idx: torch.Tensor,
+        in_features: int,
+        bits: int,
+        persistent: bool = False,
+    ) -> None:
+        """What `__init__` does with arguments that are right, but for `in_order`. It reads no value, for which a GPU would stop."""
+        self.bits, self.in_features = bits, in_features
+        self.__dict__.update(_taken=None, _host_g_idx=None, _compared=None)  # no submodule
+        self.group_size = -(-in_features // scales.shape[1])
+        self.register_buffer("scales", scales.contiguous(), persistent)
+        self.register_buffer("zeros", zeros.to(torch.uint8).contiguous(), persistent)
+        self.register_buffer("g_idx", g_idx.to(torch.int32).contiguous(), persistent)
 
     @classmethod
     def copy_of(cls, grid: Grid, persistent: bool = False) -> Grid:
@@ -147,19 +162,31 @@ class Grid(nn.Module):
         """The grid of a part of the layer, given as runs (start, stop) of its outputs and inputs; None for all."""
         if outputs is None and inputs is None:
             return self
-        key = outputs, inputs, self.scales.data_ptr()
-        if self._taken is None or self._taken[0] != key:  # asked for in every forward
-            scales, zeros, g_idx = self.scales, self.zeros, self.g_idx
+        taken = self._taken
+        # asked for in every forward, and with other runs in every step of a super-network of several widths
+        if taken is None or taken[0] != (outputs, inputs) or taken[1] is not self.scales:
+            scales, zeros, g_idx, host = self.scales, self.zeros, self.g_idx, self._on_host()
             if outputs is not None:
                 scales, zeros = (torch.cat([t[a:b] for a, b in outputs]) for t in (scales, zeros))
             if inputs is not None:
-                g_idx = torch.cat([g_idx[a:b] for a, b in inputs])
-                last = int(g_idx.max()) + 1
+                g_idx, host = (torch.cat([t[a:b] for a, b in inputs]) for t in (g_idx, host))
+                last = int(host.max()) + 1
                 scales, zeros = scales[:, :last], zeros[:, :last]
-            grid = Grid(scales, zeros, in_features=len(g_idx), bits=self.bits, g_idx=g_idx)
-            self.__dict__["_taken"] = key, grid
-        taken: tuple[Any, Grid] = self.__dict__["_taken"]
-        return taken[1]
+            grid = Grid.__new__(Grid)
+            nn.Module.__init__(grid)
+            grid._fill(scales, zeros, g_idx, len(host), self.bits)
+            grid.in_order = grid._is_in_order(host)
+            grid.__dict__["_host_g_idx"] = host
+            taken = (outputs, inputs), self.scales, grid
+            self.__dict__["_taken"] = taken
+        return taken[2]
+
+    def _on_host(self) -> torch.Tensor:
+        """`g_idx` on the CPU. A GPU is waited for once."""
+        if self._host_g_idx is None:
+            self.__dict__["_host_g_idx"] = self.g_idx.cpu()
+        host: torch.Tensor = self.__dict__["_host_g_idx"]
+        return host
 
     def permute(self, side: str, index: torch.Tensor) -> None:
         """Put the outputs (`side` "out") or the inputs ("in") into another order: number i becomes what `index[i]` was."""
@@ -172,10 +199,13 @@ class Grid(nn.Module):
 
     def _note_order(self) -> None:
         """Whether the groups follow each other and are equal; all is faster then."""
-        g_idx = self.g_idx
-        if not g_idx.is_meta:
-            in_order = torch.arange(self.in_features, device=g_idx.device) // self.group_size
-            self.in_order = torch.equal(g_idx.long(), in_order) and self.in_features % self.group_size == 0
+        self.__dict__.update(_taken=None, _host_g_idx=None)
+        if not self.g_idx.is_meta:
+            self.in_order = self._is_in_order(self.g_idx)
+
+    def _is_in_order(self, g_idx: torch.Tensor) -> bool:
+        in_order = torch.arange(self.in_features, device=g_idx.device) // self.group_size
+        return self.in_features % self.group_size == 0 and torch.equal(g_idx.long(), in_order)
 
     # Other indices come with the weights of an adapter.
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -188,11 +218,21 @@ class Grid(nn.Module):
             self._note_order()
 
     def equals(self, other: Grid) -> bool:
-        """Whether both round every weight to the same values."""
-        return (self.bits, self.in_features) == (other.bits, other.in_features) and all(
-            a.shape == b.shape and torch.equal(a, b.to(a.device))
-            for a, b in ((self.scales, other.scales), (self.zeros, other.zeros), (self.g_idx, other.g_idx))
-        )
+        """Whether both round every weight to the same values. Asked for in every forward where several adapters are active, so that a
+        GPU is waited for only after one of them has changed."""
+        if (self.bits, self.in_features) != (other.bits, other.in_features):
+            return False
+        pairs = (self.scales, other.scales), (self.zeros, other.zeros), (self.g_idx, other.g_idx)
+        tensors = [tensor for pair in pairs for tensor in pair]
+        # tensors of inference mode count no versions
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+        before = self._compared
+        if before is not None and -1 not in versions and before[1] == versions:
+            if all(a is b for a, b in zip(before[0], tensors)):
+                return before[2]
+        answer = all(a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in pairs)
+        self.__dict__["_compared"] = tensors, versions, answer
+        return answer
 
     @property
     def out_features(self) -> int:
@@ -241,16 +281,34 @@ class Grid(nn.Module):
             torch.eq(free, steps, out=self._cut(inside))
         return self._join(steps.mul_(scales))
 
+    def round_rows_(
+        self, matrix: torch.Tensor, rows: slice, with_inside: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`round_rows` of a matrix of float32 or float64 that may be overwritten, in as few operators as there can be; and,
+        `with_inside`, where it lay inside of the range (bool)."""
+        low, high, scales = self._ends(matrix.dtype, rows)
+        free = self._cut(matrix).div_(scales).round_()
+        if not with_inside:
+            return self._join(free.clamp_(low, high).mul_(scales)), None
+        steps = torch.clamp(free, low, high)
+        inside = torch.eq(free, steps)
+        return self._join(steps.mul_(scales)), self._join(inside)
+
     def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q - z of these rows before and after the clamp, and the scales; cut into groups where these are in order."""
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        scales, zeros = self.scales[rows].to(wide.dtype), self.zeros[rows].to(wide.dtype)
-        if self.in_order:
-            scales, zeros = scales[..., None], zeros[..., None]
-        else:
-            scales, zeros = scales[:, self.g_idx.long()], zeros[:, self.g_idx.long()]
+        low, high, scales = self._ends(wide.dtype, rows)
         free = (self._cut(wide) / scales).round_()
-        return free, torch.clamp(free, -zeros, 2**self.bits - 1 - zeros), scales
+        return free, torch.clamp(free, low, high), scales
+
+    def _ends(self, dtype: torch.dtype, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Between what q - z is clamped in these rows, and the scales in float16, which operators widen by themselves; for what
+        `_cut` returns."""
+        scales, low = self.scales[rows], self.zeros[rows].to(dtype).neg_()
+        high = low + (2**self.bits - 1)
+        if self.in_order:
+            return low[..., None], high[..., None], scales[..., None]
+        return low.index_select(1, self.g_idx), high.index_select(1, self.g_idx), scales.index_select(1, self.g_idx)
 
     def _cut(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.unflatten(1, (-1, self.group_size)) if self.in_order else matrix

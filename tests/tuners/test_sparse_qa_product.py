@@ -22,6 +22,7 @@ from torch import nn
 
 from peft_elastic.layers import extension
 from peft_elastic.quantization import Grid, fit_grid
+from peft_elastic.tuners.sparse_qa_lora import devices
 from peft_elastic.tuners.sparse_qa_lora import effective_weight as module
 from peft_elastic.tuners.sparse_qa_lora.effective_weight import effective_linear, effective_weight
 
@@ -102,12 +103,22 @@ def assert_all_close(found, expected, **tolerance):
         torch.testing.assert_close(a, b, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.fixture(params=[None, 5], ids=["one panel", "panels"])
-def panels(request, monkeypatch):
-    """Many small panels of small blocks: 16 rows are the least."""
-    if request.param:
-        monkeypatch.setattr(module, "_PANEL_ELEMENTS", request.param)
-        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", request.param)
+@pytest.fixture
+def panel_memory():
+    """Sets the megabytes of a layer, and puts back what was."""
+    before = devices.set_panel_memory(None)
+    yield devices.set_panel_memory
+    devices.set_panel_memory(before)
+
+
+@pytest.fixture(params=["one panel", "panels", "at once", "panels at once"])
+def panels(request, monkeypatch, panel_memory):
+    """As on a CPU and as on a GPU; and with many small panels (of small blocks): 16 rows are the least."""
+    if request.param == "panels":
+        monkeypatch.setattr(devices, "CPU_PANEL_ELEMENTS", 5)
+        monkeypatch.setattr(devices, "CPU_BLOCK_ELEMENTS", 5)
+    elif request.param != "one panel":
+        panel_memory(1000 if request.param == "at once" else 1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
@@ -217,12 +228,14 @@ def test_lower_precisions_are_close_to_float64(dtype, grid, panels):
         assert (a.double() - b).norm() <= 2 * tolerance * b.norm()
 
 
-def test_many_panels_do_not_add_up_rounding_errors(monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_many_panels_do_not_add_up_rounding_errors(monkeypatch, panel_memory, at_once):
     """The gradient of the inputs is a sum over panels."""
     x, weight, bias, lora_B, lora_A, _ = problem((1024, 64), dtype=torch.bfloat16, batch=(32,))
     errors = []
     for elements in (2**21, 1):
-        monkeypatch.setattr(module, "_PANEL_ELEMENTS", elements)
+        monkeypatch.setattr(devices, "CPU_PANEL_ELEMENTS", elements)
+        panel_memory(elements * 16 / 2**20 if at_once else None)
         output = effective_linear(x, weight, bias, lora_B, lora_A, True, None)
         grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
         (found,) = torch.autograd.grad(output, x, grad_output.bfloat16())
@@ -255,9 +268,11 @@ def both_ways(monkeypatch, weight, lora_B, lora_A, masked, grid, minus):
             update = module._Update(weight, lora_B, lora_A, masked, grid, minus)
             assert update._has_kernel() == kernel
             with torch.no_grad():
-                slopes = torch.full(weight.shape, 7.0)
                 rows = slice(0, weight.shape[0])
-                results.append((update.rows(rows, slopes).clone(), slopes, update.rows(rows).clone()))
+                panel, slopes = (None if t is None else t.clone() for t in update.panel(rows, torch.float32, True))
+                if slopes is None:  # the mask is all there is to it
+                    slopes = update.gradient(torch.ones_like(panel), rows, None)
+                results.append((panel, slopes, update.panel(rows, torch.float32)[0]))
     return results
 
 

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from peft_elastic import SubnetSamplingCallback
-from peft_elastic.tuners.sparse_qa_lora import effective_weight
+from peft_elastic.tuners.sparse_qa_lora import devices
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -193,7 +193,7 @@ def test_one_graph_for_each_subnet(kind):
 )
 def test_compiled_models_keep_no_weights(kind, hook, monkeypatch):
     """A compiler that sees both passes would keep what both of them make. And it must not unroll the loop over panels."""
-    monkeypatch.setattr(effective_weight, "_PANEL_ELEMENTS", 100)
+    monkeypatch.setattr(devices, "CPU_PANEL_ELEMENTS", 100)
     torch._dynamo.reset()
     model = adapted(pruned(nn.Sequential(nn.Linear(64, 48))), target_modules=["0"], **KINDS[kind])
     if hook:

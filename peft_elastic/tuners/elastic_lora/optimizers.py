@@ -57,13 +57,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         for group in optimizer.param_groups
         for index, parameter in enumerate(group["params"])
     }
-    for path, a, b, mixed in _factors():
-        if id(b) not in entries:
-            continue
+    factors = [found for found in _factors() if id(found[2]) in entries]
+    for _, _, b, _ in factors:
         if name == _LORA_FA and b.grad is None:
             b.grad = torch.zeros_like(b)  # in a block that was skipped, which that optimizer does not know
-        inactive = _untouched(a, b)
-        if not inactive.any():
+    untouched = [_untouched(a, b) for _, a, b, _ in factors]
+    # read all at once: each time a GPU would be waited for
+    some = torch.stack([each.any().to(untouched[0].device) for each in untouched]).tolist() if untouched else []
+    for (path, a, b, mixed), inactive, is_some in zip(factors, untouched, some):
+        if not is_some:
             continue
         if mixed or name == _RIEMANNIAN:
             raise ValueError(

@@ -20,12 +20,15 @@ The effective weight is
 
 with the update D = B A (the scaling is in B) and the mask M = (W != 0), or one everywhere. Autograd would keep several
 tensors of the size of W for the backward pass of each layer. Here the backward pass makes E again, and both passes work on
-some rows of W at a time, so that no more than these exist at any moment.
+some rows of W at a time, so that no more than these exist at any moment. How many they are is a matter of the device (devices.py).
+
+E is made by C++ or by torch on the CPU, by Triton or by torch elsewhere, and by torch wherever it must see each operator (torch.compile,
+modes of dispatch). Nothing here reads a value on the host: a GPU is never waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -34,12 +37,9 @@ import torch.utils.checkpoint
 from ...layers import extension
 from ...layers.addresses import address, is_plain, is_watched
 from ...layers.grid import Grid
+from . import devices
 
 
-# Of W at a time: for a product, which is efficient with a few hundred rows, and for what goes over a panel element by
-# element, several times, which is faster in the cache.
-_PANEL_ELEMENTS = 2**21
-_BLOCK_ELEMENTS = 2**16
 _KERNEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # to what C++ calls them
 
 
@@ -57,8 +57,8 @@ def effective_weight(
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         update = _Update(weight, lora_B, lora_A, masked, grid, None)
         result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        for rows in _slices(weight, _PANEL_ELEMENTS):
-            panel = update.rows(rows)
+        for rows in update.slices():
+            panel, _ = update.panel(rows, update.dtype)
             result[rows] = panel
             if (
                 grid is not None
@@ -131,13 +131,14 @@ class _EffectiveLinear(torch.autograd.Function):
                 weight = read()  # type: ignore[misc]
             inputs = x.reshape(-1, x.shape[-1]).to(dtype)
             update = _Update(weight, lora_B, lora_A, *ctx.options)
-            if torch.compiler.is_compiling():  # which knows no slices as `out`
-                panel = update.rows(slice(0, weight.shape[0])).to(dtype)
+            slices = update.slices()
+            if len(slices) == 1:
+                panel, _ = update.panel(slices[0], dtype)
                 output = torch.nn.functional.linear(inputs, panel, None if bias is None else bias.to(dtype))
                 return output.view(*x.shape[:-1], weight.shape[0])
             output = inputs.new_empty(inputs.shape[0], weight.shape[0])
-            for rows in _slices(weight, _PANEL_ELEMENTS):
-                panel = update.rows(rows).to(dtype)
+            for rows in slices:
+                panel, _ = update.panel(rows, dtype)
                 if bias is None:
                     torch.mm(inputs, panel.T, out=output[:, rows])
                 else:
@@ -156,31 +157,35 @@ class _EffectiveLinear(torch.autograd.Function):
             inputs = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
             grad = grad_output.reshape(-1, grad_output.shape[-1]).to(ctx.dtype)
             update = _Update(weight, lora_B, lora_A, *ctx.options)
-            if needs_x:
-                # the sum over the panels is not to be rounded to bfloat16 after each
-                grad_x = torch.zeros_like(inputs, dtype=torch.promote_types(ctx.dtype, update.dtype))
-            if needs_B:
-                grad_B = torch.empty_like(lora_B, dtype=update.dtype)
-            if needs_A:
-                grad_A = torch.zeros_like(lora_A, dtype=update.dtype)
             needs_factors = needs_A or needs_B
-            for rows in _slices(weight, _PANEL_ELEMENTS):
-                slopes = update.slopes(rows) if needs_factors and update.grid is not None else None
-                panel = update.rows(rows, slopes)
-                part = grad[:, rows]
-                if grad_x is not None:
-                    if grad_x.dtype == panel.dtype == ctx.dtype:
-                        torch.addmm(grad_x, part, panel, beta=int(rows.start > 0), out=grad_x)
+            slices = update.slices()
+            for rows in slices:
+                panel, slopes = update.panel(rows, ctx.dtype, needs_factors)
+                part = grad if len(slices) == 1 else grad[:, rows]
+                if needs_x:
+                    if len(slices) == 1:
+                        grad_x = torch.mm(part, panel)
+                    elif ctx.dtype == update.dtype:
+                        grad_x = torch.mm(part, panel) if grad_x is None else grad_x.addmm_(part, panel)
                     else:
-                        grad_x.add_(part @ panel.to(ctx.dtype))
-                if needs_factors:
-                    # the gradient of these rows of the weight: formed, masked and contracted at once, in the space of the panel
-                    free = panel if panel.dtype == ctx.dtype and not torch.compiler.is_compiling() else None
-                    grad_panel = update.gradient(torch.mm(part.T, inputs, out=free), rows, slopes)
-                    if grad_B is not None:
-                        torch.mm(grad_panel, update.lora_A.T, out=grad_B[rows])
-                    if grad_A is not None:
-                        grad_A.addmm_(update.lora_B[rows].T, grad_panel)
+                        # the sum over the panels is not to be rounded to bfloat16 after each
+                        summand = torch.mm(part, panel)
+                        wide = torch.promote_types(ctx.dtype, update.dtype)
+                        grad_x = summand.to(wide) if grad_x is None else grad_x.add_(summand)
+                if not needs_factors:
+                    continue
+                # the gradient of these rows of the weight: formed, masked and contracted at once, in the space of the panel
+                free = None if torch.compiler.is_compiling() else panel
+                grad_panel = update.gradient(torch.mm(part.T, inputs, out=free), rows, slopes)
+                if needs_B and len(slices) == 1:
+                    grad_B = torch.mm(grad_panel, update.lora_A.T)
+                elif needs_B:
+                    if grad_B is None:
+                        grad_B = torch.empty_like(lora_B, dtype=update.dtype)
+                    torch.mm(grad_panel, update.lora_A.T, out=grad_B[rows])
+                if needs_A:
+                    factor = update.lora_B[rows].T
+                    grad_A = torch.mm(factor, grad_panel) if grad_A is None else grad_A.addmm_(factor, grad_panel)
             if needs_bias:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
             if grad_x is not None:
@@ -192,13 +197,11 @@ class _EffectiveLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_B, grad_A, None, None, None, None, None
 
 
-def _slices(matrix: torch.Tensor, elements: int) -> Iterator[slice]:
-    """The rows of a matrix, so many elements at a time."""
+def _slices(matrix: torch.Tensor, elements: int) -> list[slice]:
+    """The rows of a matrix, so many elements at a time, at least 16 rows."""
     count, length = matrix.shape
-    if torch.compiler.is_compiling():
-        return iter((slice(0, count),))  # a loop would be unrolled; the compiler makes blocks of its own
     step = max(16, elements // max(1, length))
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    return [slice(start, min(start + step, count)) for start in range(0, max(1, count), step)]
 
 
 class _Update:
@@ -213,51 +216,125 @@ class _Update:
         grid: Optional[Grid],
         minus: Grid | str | None,
     ) -> None:
-        self.dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+        # `torch.promote_types` is an operator
+        self.dtype = torch.float64 if torch.float64 in (weight.dtype, lora_A.dtype) else torch.float32
         self.weight, self.lora_B, self.lora_A = weight, lora_B.to(self.dtype), lora_A.to(self.dtype)
         self.masked, self.grid, self.minus = masked, grid, minus
-        self._panel: Optional[torch.Tensor] = None
-        self._slopes: Optional[torch.Tensor] = None
+        # the compiler makes blocks of its own, and would unroll a loop
+        self._compiling = torch.compiler.is_compiling()
+        self._in_cache = not self._compiling and devices.works_in_cache(weight.device)
+        self._spaces: dict[str, torch.Tensor] = {}
 
-    def slopes(self, rows: slice) -> torch.Tensor:
-        """Space for the slopes of these rows, the same for all."""
-        self._slopes = self._space(self._slopes, rows)
-        return self._slopes[: rows.stop - rows.start]
+    def slices(self) -> list[slice]:
+        """The rows that are made at a time, all together once."""
+        if self._compiling:
+            return [slice(0, self.weight.shape[0])]
+        return _slices(self.weight, devices.panel_elements(self.weight.device, self.dtype))
 
-    def _space(self, space: Optional[torch.Tensor], rows: slice) -> torch.Tensor:
-        # Memory from the system costs as much as going over it several times.
-        if space is not None:
-            return space
-        return self.weight.new_empty((rows.stop - rows.start, self.weight.shape[1]), dtype=self.dtype)
-
-    def rows(self, rows: slice, slopes: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """These rows, (len(rows), in). `slopes`, of that shape, is filled with 1 where they follow the update and with 0
-        where they are constant."""
-        if torch.compiler.is_compiling():
-            panel = self.lora_B[rows] @ self.lora_A
+    def panel(
+        self, rows: slice, dtype: torch.dtype, with_slopes: bool = False
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """These rows, (len(rows), in), in `dtype`, and, `with_slopes`, what `gradient` wants to know of them. Both may be overwritten,
+        and are with the next call."""
+        if self._in_cache:
+            return self._panel_in_cache(rows, dtype, with_slopes)
+        panel = torch.mm(self.lora_B[rows], self.lora_A)
+        weight, minus = self.weight[rows], isinstance(self.minus, Grid)
+        slopes: Optional[torch.Tensor] = None
+        done = None
+        if self._by_triton():
+            with_slopes = with_slopes and self.grid is not None
+            subtract = self.minus == "weight" and self._adds
+            made = self.dtype if minus else dtype
+            options = self.masked, self._adds, self.grid, rows, subtract, made, with_slopes
+            done = devices.by_triton(lambda triton: triton.fill(panel, weight, *options))
+        if done is not None:
+            panel, slopes = done
         else:
-            self._panel = self._space(self._panel, rows)
-            panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._panel[: rows.stop - rows.start])
+            panel, slopes = self._fill_at_once(panel, weight, rows, with_slopes)
+        if minus:
+            rounded, _ = self.minus.round_rows_(weight.to(self.dtype, copy=True), rows, False)  # type: ignore[union-attr]
+            panel.sub_(rounded)
+        if panel.dtype != dtype and not self._compiling:
+            self._spaces["gradient"] = panel
+        return panel.to(dtype), slopes
+
+    def gradient(self, gradient: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> torch.Tensor:
+        """The gradient with respect to these rows of the update, given that with respect to what `panel` returned with these
+        `slopes`; both are changed. Without a grid the mask is all there is to it."""
+        if self._in_cache:
+            gradient = gradient.to(self.dtype)
+            if slopes is not None:
+                return slopes.mul_(gradient)
+            if self.masked:
+                self._go_over(gradient, rows, None, adds=False, grid=None)
+            return gradient
+        if slopes is None and not self.masked:
+            return gradient.to(self.dtype)
+        space = self._spaces.pop("gradient", None)
+        if self._by_triton():
+            mask = self.weight[rows] if slopes is None else slopes
+            done = devices.by_triton(lambda triton: triton.mask_gradient(gradient, mask, space))
+            if done is not None:
+                return done
+        if slopes is None:
+            slopes = self.weight[rows] != 0
+        elif slopes.dtype != torch.bool:  # Triton made them
+            slopes = slopes.bool()
+        if space is not None:
+            return torch.mul(gradient, slopes, out=space)
+        return gradient.mul_(slopes).to(self.dtype)
+
+    @property
+    def _adds(self) -> bool:
+        return self.grid is not None or self.minus != "weight"
+
+    def _by_triton(self) -> bool:
+        return (
+            self.dtype == torch.float32 and devices.triton_is_for(self.weight) and devices.triton_is_for(self.lora_A)
+        )
+
+    # -- at once, where an operator costs more than memory does --------------------------------------------------------
+
+    def _fill_at_once(
+        self, panel: torch.Tensor, weight: torch.Tensor, rows: slice, with_slopes: bool
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """What the inputs are multiplied with, but for `minus` a grid, of the update, which is overwritten; and the slopes, bool."""
+        slopes: Optional[torch.Tensor] = None
+        if self.masked:
+            mask = weight != 0
+            panel.mul_(mask)
+            slopes = mask if with_slopes else None
+        if self._adds:
+            panel.add_(weight)
+        if self.grid is not None:
+            # the gradient passes straight through the rounding, and not where the clamp is constant
+            panel, inside = self.grid.round_rows_(panel, rows, with_slopes)
+            slopes = inside if slopes is None or inside is None else slopes.logical_and_(inside)
+        if self.minus == "weight" and self._adds:
+            panel.sub_(weight)
+        return panel, slopes
+
+    # -- on the CPU, in its cache ----------------------------------------------------------------------------------------
+
+    def _panel_in_cache(
+        self, rows: slice, dtype: torch.dtype, with_slopes: bool
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        slopes = self._space("slopes", rows) if with_slopes and self.grid is not None else None
+        panel = torch.mm(self.lora_B[rows], self.lora_A, out=self._space("panel", rows))
         self._go_over(panel, rows, slopes, self._adds, self.grid)
         if isinstance(self.minus, Grid):
             panel.sub_(self.minus.round_rows(self.weight[rows].to(self.dtype), rows))
         elif self.minus == "weight" and self._adds:
             panel.sub_(self.weight[rows])
-        return panel
+        return panel.to(dtype), slopes
 
-    def gradient(self, gradient: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor]) -> torch.Tensor:
-        """The gradient with respect to these rows of the update, given that with respect to what `rows` returned with these
-        `slopes`; both are changed. Without a grid the mask is all there is to it, and slopes are not needed."""
-        gradient = gradient.to(self.dtype)
-        if slopes is not None:
-            return slopes.mul_(gradient)
-        if self.masked:
-            self._go_over(gradient, rows, None, adds=False, grid=None)
-        return gradient
-
-    @property
-    def _adds(self) -> bool:
-        return self.grid is not None or self.minus != "weight"
+    def _space(self, name: str, rows: slice) -> torch.Tensor:
+        """Space for these rows, the same for all: memory from the system costs as much as going over it several times."""
+        count = rows.stop - rows.start
+        if name not in self._spaces:
+            self._spaces[name] = self.weight.new_empty((count, self.weight.shape[1]), dtype=self.dtype)
+        return self._spaces[name][:count]
 
     def _go_over(
         self, panel: torch.Tensor, rows: slice, slopes: Optional[torch.Tensor], adds: bool, grid: Optional[Grid]
@@ -266,7 +343,7 @@ class _Update:
         if self._has_kernel():
             self._fill_by_kernel(panel, rows, slopes, adds, grid)
             return
-        for part in _slices(panel, _BLOCK_ELEMENTS):
+        for part in _slices(panel, devices.CPU_BLOCK_ELEMENTS):
             here = slice(rows.start + part.start, rows.start + part.stop)
             self._fill(panel[part], here, None if slopes is None else slopes[part], adds, grid)
 
@@ -282,7 +359,6 @@ class _Update:
         if adds:
             block.add_(weight)
         if grid is not None:
-            # the gradient passes straight through the rounding, and not where the clamp is constant
             inside = None if slopes is None else torch.empty_like(slopes)
             block.copy_(grid.round_rows(block, rows, inside))
             if slopes is not None and inside is not None:

@@ -26,7 +26,7 @@ from torch import nn
 from ...common.parameters import check_parameters
 from ...layers.backends import BACKENDS, Backend, OldWeight, backend_of, find_linear_backend
 from ...layers.grid import Grid, check_group_size, fit_grid
-from ...layers.narrowed import active_ranges
+from ...layers.narrowed import Narrowed, active_ranges, stored_tensor
 from ...layers.quantized_linear import QuantizedLinear
 from .config import SparseQALoraConfig
 from .effective_weight import effective_linear, effective_weight
@@ -100,7 +100,8 @@ class SparseLoraLinear(lora.Linear):
             return False
         if not computes_plainly(self.base_layer):
             return False
-        weight = getattr(self.base_layer, "weight", None)
+        narrowed = isinstance(self.base_layer, Narrowed)  # whose attribute may be a copy of what is active
+        weight = stored_tensor(self.base_layer, "weight") if narrowed else getattr(self.base_layer, "weight", None)
         if weight is not None and weight.requires_grad:
             return False  # its gradient comes from the base layer
         masked, grid = self.kind(names)
