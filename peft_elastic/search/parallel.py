@@ -99,7 +99,7 @@ class Parallel:
             )
         if isinstance(worker_model, (str, os.PathLike)):
             worker_model = worker.SavedModel(os.fspath(worker_model))
-        if not callable(worker_model):
+        if not callable(worker_model) or isinstance(worker_model, torch.nn.Module):
             raise wrong(
                 "worker_model",
                 "a function without arguments that makes a copy of `model`, or the folder of a saved adapter, for with `executor` "
@@ -279,7 +279,7 @@ class Workers:
         if task.is_doubtful or any(other.is_doubtful for other in under_way.values()):
             return not under_way
         # the next ones wait at the workers, but no more than these: what waits there is lost with them
-        number = getattr(self._executor, "_max_workers", None)
+        number: Any = getattr(self._executor, "_max_workers", None)
         return len(under_way) < (2 * number if is_whole(number) else _AT_ONCE)
 
     def _submit(self, task: _Task) -> Future | None:
@@ -431,9 +431,10 @@ def on_ranks(
     for failed, _ in started:
         if failed is not None:
             raise unpack_error(failed)
-    assert mine is not None and identity is not None
-    for number, (_, other) in enumerate(started):
-        difference = started[0][1].difference(other)
+    assert mine is not None
+    identities = [found for _, found in started if found is not None]
+    for number, other in enumerate(identities):
+        difference = identities[0].difference(other)
         if difference:
             raise ValueError(
                 f"`executor='ranks'`: rank {number} has another model than rank 0, whose is `model`: {difference}."
@@ -453,7 +454,8 @@ def on_ranks(
 
 def _serve(meter: Meter) -> Any:
     while True:
-        order, content = ranks.share(None)
+        said: tuple[str, Any] = ranks.share(None)
+        order, content = said
         if order == _MEASURE:
             ranks.gather(_answer(meter, *content))
             continue

@@ -154,7 +154,7 @@ def search_subnet(
             evaluation done again. An exception of `evaluate` in a worker is raised here, with the worker's traceback.
     """
     parallel = Parallel.checked(executor, worker_model, devices, worker_threads)
-    arguments = {
+    arguments: dict[str, Any] = {
         "evaluate": evaluate,
         "held_out": held_out,
         "objectives": objectives,
@@ -295,10 +295,10 @@ def _recall_or_measure(
 ) -> Generator[Values, None, None]:
     """The values of these evaluations, in their order. What is measured is on file as soon as it is known, in whatever order."""
     known: dict[int, Values] = {}
-    for evaluation in evaluations if file is not None else ():
-        values = file.recall(evaluation)
-        if values is not None:
-            known[evaluation.index] = values
+    for evaluation in evaluations:
+        recalled = None if file is None else file.recall(evaluation)
+        if recalled is not None:
+            known[evaluation.index] = recalled
     missing = [evaluation for evaluation in evaluations if evaluation.index not in known]
     with closing(crew.measure(what, missing)) as measured:
         for evaluation in evaluations:
