@@ -16,10 +16,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft_elastic import LatencyModel, SearchResult, search_subnet
+from peft_elastic.common import ranks
 from peft_elastic.common.checks import wrong
 from peft_elastic.cost.counts import COSTS
 from peft_elastic.cost.latency import KERNELS, MODES
@@ -35,13 +39,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help=summary(__doc__),
         description="Evaluate subnets of a trained super-adapter on validation data, guided by NSGA-II towards those that\n"
         "are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
-        "Interrupted, or asked for more evaluations, the same command continues where it stopped.",
+        "Interrupted, or asked for more evaluations, the same command continues where it stopped.\n"
+        "Under torchrun or `accelerate launch` each process evaluates a share, with a copy of the model of its own.",
         epilog="examples:\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --evals 40 --out search\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --metric accuracy --max-drop 0.01 \\\n"
         "      --out search --select     the smallest subnet within a point of the largest; active from now on\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost parameters --budget 97% --out search\n"
-        "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost latency --max-latency 60% --out search",
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost latency --max-latency 60% --out search\n"
+        "  peft-elastic search --adapter adapter --dataset validation.jsonl --workers 4 --out search     in four processes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
@@ -111,6 +117,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with the layers that `merge --sparse` would swap, all that can be or those that pay (default: %(default)s)",
     )
     search.add_argument("--batch-size", type=positive_int, default=16, help="default: %(default)s")
+    search.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="evaluate in so many processes of this machine, each with a copy of the model, on a GPU of its own if there are several; "
+        "the result is the same (default: in this one)",
+    )
+    search.add_argument(
+        "--worker-threads",
+        type=positive_int,
+        metavar="N",
+        help="threads of each of them on a CPU, on which the last bits of a loss may depend (default: 1)",
+    )
 
     choice = parser.add_argument_group("choice of the subnet")
     choice.add_argument(
@@ -137,12 +156,20 @@ def run(args: argparse.Namespace) -> int:
     constraints = {name: bound for name, bound in bounds.items() if bound is not None}
     points = _parse_points(args)
     workload = parse_workload(args.latency_of)
+    if args.worker_threads is not None and args.workers is None:
+        raise ValueError("`--worker-threads` goes with `--workers`.")
+    if args.workers is not None and ranks.world_size() > 1:
+        raise ValueError(
+            "`--workers` is for a single process; under a launcher each process evaluates a share already."
+        )
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
     base = _common.base_model_name(args.model, args.adapter)
+    ranks.join(args.device)
     examples = _data.read_examples(args, args.samples)
     tokenizer = _common.load_tokenizer(base)
-    model = _common.load_adapter(_common.load_causal_lm(base, args.dtype, args.device), args.adapter)
+    load = _Load(base, args.adapter, args.dtype, args.device)
+    model = load()
     evaluate: Any
     if examples[0].choices:
         evaluate = _evaluation.ChoiceEvaluator(examples, tokenizer, args.batch_size)
@@ -152,12 +179,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "`--metric accuracy` needs labels of a few kinds, or a column 'choices'; this data has neither."
         )
-    print(f"{len(examples)} validation examples; {model.search_space}")
+    if ranks.is_main():
+        print(f"{len(examples)} validation examples; {model.search_space}")
     latency = None
     if args.cost == "latency" or "latency" in constraints:
-        print(f"Measuring latencies of {args.latency_of} tokens ({args.latency_mode}) on this machine.")
-        inputs = {"input_ids": workload}
-        latency = LatencyModel(model, inputs, mode=args.latency_mode, kernel=args.latency_kernel)
+        if ranks.is_main():  # the others would disturb it
+            print(f"Measuring latencies of {args.latency_of} tokens ({args.latency_mode}) on this machine.")
+            inputs = {"input_ids": workload}
+            latency = LatencyModel(model, inputs, mode=args.latency_mode, kernel=args.latency_kernel)
+        latency = ranks.share(latency)
     result = search_subnet(
         model,
         evaluate,
@@ -171,7 +201,45 @@ def run(args: argparse.Namespace) -> int:
         latency=latency,
         constraints=constraints or None,
         reference_points=points,
+        **_parallel(args, load),
     )
+    if ranks.is_main():
+        _write(args, model, base, result, budget)
+    ranks.leave()
+    return 0
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Loads the model, in a worker as here."""
+
+    base: str
+    adapter: str
+    dtype: str
+    device: str | None
+
+    def __call__(self) -> Any:
+        return _common.load_adapter(_common.load_causal_lm(self.base, self.dtype, self.device), self.adapter)
+
+
+def _parallel(args: argparse.Namespace, load: _Load) -> dict[str, Any]:
+    """Say who evaluates, in the words of `search_subnet`."""
+    if ranks.world_size() > 1:
+        return {"executor": "ranks"}
+    if args.workers is None:
+        return {}
+    devices = None
+    if args.device is None and torch.cuda.device_count() > 1:
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return {
+        "executor": args.workers,
+        "worker_model": load,
+        "devices": devices,
+        "worker_threads": args.worker_threads,
+    }
+
+
+def _write(args: argparse.Namespace, model: Any, base: str, result: SearchResult, budget: float | str | None) -> None:
     result.plot(args.out / "pareto.png")
     print(describe(result))
     chosen = result.best(max_drop=args.max_drop, budget=budget)
@@ -186,7 +254,6 @@ def run(args: argparse.Namespace) -> int:
         written.append((args.adapter, "the adapter, in which it is now active"))
     merge = ["peft-elastic", "merge", "--model", base, "--adapter", args.adapter, "--out", "merged"]
     _common.say_written(written, merge if args.select else [*merge, "--subnet", args.out / "subnet.json"])
-    return 0
 
 
 def _parse_bound(option: str, text: str | None) -> float | str | None:

@@ -27,6 +27,7 @@ from .evaluators import (
     MultipleChoiceEvaluator,
     PerplexityEvaluator,
 )
+from .ray_executor import RayExecutor
 from .result import Evaluation, SearchResult, hypervolume_of
 from .search import search_subnet
 
@@ -44,6 +45,7 @@ __all__ = [
     "MetricEvaluator",
     "MultipleChoiceEvaluator",
     "PerplexityEvaluator",
+    "RayExecutor",
     "SearchResult",
     "estimate_effects",
     "hypervolume_of",

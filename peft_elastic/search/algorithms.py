@@ -32,7 +32,13 @@ from .proposals import Indices, reference_subnets, unseen
 
 
 class SearchAlgorithm(Protocol):
-    """What `search_subnet` needs of an algorithm."""
+    """What `search_subnet` needs of an algorithm.
+
+    Attributes:
+        learns (`bool`): whether what it is told changes what it proposes.
+    """
+
+    learns: bool
 
     def __init__(
         self,
@@ -55,6 +61,8 @@ class SearchAlgorithm(Protocol):
 class RandomSearch:
     """Different subnets, drawn uniformly. A draw that violates a constraint is lowered, one random choice after the other
     by one option, until it keeps it: near a tight bound uniform draws would hardly ever do."""
+
+    learns = False
 
     def __init__(
         self,
@@ -84,6 +92,8 @@ class RandomSearch:
 class ExhaustiveSearch:
     """Every subnet of the space that keeps the constraints."""
 
+    learns = False
+
     def __init__(
         self,
         space: SearchSpace,
@@ -112,6 +122,8 @@ class NSGA2Search:
     mutated at all), random newcomers fill the generation. Offspring that violate a constraint are lowered like the draws of
     `RandomSearch`; pymoo's constraint handling sorts out the reference subnets that do.
     """
+
+    learns = True
 
     def __init__(
         self,

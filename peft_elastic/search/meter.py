@@ -15,7 +15,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,8 +31,95 @@ from .objectives import Evaluate, Objective, read_values
 from .result import Evaluation
 
 
+METRICS, HELD_OUT = "metrics", "held_out"  # what of a subnet is measured
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What has to be run on a model to measure a subnet of it, on whichever copy of that model.
+
+    Args:
+        evaluate, held_out (`Callable`): as given.
+        targets (`tuple[Objective, ...]`): the objectives, the metric first.
+        recorded (`tuple[str, ...]`): the costs that are computed otherwise, whose names are taken.
+        seed (`int`): of the global generators, before each call.
+    """
+
+    evaluate: Evaluate
+    held_out: Evaluate | None
+    targets: tuple[Objective, ...]
+    recorded: tuple[str, ...]
+    seed: int
+
+    @property
+    def functions(self) -> dict[str, Callable[[Any], Any]]:
+        """Those of the user, by the name that messages give them."""
+        functions = {"`evaluate`": self.evaluate} | ({} if self.held_out is None else {"`held_out`": self.held_out})
+        named = {_objective(target.name): target.function for target in self.targets if target.function is not None}
+        return functions | named
+
+    def with_functions(self, functions: Mapping[str, Any]) -> Probe:
+        """The same with other functions under these names."""
+        targets = tuple(replace(target, function=functions.get(_objective(target.name))) for target in self.targets)
+        return replace(self, evaluate=functions["`evaluate`"], held_out=functions.get("`held_out`"), targets=targets)
+
+    def read(
+        self, what: str, model: torch.nn.Module, host: ElasticHost, evaluation: Evaluation
+    ) -> tuple[Values, Values]:
+        """What `evaluate` (or `held_out`) returns for a subnet, and the values of the objectives that are functions.
+
+        Raises:
+            ValueError: if a function does not return numbers under the expected names, or changes the active subnet.
+        """
+        name, where = self.targets[0].name, _where(evaluation)
+        if what == HELD_OUT:
+            assert self.held_out is not None
+            return self._call(self.held_out, "`held_out`", name, model, host, evaluation), {}
+        measured = self._call(self.evaluate, "`evaluate`", name, model, host, evaluation)
+        missing = [target.name for target in self.targets if target.measured and target.name not in measured]
+        if missing:
+            raise ValueError(f"`evaluate` returned {measured} without {missing}, which `objectives` names ({where}).")
+        functions = {target.name: target.function for target in self.targets if target.function is not None}
+        twice = [name for name in measured if name in functions or name in self.recorded]
+        if twice:
+            raise ValueError(
+                f"`evaluate` returned {twice}, which are computed otherwise; choose other names ({where})."
+            )
+        computed: Values = {}
+        for name, function in functions.items():
+            values = self._call(function, _objective(name), name, model, host, evaluation)
+            if list(values) != [name]:
+                raise ValueError(f"{_objective(name)} must return a number, not {values} ({where}).")
+            computed |= values
+        return measured, computed
+
+    def _call(
+        self,
+        function: Callable[[Any], Any],
+        what: str,
+        name: str,
+        model: torch.nn.Module,
+        host: ElasticHost,
+        evaluation: Evaluation,
+    ) -> Values:
+        host.set_subnet(evaluation.subnet)
+        with eval_mode(model), seeded(self.seed), torch.no_grad():
+            value = function(model)
+        if host.active_subnet != evaluation.subnet:
+            raise ValueError(f"{what} changed the active subnet of the model ({_where(evaluation)}).")
+        return read_values(value, name, what, _where(evaluation))
+
+
 class Meter:
-    """Measures subnets of one model."""
+    """Knows all that a search records of the subnets of one model, and measures them one after the other.
+
+    Attributes:
+        probe (`Probe`): the part that needs a model to run.
+        at_once (`int`): how many subnets it is worth to ask for together.
+    """
+
+    at_once = 1
 
     def __init__(
         self,
@@ -44,11 +132,11 @@ class Meter:
         latency: LatencyModel | None,
         bounded: Iterable[str],
     ) -> None:
-        self.model, self.host, self.seed = model, host, seed
-        self.evaluate, self.held_out, self.targets = evaluate, held_out, targets
+        self.model, self.host = model, host
         self.cost_model, self.latency = CostModel(model, host.search_space), latency
         asked = {target.name for target in targets if target.function is None} | set(bounded)
         self.recorded = [name for name in COSTS if name in {*asked, *ALWAYS_RECORDED}]
+        self.probe = Probe(evaluate, held_out, tuple(targets), tuple(self.recorded), seed)
         self.costs = lru_cache(maxsize=4096)(self._compute_costs)
 
     def _compute_costs(self, subnet: Subnet) -> dict[str, float]:
@@ -58,41 +146,28 @@ class Meter:
             costs["latency"] = self.latency.predict(subnet)
         return costs
 
-    def metrics(self, evaluation: Evaluation) -> dict[str, float]:
-        """All objectives of a subnet, what else `evaluate` returns, and the built-in costs."""
-        name, where = self.targets[0].name, _where(evaluation)
-        metrics = self._call(self.evaluate, "`evaluate`", name, evaluation)
-        missing = [target.name for target in self.targets if target.measured and target.name not in metrics]
-        if missing:
-            raise ValueError(f"`evaluate` returned {metrics} without {missing}, which `objectives` names ({where}).")
-        functions = {target.name: target.function for target in self.targets if target.function is not None}
+    def read(self, what: str, evaluation: Evaluation) -> tuple[Values, Values]:
+        """What `Probe.read` gives on the model of the search itself."""
+        return self.probe.read(what, self.model, self.host, evaluation)
+
+    def measure(
+        self, what: str, evaluations: Sequence[Evaluation]
+    ) -> Generator[tuple[Evaluation, Values], None, None]:
+        """Each of the evaluations with what was measured, as soon as it is known; other crews give them in another order."""
+        for evaluation in evaluations:
+            yield evaluation, self.recorded_values(what, evaluation, self.read(what, evaluation))
+
+    def recorded_values(self, what: str, evaluation: Evaluation, read: tuple[Values, Values]) -> Values:
+        """What goes on file: what was read from a model, and for metrics the costs."""
+        measured, computed = read
+        if what == HELD_OUT:
+            return measured
         costs = self.costs(evaluation.subnet)
-        computed: dict[str, float] = {name: costs[name] for name in self.recorded}
-        twice = [name for name in metrics if name in functions or name in computed]
-        if twice:
-            raise ValueError(
-                f"`evaluate` returned {twice}, which are computed otherwise; choose other names ({where})."
-            )
-        metrics.update(computed)
-        for name, function in functions.items():
-            values = self._call(function, f"objective {name!r}", name, evaluation)
-            if list(values) != [name]:
-                raise ValueError(f"objective {name!r} must return a number, not {values} ({where}).")
-            metrics.update(values)
-        return metrics
+        return measured | {name: costs[name] for name in self.recorded} | computed
 
-    def held_out_values(self, evaluation: Evaluation) -> dict[str, float]:
-        """What `held_out` returns for a subnet."""
-        assert self.held_out is not None
-        return self._call(self.held_out, "`held_out`", self.targets[0].name, evaluation)
 
-    def _call(self, function: Callable[[Any], Any], what: str, name: str, evaluation: Evaluation) -> dict[str, float]:
-        self.host.set_subnet(evaluation.subnet)
-        with eval_mode(self.model), seeded(self.seed), torch.no_grad():
-            value = function(self.model)
-        if self.host.active_subnet != evaluation.subnet:
-            raise ValueError(f"{what} changed the active subnet of the model ({_where(evaluation)}).")
-        return read_values(value, name, what, _where(evaluation))
+def _objective(name: str) -> str:
+    return f"objective {name!r}"
 
 
 def _where(evaluation: Evaluation) -> str:

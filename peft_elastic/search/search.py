@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +28,15 @@ import torch
 from ..common.progress import progress_bar
 from ..cost.latency import LatencyModel
 from ..supernet.context import subnet_restored
-from ..supernet.host import ElasticHost, get_elastic_host
-from ..supernet.space import SearchSpace
-from .algorithms import ALGORITHMS
+from ..supernet.host import get_elastic_host
+from ..supernet.space import SearchSpace, Subnet
+from .algorithms import ALGORITHMS, SearchAlgorithm
 from .constraints import Constraints, resolve_bounds
 from .history import HistoryFile
 from .hypervolume import HypervolumeTracker
-from .meter import Meter
+from .meter import HELD_OUT, METRICS, Meter, Values
 from .objectives import Evaluate, ObjectiveLike
+from .parallel import Crew, Parallel, Workers, on_ranks
 from .proposals import reference_subnets
 from .result import Evaluation, SearchResult, minimised
 from .settings import LATENCY_FILE, ReferencePoints, SearchSettings
@@ -63,6 +67,10 @@ def search_subnet(
     max_macs: float | str | None = None,
     max_bytes: float | str | None = None,
     reference_points: ReferencePoints | None = None,
+    executor: Executor | Callable[[], Executor] | int | str | None = None,
+    worker_model: Callable[[], Any] | str | os.PathLike[str] | None = None,
+    devices: Sequence[str] | None = None,
+    worker_threads: int | None = None,
 ) -> SearchResult:
     """Search the subnets of an elastic model for the best trade-offs.
 
@@ -116,6 +124,22 @@ def search_subnet(
         reference_points (`Mapping` or `Sequence`, *optional*):
             Of `"r-nsga2"`, where on the front to search: one point as `{objective: value}`, or a list of such points or of
             lists in the order of the objectives, in the units of the objectives.
+        executor (`Executor`, `Callable`, `int` or `"ranks"`, *optional*):
+            Who evaluates, if not this process alone. A `concurrent.futures.Executor` whose workers are processes, anywhere
+            (`ProcessPoolExecutor`, loky, MPI, Dask's `client.get_executor()`, `peft_elastic.search.RayExecutor`); a function
+            without arguments that makes one, which is called again if a worker's death has broken it, and what it made is shut
+            down at the end; or a number of processes of this machine. The same seed gives the same result as without, if
+            torch computes with as many threads. With `"ranks"` all processes of a run under torchrun or `accelerate launch`
+            call this function, each with its copy of the model; each evaluates a share, rank 0 alone writes, and all
+            return the same result.
+        worker_model (`Callable` or `str`, needed with an executor):
+            A function without arguments that makes a copy of `model` in a worker, or the folder (or hub name) of a saved
+            adapter. It is called once in each worker, and the copy compared with `model`: space and every weight.
+        devices (`Sequence[str]`, *optional*):
+            The worker with number i of a machine moves its model to `devices[i % len(devices)]`; a CUDA device is the current
+            one already when `worker_model` is called. By default the model stays where `worker_model` puts it.
+        worker_threads (`int`, defaults to 1 with an executor):
+            Threads of torch in each worker, on the CPU. The last bits of a value may depend on it.
 
     Returns:
         `SearchResult`: all evaluations, with `pareto`, `best(...)`, `plot(...)`.
@@ -124,46 +148,52 @@ def search_subnet(
         ValueError: if an argument is not allowed; if no subnet keeps a constraint; if `save_dir` belongs to another search; if
             `evaluate`, `held_out` or an objective does not return numbers under the expected names, or changes the active
             subnet. What was evaluated before stays in `save_dir`. NaN and infinity are numbers: such an evaluation is recorded,
-            counts towards `n_evals`, and is never chosen (`SearchResult.failed`).
+            counts towards `n_evals`, and is never chosen (`SearchResult.failed`). If a function cannot be sent to the workers,
+            `worker_model` fails there or makes another model.
+        ChildProcessError: if an evaluation ends its worker again and again. One that dies is replaced, where the executor can, and its
+            evaluation done again. An exception of `evaluate` in a worker is raised here, with the worker's traceback.
     """
-    host = get_elastic_host(model)
-    settings = SearchSettings.checked(
-        host.search_space,
-        evaluate=evaluate,
-        held_out=held_out,
-        objectives=objectives,
-        mode=mode,
-        algorithm=algorithm,
-        n_evals=n_evals,
-        population=population,
-        seed=seed,
-        save_dir=save_dir,
-        latency=latency,
-        constraints=constraints,
-        keywords={
+    parallel = Parallel.checked(executor, worker_model, devices, worker_threads)
+    arguments: dict[str, Any] = {
+        "evaluate": evaluate,
+        "held_out": held_out,
+        "objectives": objectives,
+        "mode": mode,
+        "algorithm": algorithm,
+        "n_evals": n_evals,
+        "population": population,
+        "seed": seed,
+        "save_dir": save_dir,
+        "latency": latency,
+        "constraints": constraints,
+        "keywords": {
             "max_bytes": max_bytes,
             "max_latency": max_latency,
             "max_macs": max_macs,
             "max_parameters": max_parameters,
             "max_params": max_params,
         },
-        reference_points=reference_points,
-    )
-    return _search(model, host, settings, progress)
+        "reference_points": reference_points,
+    }
+
+    def checked() -> tuple[SearchSettings, Meter]:
+        host = get_elastic_host(model)
+        settings = SearchSettings.checked(host.search_space, **arguments)
+        functions = settings.evaluate, settings.held_out, settings.targets
+        return settings, Meter(model, host, *functions, settings.seed, settings.latency, settings.bounds)
+
+    if isinstance(executor, str):  # "ranks"
+        return on_ranks(checked, lambda settings, meter, crew: _search(settings, meter, crew, progress))
+    settings, meter = checked()
+    if parallel is None:
+        return _search(settings, meter, meter, progress)
+    with Workers(meter, parallel) as workers:
+        return _search(settings, meter, workers, progress)
 
 
-def _search(model: torch.nn.Module, host: ElasticHost, settings: SearchSettings, progress: bool) -> SearchResult:
+def _search(settings: SearchSettings, meter: Meter, crew: Crew, progress: bool) -> SearchResult:
+    host = meter.host
     space, directions = host.search_space, settings.directions
-    meter = Meter(
-        model,
-        host,
-        settings.evaluate,
-        settings.held_out,
-        settings.targets,
-        settings.seed,
-        settings.latency,
-        settings.bounds,
-    )
     bounds = Constraints(resolve_bounds(settings.bounds, space, meter.costs), meter.costs)
     if settings.algorithm == "exhaustive":
         _check_exhaustive(space, settings.n_evals, bounds)
@@ -183,36 +213,39 @@ def _search(model: torch.nn.Module, host: ElasticHost, settings: SearchSettings,
         if file is not None and file.n_rows:
             say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
         while len(history) < limit:
-            batch = algorithm.ask()[: limit - len(history)]
+            batch = [
+                Evaluation(len(history) + number, named.get(subnet, "search"), subnet, metrics={})
+                for number, subnet in enumerate(_proposals(algorithm, crew.at_once, limit - len(history)))
+            ]
             if not batch:
                 say(bar, f"Only {len(history)} subnets keep the constraints; all are evaluated.")
                 break
-            for subnet in batch:
-                evaluation = Evaluation(len(history), named.get(subnet, "search"), subnet, metrics={})
-                metrics = _recall_or_measure(file, evaluation, meter.metrics)
-                history.append(dataclasses.replace(evaluation, metrics=metrics))
-                if result.has_failed(history[-1]):
-                    shown = {name: metrics[name] for name in directions}
-                    say(
-                        bar,
-                        f"evaluation {evaluation.index} ({evaluation.source}) has failed with {shown}; it will not be chosen",
-                    )
-                if len(history) == min(len(named), limit):
-                    name = result.metric
-                    say(bar, f"{name}: " + ", ".join(f"{e.source} {e.metrics[name]:.4g}" for e in history))
-                    tracker = _begin_tracking(result)
-                elif tracker is not None and result.is_eligible(history[-1]):
-                    tracker.add(result.minimised(history[-1]))
-                show(bar, result, tracker)
+            with closing(_recall_or_measure(file, METRICS, batch, crew)) as values:
+                for evaluation, metrics in zip(batch, values):
+                    history.append(dataclasses.replace(evaluation, metrics=metrics))
+                    if result.has_failed(history[-1]):
+                        shown = {name: metrics[name] for name in directions}
+                        say(
+                            bar,
+                            f"evaluation {evaluation.index} ({evaluation.source}) has failed with {shown}; it will not be chosen",
+                        )
+                    if len(history) == min(len(named), limit):
+                        name = result.metric
+                        say(bar, f"{name}: " + ", ".join(f"{e.source} {e.metrics[name]:.4g}" for e in history))
+                        tracker = _begin_tracking(result)
+                    elif tracker is not None and result.is_eligible(history[-1]):
+                        tracker.add(result.minimised(history[-1]))
+                    show(bar, result, tracker)
             if len(history) < limit:
                 algorithm.tell(_told(result, history[-len(batch) :]))
 
         if settings.held_out is not None:
             reported = {e.index for e in result.pareto}
             reported |= {e.index for e in history if e.source in ("max", "heuristic")}
-            for index in progress_bar(sorted(reported), desc="held-out", disable=not progress):
-                values = _recall_or_measure(held_out_file, history[index], meter.held_out_values)
-                history[index] = dataclasses.replace(history[index], held_out=values)
+            rest = [history[index] for index in sorted(reported)]
+            with closing(_recall_or_measure(held_out_file, HELD_OUT, rest, crew)) as values:
+                for evaluation in progress_bar(rest, desc="held-out", disable=not progress):
+                    history[evaluation.index] = dataclasses.replace(evaluation, held_out=next(values))
     if settings.folder is not None:
         result.save(settings.folder)
     return result
@@ -245,15 +278,36 @@ def _check_exhaustive(space: SearchSpace, n_evals: int, constraints: Constraints
         raise ValueError(f"`algorithm='exhaustive'` evaluates {which}, but `n_evals` is {n_evals}.")
 
 
+def _proposals(algorithm: SearchAlgorithm, at_once: int, most: int) -> list[Subnet]:
+    """The next subnets to evaluate together, at most `most`; none if there are no more. How many it are changes nothing: more than an
+    algorithm proposes by itself are only taken of those that learn nothing."""
+    subnets = algorithm.ask()
+    while not algorithm.learns and len(subnets) < min(at_once, most):
+        more = algorithm.ask()
+        if not more:
+            break
+        subnets = [*subnets, *more]
+    return subnets[:most]
+
+
 def _recall_or_measure(
-    file: HistoryFile | None, evaluation: Evaluation, measure: Callable[[Evaluation], dict[str, float]]
-) -> dict[str, float]:
-    values = None if file is None else file.recall(evaluation)
-    if values is None:
-        values = measure(evaluation)
-        if file is not None:
-            file.record(evaluation, values)
-    return values
+    file: HistoryFile | None, what: str, evaluations: Sequence[Evaluation], crew: Crew
+) -> Generator[Values, None, None]:
+    """The values of these evaluations, in their order. What is measured is on file as soon as it is known, in whatever order."""
+    known: dict[int, Values] = {}
+    for evaluation in evaluations:
+        recalled = None if file is None else file.recall(evaluation)
+        if recalled is not None:
+            known[evaluation.index] = recalled
+    missing = [evaluation for evaluation in evaluations if evaluation.index not in known]
+    with closing(crew.measure(what, missing)) as measured:
+        for evaluation in evaluations:
+            while evaluation.index not in known:
+                done, values = next(measured)
+                if file is not None:
+                    file.record(done, values)
+                known[done.index] = values
+            yield known[evaluation.index]
 
 
 def _told(result: SearchResult, evaluations: Sequence[Evaluation]) -> list[list[float]]:
