@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .layers.quantized_linear import QuantizedLinear
     from .layers.sparse_linear import SparseLinear
     from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig
+    from .pruning.folder import prune_folder
     from .pruning.prune import prune
     from .pruning.structured import (
         BlockPrunerConfig,
@@ -111,6 +112,7 @@ __all__ = [
     "merge_and_requantize",
     "optimize_generation",
     "prune",
+    "prune_folder",
     "prune_structured",
     "quantize",
     "restore_generation",
@@ -136,6 +138,7 @@ __getattr__, __dir__ = lazy_package(
         ".layers.quantized_linear": ("QuantizedLinear",),
         ".layers.sparse_linear": ("SparseLinear",),
         ".pruning": ("MagnitudeConfig", "PruningReport", "SparseGPTConfig", "WandaConfig"),
+        ".pruning.folder": ("prune_folder",),
         ".pruning.prune": ("prune",),
         ".pruning.structured": (
             "BlockPrunerConfig",

@@ -36,10 +36,10 @@ from ..layers.backends import grid_layers
 from ..layers.gptq_format import FORMATS, check_packable, pack_gptq
 from ..layers.grid import Grid
 from ..layers.quantized_linear import QuantizedLinear
+from ..structure.checkpoint_names import names_in_model, names_on_disk
 from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head
 from ..structure.rebuild import is_described
 from ..version import __version__
-from .checkpoint_names import names_in_model, names_on_disk
 from .gptq_settings import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from .saving import InMemoryConfig
 
