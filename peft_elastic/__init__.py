@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         prune_structured,
     )
     from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, save_gptq
+    from .quantization.folder import quantize_folder
     from .quantization.quantize import quantize
     from .search import SearchResult, search_subnet
     from .structure import sort_by_importance
@@ -115,6 +116,7 @@ __all__ = [
     "prune_folder",
     "prune_structured",
     "quantize",
+    "quantize_folder",
     "restore_generation",
     "save_gptq",
     "search_subnet",
@@ -149,6 +151,7 @@ __getattr__, __dir__ = lazy_package(
             "prune_structured",
         ),
         ".quantization": ("GPTQConfig", "QuantizationReport", "RTNConfig", "load_gptq", "save_gptq"),
+        ".quantization.folder": ("quantize_folder",),
         ".quantization.quantize": ("quantize",),
         ".search": ("SearchResult", "search_subnet"),
         ".structure": ("sort_by_importance",),

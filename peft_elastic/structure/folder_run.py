@@ -113,8 +113,9 @@ class FolderRun(Work):
         old: Mapping[str, list[str]],
         *,
         before: Callable[[str], None],
+        reload: Callable[[str, Mapping[str, Stored]], torch.Tensor] | None = None,
         after: Callable[[dict[str, nn.Module]], tuple[dict[str, torch.Tensor], list[Any]]],
-    ) -> Iterator[None]:
+    ) -> Iterator[StoredResidence]:
         """
         Walkers go through the model meanwhile, and what they do with a unit is kept.
 
@@ -122,10 +123,13 @@ class FolderRun(Work):
             new: the tensors that will be written for each layer, by its name.
             old: the names on disk of those of the source in whose place they come.
             before: is called with the name of each layer of a unit, when it is in memory.
+            reload: makes the weight of a layer that is done, as the model computes with it, of what was written; gets the name of the
+                layer, and where its tensors are by their names on disk. Without it, the weight is read from where it was written.
             after: is called with the layers of a unit that were changed, by name; returns the tensors that were announced in
                 `new`, by their names on disk, and rows for the report.
         """
-        self._before, self._after = before, after
+        self._before, self._after, self._reload = before, after, reload
+        self._notes: dict[str, Any] = {}
         self._new, self._old = new, old
         self._files = self._plan()
         file_of = {key: file for file, (_, keys) in self._files.items() for key in keys}
@@ -150,13 +154,14 @@ class FolderRun(Work):
                         )
             for layer in self._done:
                 self._note_done(layer)
-            with StoredResidence(self.stored, self._device, self).attached():
-                yield
+            residence = StoredResidence(self.stored, self._device, self)
+            with residence.attached():
+                yield residence
 
     @property
-    def resumed(self) -> int:
-        """How many layers an earlier run had done."""
-        return len(self._done)
+    def done(self) -> set[str]:
+        """The layers that are done, by earlier runs too."""
+        return self._done
 
     @property
     def rows(self) -> list[Any]:
@@ -204,6 +209,9 @@ class FolderRun(Work):
 
     # -- as it is done -----------------------------------------------------------------------------------------------
 
+    def note(self, layer: str, row: Any) -> None:
+        self._notes[layer] = row
+
     def is_done(self, layers: dict[str, nn.Module]) -> bool:
         return self._done.issuperset(layers)
 
@@ -213,6 +221,7 @@ class FolderRun(Work):
 
     def after(self, layers: dict[str, nn.Module]) -> None:
         tensors, rows = self._after(layers)
+        rows = [*rows, *(self._notes.pop(name) for name in layers if name in self._notes)]
         for key, tensor in tensors.items():
             self._files[self._file_of[key]][0].write(key, tensor)
         for file in {self._file_of[key] for key in tensors}:
@@ -225,6 +234,11 @@ class FolderRun(Work):
 
     def _note_done(self, layer: str) -> None:
         """From now on the layer is read from where it was written, if that has the same tensors."""
+        reload = self._reload
+        if reload is not None:
+            self.stored.computed[f"{layer}.weight"] = lambda: reload(
+                layer, {key: self.at(key) for key in self._new[layer]}
+            )
         for key in self._new[layer]:
             if key in self.stored.shards.tensors:
                 self.stored.moved[key] = self.at(key)

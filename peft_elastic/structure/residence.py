@@ -47,6 +47,9 @@ class Residence:
         """The layers of one unit are in memory meanwhile, and what was changed in them is kept afterwards."""
         yield
 
+    def note(self, layer: str, row: Any) -> None:
+        """Keep what the report is to say of a layer, of the unit that is visited, for an interrupted run that goes on."""
+
 
 IN_MEMORY = Residence()
 
@@ -142,6 +145,25 @@ class StoredResidence(Residence):
             for part in parts:
                 part.pinned = False
 
+    def note(self, layer: str, row: Any) -> None:
+        self._work.note(layer, row)
+
+    def swap(self, old: nn.Module, new: nn.Module) -> None:
+        """A layer takes the place of another one, with parameters of the same names. What replaces it in the model is the business
+        of the caller."""
+        part = self._part_of(old)
+        for tensor in part.tensors:
+            for number, (module, key, name) in enumerate(tensor.places):
+                if module is old:
+                    tensor.places[number] = new, key, name
+                    value = new._parameters[key]
+                    assert value is not None
+                    if value.is_meta:
+                        tensor.empty = value
+                    elif value.shape != tensor.empty.shape:
+                        tensor.empty = nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+        self._part_of_module[id(new)] = part
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Walkers of the model find it meanwhile."""
@@ -219,4 +241,8 @@ class Work:
 
     def after(self, layers: dict[str, nn.Module]) -> None:
         """They have been changed."""
+        raise NotImplementedError
+
+    def note(self, layer: str, row: Any) -> None:
+        """What is to be said of one of them."""
         raise NotImplementedError

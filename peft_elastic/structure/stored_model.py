@@ -80,6 +80,8 @@ class StoredModel:
         self.model = self._build(config, dtype)
         # A tensor may have changed its place: `moved` is where it is read instead.
         self.moved: dict[str, Stored] = {}
+        # What makes a tensor of the model that is on disk no more as it is in memory, by its name in the model.
+        self.computed: dict[str, Callable[[], torch.Tensor]] = {}
         self.origin: dict[str, Origin] = {}
         empty = {name: self._empty(name) for name in self.shards.tensors}
         for origin in origins(self.model, self.shards.tensors):
@@ -177,6 +179,9 @@ class StoredModel:
         found: dict[str, torch.Tensor] = {}
         for name in wanted:
             if name in found:
+                continue
+            if name in self.computed:
+                found[name] = self.computed[name]()
                 continue
             origin = self.origin[name]
             dtype = self.model_tensor(origin.target).dtype

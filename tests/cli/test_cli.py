@@ -148,6 +148,14 @@ def test_prune_block_by_block(folder, pruned, tmp_path, monkeypatch, capsys):
     assert "`--stream` goes without `--structured`" in capsys.readouterr().err
 
 
+def test_quantize_block_by_block(folder, pruned, tmp_path):
+    command = ["quantize", "--model", pruned, "--group-size", "16", "--method", "rtn"]
+    assert run(*command, "--out", tmp_path / "in_memory") == 0
+    assert run(*command, "--out", tmp_path / "out", "--stream") == 0
+    assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(tmp_path / "in_memory"))
+    assert (tmp_path / "out" / "quantization_report.json").exists()
+
+
 @pytest.mark.parametrize(
     "options, sym", [(["--method", "rtn", "--symmetric"], True), (["--act-order", "--bits", "2"], False)]
 )
