@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .layers.quantized_linear import QuantizedLinear
     from .layers.sparse_linear import SparseLinear
     from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig
+    from .pruning.folder import prune_folder
     from .pruning.prune import prune
     from .pruning.structured import (
         BlockPrunerConfig,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         prune_structured,
     )
     from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, save_gptq
+    from .quantization.folder import quantize_folder
     from .quantization.quantize import quantize
     from .search import SearchResult, search_subnet
     from .structure import sort_by_importance
@@ -111,8 +113,10 @@ __all__ = [
     "merge_and_requantize",
     "optimize_generation",
     "prune",
+    "prune_folder",
     "prune_structured",
     "quantize",
+    "quantize_folder",
     "restore_generation",
     "save_gptq",
     "search_subnet",
@@ -136,6 +140,7 @@ __getattr__, __dir__ = lazy_package(
         ".layers.quantized_linear": ("QuantizedLinear",),
         ".layers.sparse_linear": ("SparseLinear",),
         ".pruning": ("MagnitudeConfig", "PruningReport", "SparseGPTConfig", "WandaConfig"),
+        ".pruning.folder": ("prune_folder",),
         ".pruning.prune": ("prune",),
         ".pruning.structured": (
             "BlockPrunerConfig",
@@ -146,6 +151,7 @@ __getattr__, __dir__ = lazy_package(
             "prune_structured",
         ),
         ".quantization": ("GPTQConfig", "QuantizationReport", "RTNConfig", "load_gptq", "save_gptq"),
+        ".quantization.folder": ("quantize_folder",),
         ".quantization.quantize": ("quantize",),
         ".search": ("SearchResult", "search_subnet"),
         ".structure": ("sort_by_importance",),

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
@@ -37,6 +38,7 @@ from peft_elastic import Subnet
 from peft_elastic.common.files import scratch_folder
 from peft_elastic.common.writing import writing
 from peft_elastic.pruning import measure_sparsity
+from peft_elastic.structure.folder_run import check_output
 from peft_elastic.structure.rebuild import BLOCKS_ATTRIBUTE
 
 from ._data import first_line
@@ -62,6 +64,38 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
     parser.add_argument("--device", help="where to compute, e.g. cpu or cuda:0 (default: the GPU if there is one)")
 
 
+def add_stream_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="go through the folder --model block by block, for models larger than memory: needs memory for the embeddings, two blocks "
+        "and the activations, and goes on with --out where an earlier run was interrupted (default: if the weights are larger "
+        "than the free memory)",
+    )
+
+
+def streams(args: argparse.Namespace) -> bool:
+    """Whether a command is to go through the folder of its model block by block; says so if it decides that itself.
+
+    Raises:
+        ValueError: it is to, and cannot.
+    """
+    folder = Path(args.model)
+    if args.stream and not folder.is_dir():
+        raise ValueError(f"`--stream` needs a folder as `--model`, got {args.model!r}; download the model first.")
+    if not args.stream:
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        free = psutil.virtual_memory().available
+        if weights <= free:
+            return False
+        print(
+            f"The weights of {args.model} take {weights / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: going through them "
+            "block by block, as with --stream."
+        )
+    check_output(folder, args.out)
+    return True
+
+
 def add_seed_argument(parser: argparse.ArgumentParser, of: str) -> None:
     parser.add_argument("--seed", type=seed, default=0, help=f"of {of} (default: %(default)s)")
 
@@ -72,11 +106,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any
     Raises:
         ValueError: if there is no such model or device, or it cannot be loaded.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device` {device!r} cannot be used: {first_line(error)}") from error
+    device = usable_device(device)
     _check_folder("--model", name, "config.json")
     # what libraries deprecate among themselves is of no use here
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -86,6 +116,20 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Any
         return architecture.from_pretrained(name, dtype=dtype).to(device)
     except _UNLOADABLE as error:
         raise ValueError(f"`--model` {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+def usable_device(device: str | None) -> str:
+    """Choose `device`, or else the GPU if there is one.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` {device!r} cannot be used: {first_line(error)}") from error
+    return device
 
 
 def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from peft_elastic import prune
+from peft_elastic import prune, prune_folder
 from peft_elastic.common import assets
 from peft_elastic.pruning import PRUNING_METHODS
 from peft_elastic.pruning.structured import STRUCTURED_METHODS
@@ -56,12 +56,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic prune --model ./my-model --pattern 2:4 --dataset wikitext:wikitext-2-raw-v1 --out pruned\n"
         "  peft-elastic prune --model ./my-model --method sparsegpt --sparsity 0.5 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --method magnitude --sparsity 0.3 --out pruned\n"
+        "  peft-elastic prune --model ./larger-than-memory --sparsity 0.5 --dataset train.jsonl --out pruned --stream\n"
         "  peft-elastic prune --model ./my-model --structured --ratio 0.1 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --structured --method width --choose uniform --ratio 0.2 --out pruned\n"
         "  peft-elastic prune --model ./my-model --structured --plan pruned/plan.json --out again",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
+    _common.add_stream_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the pruned model")
     parser.add_argument(
         "--method",
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
             f"`--method {args.method}` goes {other} `--structured`; {needed} it are {', '.join(methods)}."
         )
     if args.structured:
+        if args.stream:
+            raise ValueError("`--stream` goes without `--structured`, which evaluates the whole model many times.")
         if args.plan is not None and args.method is not None:
             raise ValueError("`--method` is of no use with `--plan`, which says what to remove.")
         for name, value in ((name, getattr(args, name)) for name in _methods.fields_of(_CONFIGS, _WITHOUT)):
@@ -103,15 +107,23 @@ def run(args: argparse.Namespace) -> int:
     if args.dataset and not method.calibrated:
         raise ValueError(f"`--dataset` is of no use with `--method {method.name}`, which looks at the weights alone.")
     config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
-    _common.check_new_folder(args.out)
+    stream = _common.streams(args)
+    if not stream:
+        _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)
     calibration = _calibration(args, tokenizer, _SAMPLES) if method.calibrated else None
-    model = _common.load_model(args.model, args.dtype, args.device)
-    report = prune(model, config, calibration)
-    print(report)
-    with _common.new_folder(args.out) as folder:
-        _common.save_model(model, tokenizer, folder)
-        report.save(folder / "pruning_report.json")
+    if stream:
+        device = _common.usable_device(args.device)
+        report = prune_folder(args.model, args.out, config, calibration, dtype=args.dtype, device=device)
+        print(report)
+        report.save(args.out / "pruning_report.json")
+    else:
+        model = _common.load_model(args.model, args.dtype, args.device)
+        report = prune(model, config, calibration)
+        print(report)
+        with _common.new_folder(args.out) as folder:
+            _common.save_model(model, tokenizer, folder)
+            report.save(folder / "pruning_report.json")
     _common.say_written(
         [(args.out, "the pruned model"), (args.out / "pruning_report.json", "the sparsity of every layer")],
         ["peft-elastic", "train", "--model", args.out, "--dataset", args.dataset or "YOUR_DATA", "--out", "adapter"],

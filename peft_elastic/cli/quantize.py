@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peft_elastic import quantize, save_gptq
+from peft_elastic import quantize, quantize_folder, save_gptq
 from peft_elastic.quantization import QUANTIZATION_METHODS
 
 from . import _common, _data, _methods
@@ -43,10 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "see. Rounding to nearest (rtn) looks at the weights alone.",
         epilog="examples:\n"
         "  peft-elastic quantize --model pruned --group-size 64 --dataset train.jsonl --out int4\n"
-        "  peft-elastic quantize --model ./my-model --bits 8 --method rtn --out int8",
+        "  peft-elastic quantize --model ./my-model --bits 8 --method rtn --out int8\n"
+        "  peft-elastic quantize --model ./larger-than-memory --dataset train.jsonl --out int4 --stream",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
+    _common.add_stream_argument(parser)
     parser.add_argument("--method", choices=tuple(QUANTIZATION_METHODS), default=_DEFAULT, help="default: %(default)s")
     _methods.add_options(parser, _CONFIGS, _WITHOUT)
     parser.add_argument(
@@ -78,18 +80,28 @@ def run(args: argparse.Namespace) -> int:
                     f"`{option}` is of no use with `--method {method.name}`, which looks at the weights alone."
                 )
     config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
-    _common.check_new_folder(args.out)
+    stream = _common.streams(args)
+    if not stream:
+        _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)
     calibration = None
     if method.calibrated:
         texts = calibration_texts(args)
         calibration = calibration_batches(tokenizer, texts, args.samples, args.max_length, args.seed)
-    model = _common.load_model(args.model, args.dtype, args.device)
-    report = quantize(model, config, calibration)
-    print(report)
-    with _common.new_folder(args.out) as folder:
-        save_gptq(model, folder, checkpoint_format=args.format, tokenizer=tokenizer)
-        report.save(folder / "quantization_report.json")
+    if stream:
+        device = _common.usable_device(args.device)
+        report = quantize_folder(
+            args.model, args.out, config, calibration, checkpoint_format=args.format, dtype=args.dtype, device=device
+        )
+        print(report)
+        report.save(args.out / "quantization_report.json")
+    else:
+        model = _common.load_model(args.model, args.dtype, args.device)
+        report = quantize(model, config, calibration)
+        print(report)
+        with _common.new_folder(args.out) as folder:
+            save_gptq(model, folder, checkpoint_format=args.format, tokenizer=tokenizer)
+            report.save(folder / "quantization_report.json")
     _common.say_written(
         [
             (args.out, "the quantised model; load it with peft_elastic.quantization.load_gptq, or with GPTQModel"),

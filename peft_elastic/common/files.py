@@ -120,7 +120,7 @@ def replaced_files(
                     raise
         if new.exists():
             old.mkdir()
-            with _alone(target):
+            with alone(target):
                 _step_in(new, old, target, last, stale)
         else:
             _sync(target.parent)
@@ -147,8 +147,12 @@ def _step_in(new: Path, old: Path, target: Path, last: str, stale: Callable[[str
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, where the system can lock a folder: the files of two must not mix."""
+def alone(folder: Path, wait: bool = True) -> Iterator[None]:
+    """One process at a time, where the system can lock a folder: the files of two must not mix.
+
+    Raises:
+        BlockingIOError: another process is there, and this one is not to wait.
+    """
     try:
         import fcntl
     except ImportError:
@@ -157,7 +161,7 @@ def _alone(folder: Path) -> Iterator[None]:
     number = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX)
+            fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # disks on the network
                 raise
@@ -224,4 +228,4 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-__all__ = ["remove_abandoned", "replaced_files", "scratch_folder"]
+__all__ = ["alone", "remove_abandoned", "replaced_files", "scratch_folder"]

@@ -36,6 +36,7 @@ class Journal:
         header (`Mapping[str, Any]`): JSON values that identify the work, among them its `format`.
         work (`str`): what it is, for messages: "search".
         row (`Record`): what every row holds.
+        argument (`str`): by which the user named the place, for messages.
 
     Attributes:
         rows (`list[dict]`): what is on file.
@@ -44,11 +45,19 @@ class Journal:
         ValueError: if the file cannot be written, is damaged, or has another header; the message says what differs.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any], work: str, row: Record) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        header: Mapping[str, Any],
+        work: str,
+        row: Record,
+        argument: str = "save_dir",
+    ) -> None:
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
         self._work = work
         self._row = row
+        self._argument = argument
         try:
             if self.path.exists():
                 self._read(dict(header))
@@ -57,7 +66,7 @@ class Journal:
             with open(self.path, "ab") as file:  # better refused now than after the first result
                 self._end = file.seek(0, os.SEEK_END)
         except OSError as error:
-            raise ValueError(f"`save_dir`: cannot use {os.fspath(self.path)!r}: {error}") from error
+            raise ValueError(f"`{self._argument}`: cannot use {os.fspath(self.path)!r}: {error}") from error
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and wait until it is on disk.
@@ -67,7 +76,7 @@ class Journal:
             OSError: if it cannot be written, naming it; it is then as it was.
         """
         if self.path.stat().st_size != self._end:
-            raise ValueError(f"`save_dir`: another process writes to {os.fspath(self.path)!r}.")
+            raise ValueError(f"`{self._argument}`: another process writes to {os.fspath(self.path)!r}.")
         line = (json.dumps(row) + "\n").encode()
         with writing(self.path):
             try:
@@ -85,14 +94,14 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True)
         found = _parse(lines[0]) if lines else None
         if not isinstance(found, dict) or found.get("format") != header["format"]:
-            raise ValueError(f"`save_dir`: {os.fspath(self.path)!r} is not the history of a {self._work}.")
+            raise ValueError(f"`{self._argument}`: {os.fspath(self.path)!r} is not the history of a {self._work}.")
         names = [name for name in {**found, **header} if found.get(name) != header.get(name)]
         if names:
             differences = "; ".join(
                 f"{name} is {found.get(name)!r} there, {header.get(name)!r} here" for name in names
             )
             raise ValueError(
-                f"`save_dir` holds another {self._work} ({os.fspath(self.path)!r}): {differences}. Use another folder, or the "
+                f"`{self._argument}` holds another {self._work} ({os.fspath(self.path)!r}): {differences}. Use another folder, or the "
                 "same settings to continue it."
             )
         for number, line in enumerate(lines[1:], start=2):
@@ -103,7 +112,7 @@ class Journal:
             except ValueError as error:
                 if number < len(lines):
                     raise ValueError(
-                        f"`save_dir`: line {number} of {os.fspath(self.path)!r} is damaged: {error}. Remove it and what "
+                        f"`{self._argument}`: line {number} of {os.fspath(self.path)!r} is damaged: {error}. Remove it and what "
                         "follows to have that done again."
                     ) from None
                 os.truncate(self.path, self.path.stat().st_size - len(line))  # torn by the end of who wrote it

@@ -20,10 +20,8 @@ same damage, but does not say which tensor it is in, nor where the bytes are tha
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -35,15 +33,8 @@ import torch
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..common.checks import is_whole
-from ..common.documents import parse_json
+from ..common.safetensors_files import ITEM_BYTES, check_safetensors
 from ..layers.values import STORED_NAMES
-
-
-# of safetensors, for the types that a stored layer has
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4}
-_ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
-_MAX_HEADER_BYTES = 100 * 2**20  # as in safetensors
 
 
 def check_files(files: Iterable[str], described: Collection[str], dense_sums: Mapping[str, int]) -> None:
@@ -72,7 +63,7 @@ def check_files(files: Iterable[str], described: Collection[str], dense_sums: Ma
                 raise ValueError(f"{tensor} is in {where[tensor]} and in {name}; it must be in one of them.")
             where[tensor] = name
             first, last = entry["data_offsets"]
-            places[tensor] = _Place(file, begin + first, last - first, _ITEM_BYTES.get(entry["dtype"], 1))
+            places[tensor] = _Place(file, begin + first, last - first, ITEM_BYTES.get(entry["dtype"], 1))
     stored = {tensor for tensor in where if tensor.rpartition(".")[2] in STORED_NAMES}
     for tensor in sorted(stored):
         dense = f"{tensor.rpartition('.')[0]}.weight"
@@ -132,56 +123,6 @@ def _not_together(tensor: str, file: str) -> ValueError:
     return ValueError(
         f"{tensor} in {name} was not saved with this config.json, which has another checksum of it: {why}"
     )
-
-
-def check_safetensors(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """Verify the header of a safetensors file against the length of the file, without reading the tensors.
-
-    Returns:
-        what the header says of each tensor, and where in the file their bytes begin.
-
-    Raises:
-        ValueError: naming the tensor whose offsets, type, shape and length do not agree, or the file if it is damaged as a
-            whole.
-    """
-    name = os.path.basename(os.fspath(file))
-    with open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-        if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{name} is damaged: {size} bytes, and its header claims {length}.")
-        try:
-            header = parse_json(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{name} is damaged: its header is {error}.") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{name} is damaged: its header is not a JSON object.")
-    spans = []
-    for tensor, entry in header.items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [begin, end, *shape]
-            if any(not is_whole(number) or number < 0 for number in numbers):
-                raise ValueError("negative or no whole numbers")
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{tensor} in {name} is described wrongly: {entry!r:.200} ({error}).") from None
-        if begin > end or length + 8 + end > size:
-            raise ValueError(
-                f"{tensor} in {name} lies at bytes {begin} to {end}, but the file has {size - 8 - length} bytes of tensors: it "
-                "is truncated or damaged."
-            )
-        if isinstance(dtype, str) and dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
-            raise ValueError(f"{tensor} in {name} has {end - begin} bytes, which is not {dtype} {shape}.")
-        spans.append((begin, end, tensor))
-    spans.sort()
-    for (_, end, _), (begin, _, tensor) in zip(spans, spans[1:]):
-        if begin < end:
-            raise ValueError(f"{tensor} in {name} overlaps the tensor before it.")
-    header.pop("__metadata__", None)
-    return header, length + 8
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -118,13 +118,7 @@ def unpack_gptq(
     in_order = torch.arange(in_features, dtype=torch.int32, device=device) // size
     if "g_idx" not in tensors and desc_act is False:
         tensors = {**tensors, "g_idx": in_order}
-    shapes = {
-        "qweight": (in_features * bits // _WORD, out_features),
-        "qzeros": (groups, out_features * bits // _WORD),
-        "scales": (groups, out_features),
-        "g_idx": (in_features,),
-    }
-    for key, shape in shapes.items():
+    for key, shape in packed_shapes(out_features, in_features, bits, groups).items():
         if key not in tensors:
             hint = " The config has to say that desc_act is false for groups to follow each other." * (key == "g_idx")
             raise ValueError(f"{name}.{key} is missing.{hint}")
@@ -161,6 +155,16 @@ def unpack_gptq(
         "g_idx": None if torch.equal(g_idx, in_order) and in_features % size == 0 else g_idx,
         "group_size": size,
         "bits": bits,
+    }
+
+
+def packed_shapes(out_features: int, in_features: int, bits: int, groups: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a layer with so many groups, by the names in `TENSORS`."""
+    return {
+        "qweight": (in_features * bits // _WORD, out_features),
+        "qzeros": (groups, out_features * bits // _WORD),
+        "scales": (groups, out_features),
+        "g_idx": (in_features,),
     }
 
 

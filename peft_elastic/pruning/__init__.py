@@ -17,6 +17,7 @@ blocks, channels and heads are removed by `structured`."""
 
 from ..common.lazy import lazy_package
 from .config import PruningConfig
+from .folder import prune_folder
 from .magnitude import MagnitudeConfig
 from .methods import PRUNING_METHODS
 from .prune import prune
@@ -34,6 +35,7 @@ __all__ = [
     "WandaConfig",
     "measure_sparsity",
     "prune",
+    "prune_folder",
 ]
 
 __getattr__, __dir__ = lazy_package(

@@ -25,6 +25,7 @@ from torch import nn
 from ..common.checks import check_choice
 from ..common.progress import progress_bar
 from ..structure.modules import weight_matrix
+from ..structure.sequential import LayerWalker
 from .config import PruningConfig
 from .masks import pruning_mask
 from .methods import pruning_method
@@ -56,7 +57,8 @@ def prune_magnitude(
 ) -> int:
     """Prunes `layers` in place (see `MagnitudeConfig`). Uses no data: returns 0 calibration tokens."""
     with torch.no_grad():
-        for layer in progress_bar(layers.values(), desc="magnitude", unit="layer", disable=not progress):
-            weight = weight_matrix(layer)
-            weight.masked_fill_(pruning_mask(weight, weight.abs(), config.sparsity, config.n_of_m, config.scope), 0)
+        for unit in progress_bar(LayerWalker(model, layers), desc="magnitude", unit="block", disable=not progress):
+            for weight in map(weight_matrix, unit.values()):
+                mask = pruning_mask(weight, weight.abs(), config.sparsity, config.n_of_m, config.scope)
+                weight.masked_fill_(mask, 0)
     return 0

@@ -79,12 +79,14 @@ def prune(model: nn.Module, config: PruningConfig, calibration: Any = None, *, p
     return PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens, left_out)
 
 
-def check_prunable(model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple[int, int] | None) -> None:
+def check_prunable(
+    model: nn.Module, layers: dict[str, nn.Module], n_of_m: tuple[int, int] | None, in_memory: bool = True
+) -> None:
     """
     Raises:
         ValueError: as `check_changeable`, or the number of inputs of a layer does not fit the n:m pattern.
     """
-    check_changeable(model, layers, "prune", "pruned")
+    check_changeable(model, layers, "prune", "pruned", in_memory)
     for name, layer in layers.items():
         inputs = weight_matrix(layer).shape[1]
         if n_of_m is not None and inputs % n_of_m[1]:

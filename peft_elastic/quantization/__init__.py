@@ -18,6 +18,7 @@ from ..layers.grid import Grid, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from .checkpoint import save_gptq
 from .config import QuantizationConfig
+from .folder import quantize_folder
 from .gptq import GPTQConfig
 from .loading import load_gptq
 from .methods import QUANTIZATION_METHODS
@@ -37,6 +38,7 @@ __all__ = [
     "fit_grid",
     "load_gptq",
     "quantize",
+    "quantize_folder",
     "save_gptq",
 ]
 

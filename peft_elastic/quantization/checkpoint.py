@@ -36,10 +36,10 @@ from ..layers.backends import grid_layers
 from ..layers.gptq_format import FORMATS, check_packable, pack_gptq
 from ..layers.grid import Grid
 from ..layers.quantized_linear import QuantizedLinear
+from ..structure.checkpoint_names import names_in_model, names_on_disk
 from ..structure.modules import enclosing_names, find_stacks, linear_layers, output_head
 from ..structure.rebuild import is_described
 from ..version import __version__
-from .checkpoint_names import names_in_model, names_on_disk
 from .gptq_settings import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from .saving import InMemoryConfig
 
@@ -149,11 +149,34 @@ def describe(model: nn.Module, layers: Mapping[str, QuantizedLinear], checkpoint
     """The `quantization_config` of a GPTQ checkpoint."""
     # (bits, group size) of each layer. Where all layers have one group each, -1 stands for sizes that differ.
     one_group = all(layer.grid.scales.shape[1] == 1 for layer in layers.values())
-    grids: dict[str, tuple[int, int] | None] = {
+    grids = {
         name: (layer.grid.bits, -1 if one_group else _group_size(name, layer.grid)) for name, layer in layers.items()
     }
-    most = Counter(grids.values()).most_common(1)[0][0]
-    assert most is not None
+    return description_of(
+        model,
+        grids,
+        checkpoint_format,
+        symmetric=all(layer.grid.symmetric for layer in layers.values()),
+        in_order=all(_is_in_order(name, layer.grid) for name, layer in layers.items()),
+    )
+
+
+def description_of(
+    model: nn.Module,
+    layers: Mapping[str, tuple[int, int]],
+    checkpoint_format: str,
+    *,
+    symmetric: bool,
+    in_order: bool,
+) -> dict[str, Any]:
+    """The `quantization_config` of a GPTQ checkpoint whose layers have these bits and group sizes, by their names.
+
+    Args:
+        symmetric: whether all zero points are in the middle.
+        in_order: whether the groups follow each other.
+    """
+    most = Counter(layers.values()).most_common(1)[0][0]
+    grids: dict[str, tuple[int, int] | None] = {**layers}
     # Readers expect every linear layer of the blocks to be quantised, unless they are told otherwise.
     stacks = find_stacks(model)
     blocks = {block for stack in stacks for block in stack}
@@ -164,9 +187,11 @@ def describe(model: nn.Module, layers: Mapping[str, QuantizedLinear], checkpoint
         "quant_method": "gptq",
         "bits": most[0],
         "group_size": most[1],
-        "desc_act": not all(_is_in_order(name, layer.grid) for name, layer in layers.items()),
-        "sym": all(layer.grid.symmetric for layer in layers.values()),
-        "lm_head": output_head(model) in layers.values(),
+        "desc_act": not in_order,
+        "sym": symmetric,
+        "lm_head": any(
+            linear is output_head(model) for name, linear in linear_layers(model).items() if name in layers
+        ),
         "checkpoint_format": checkpoint_format,
         "format": checkpoint_format,
         "pack_dtype": "int32",

@@ -107,7 +107,7 @@ def quantize_gptq(
                     rounded[name] = round_to_nearest(weight_matrix(layer), config)
                     rows[name] = report_row(name, weights[name], rounded[name], None)
             # All layers of a block before any change, so that an interrupted run leaves whole blocks.
-            commit(model, unit.layers, rounded)
+            commit(model, unit.layers, rounded, rows)
     return rows, collector.tokens
 
 

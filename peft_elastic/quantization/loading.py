@@ -38,8 +38,8 @@ from ..layers.backends.float import FLOAT
 from ..layers.gptq_format import TENSORS, convention_of, stored_zeros, unpack_gptq
 from ..layers.grid import BITS, Grid
 from ..layers.quantized_linear import QuantizedLinear
+from ..structure.checkpoint_names import names_in_model
 from ..structure.modules import linear_layers, output_head, replace_layers, weight_matrix
-from .checkpoint_names import names_in_model
 from .gptq_settings import CONFIG_FILE, LayerSettings, Settings, read_object
 from .saving import guard_saving
 

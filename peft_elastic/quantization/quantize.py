@@ -70,11 +70,7 @@ def quantize(
     method = QUANTIZATION_METHODS.of(config)
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     layers = _without_done(layers, config)
-    check_changeable(model, layers, "quantise", "quantised")
-    _check_replaceable(model, layers)
-    for name, layer in layers.items():
-        check_group_size(name, weight_matrix(layer).shape[1], config.group_size)
-    check_unquantized(model)
+    check_quantizable(model, layers, config)
     if config.target_modules is None:
         warn_of_fused_experts(model, "quantised")
 
@@ -83,6 +79,20 @@ def quantize(
     ordered = [rows[name] for name in layers]
     left_out = [name for name in routers(model) if name not in layers]
     return QuantizationReport(config.method, asdict(config), ordered, time.perf_counter() - start, tokens, left_out)
+
+
+def check_quantizable(
+    model: nn.Module, layers: dict[str, nn.Module], config: QuantizationConfig, in_memory: bool = True
+) -> None:
+    """
+    Raises:
+        ValueError: as `check_changeable`, or a layer cannot be replaced or cut into groups of this size.
+    """
+    check_changeable(model, layers, "quantise", "quantised", in_memory)
+    _check_replaceable(model, layers)
+    for name, layer in layers.items():
+        check_group_size(name, weight_matrix(layer).shape[1], config.group_size)
+    check_unquantized(model)
 
 
 def _without_done(layers: dict[str, nn.Module], config: QuantizationConfig) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ from ..layers.grid import Grid, fit_grid
 from ..layers.quantized_linear import QuantizedLinear
 from ..structure.hessian import output_error
 from ..structure.modules import replace_layers
+from ..structure.residence import residence_of
 from .config import QuantizationConfig
 from .saving import guard_saving
 
@@ -68,8 +69,10 @@ def report_row(name: str, weight: torch.Tensor, rounded: Rounded, hessian: torch
     }
 
 
-def commit(model: nn.Module, layers: dict[str, nn.Module], rounded: dict[str, Rounded]) -> None:
-    """Puts the quantised layers in the place of `layers`."""
+def commit(model: nn.Module, layers: dict[str, nn.Module], rounded: dict[str, Rounded], rows: Rows) -> None:
+    """Puts the quantised layers in the place of `layers`; `rows` are those of the report, of these layers and of others."""
+    for name in layers:
+        residence_of(model).note(name, rows[name])
     replacements: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in layers.items():
         quantized = QuantizedLinear.from_linear(layer, rounded[name].grid)

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..common.progress import progress_bar
 from ..structure.modules import weight_matrix
+from ..structure.sequential import LayerWalker
 from .config import QuantizationConfig
 from .methods import quantization_method
 from .rounding import Rows, commit, report_row, round_to_nearest
@@ -37,8 +38,9 @@ def quantize_rtn(
     model: nn.Module, layers: dict[str, nn.Module], config: RTNConfig, calibration: Any, progress: bool
 ) -> tuple[Rows, int]:
     rows: Rows = {}
-    for name, layer in progress_bar(layers.items(), desc="RTN", unit="layer", disable=not progress):
-        rounded = round_to_nearest(weight_matrix(layer), config)
-        rows[name] = report_row(name, weight_matrix(layer), rounded, None)
-        commit(model, {name: layer}, {name: rounded})
+    for unit in progress_bar(LayerWalker(model, layers), desc="RTN", unit="block", disable=not progress):
+        for name, layer in unit.items():
+            rounded = round_to_nearest(weight_matrix(layer), config)
+            rows[name] = report_row(name, weight_matrix(layer), rounded, None)
+            commit(model, {name: layer}, {name: rounded}, rows)
     return rows, 0

@@ -98,9 +98,12 @@ def select_layers(
     return {name: layer for name, layer in layers.items() if name in chosen}
 
 
-def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, participle: str) -> None:
+def check_changeable(
+    model: nn.Module, layers: dict[str, nn.Module], verb: str, participle: str, in_memory: bool = True
+) -> None:
     """
-    Whether the weights of `layers` can be changed in place; `verb` ("prune", "pruned") is what is to happen to them.
+    Whether the weights of `layers` can be changed in place; `verb` ("prune", "pruned") is what is to happen to them. Of a model
+    whose weights will come into memory one after the other (not `in_memory`), `check_finite` remains for then.
 
     Raises:
         ValueError: a weight is quantised, shared with another module, computed from other parameters, not in memory or not
@@ -119,7 +122,13 @@ def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, 
         if backend_of(layer).packed or odd:
             found = odd or "packed integers"
             raise ValueError(f"model: {name} has quantised weights ({found}); {verb} the floating-point model first.")
-        if weight is None or type(weight.data) is not torch.Tensor or weight.is_meta:
+        if weight is not None and weight.is_meta and hasattr(layer, "_hf_hook"):
+            raise ValueError(
+                f"model: accelerate keeps the weight of {name} on a disk or another device (device_map), so it cannot be "
+                f"{participle} in place. Load the model without that, or go through its folder block by block (`prune_folder`, "
+                "`quantize_folder`)."
+            )
+        if weight is None or type(weight.data) is not torch.Tensor or (weight.is_meta and in_memory):
             raise ValueError(
                 f"model: the weight of {name} is not a plain parameter in memory, so it cannot be {participle} in place."
             )
@@ -130,8 +139,14 @@ def check_changeable(model: nn.Module, layers: dict[str, nn.Module], verb: str, 
             )
         if id(layer) in merged:
             raise ValueError(f"model: an adapter is merged into {name}; call model.unmerge_adapter() first.")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"model: the weight of {name} holds NaN or infinite values.")
+        if in_memory:
+            check_finite(name, weight)
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """ValueError if the weight of the layer `name` holds NaN or infinite values."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"model: the weight of {name} holds NaN or infinite values.")
 
 
 def warn_of_fused_experts(model: nn.Module, participle: str) -> None:

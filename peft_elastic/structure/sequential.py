@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .modules import enclosing_names, find_stacks, output_head
+from .residence import residence_of
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class BlockWalker:
     def __init__(self, model: nn.Module, batches: list[dict[str, Any]], layers: dict[str, nn.Module]):
         self._model = model
         self._batches = batches
-        self._device = next(model.parameters()).device
+        self._residence = residence_of(model)
+        self._device = self._residence.device(model)
         self._output_head: nn.Module | None = None
         self._stages = self._plan(layers)
 
@@ -95,8 +97,12 @@ class BlockWalker:
                 yield from self._replay(stage.blocks, captured)
             else:
                 for block in stage.blocks:
-                    if block.layers:
-                        yield Unit(block.name, block.module, block.layers, self._feed_model)
+                    yield from self._visit(block, self._feed_model)
+
+    def _visit(self, block: _Block, feed: Callable[[int], None]) -> Iterator[Unit]:
+        if block.layers and not self._residence.is_done(block.layers):
+            with self._residence.visit(block.layers):
+                yield Unit(block.name, block.module, block.layers, feed)
 
     def _replay(self, blocks: list[_Block], captured: list[list[_Call]]) -> Iterator[Unit]:
         outputs: list[list[Any]] = [[] for _ in captured]  # of the block before, one list of leaves per batch
@@ -110,8 +116,7 @@ class BlockWalker:
             def feed(index: int, step: int = step) -> None:
                 run(step, index)
 
-            if block.layers:
-                yield Unit(block.name, block.module, block.layers, feed)
+            yield from self._visit(block, feed)
             for index, calls in enumerate(captured):
                 outputs[index] = [] if block is blocks[-1] else pytree.tree_leaves(run(step, index))
                 calls[step].leaves.clear()  # frees the inputs
@@ -248,6 +253,38 @@ class BlockWalker:
                 context.enter_context(replaced_forward(block.module, stand_in_for(block)))
             self._forward(index)
         return captured
+
+
+class LayerWalker:
+    """
+    Goes through layers block by block, in the order in which they are given, for work that needs no data.
+
+    Args:
+        model: any module.
+        layers: the layers of interest, by their names in the model.
+
+    Yields:
+        the layers of one block, or those next to each other that are in none, by name. They may be changed.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        self._residence = residence_of(model)
+        blocks = {name for stack in find_stacks(model) for name in stack}
+        self._units = [
+            dict(unit)
+            for _, unit in itertools.groupby(
+                layers.items(), key=lambda item: next((o for o in enclosing_names(item[0]) if o in blocks), "")
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __iter__(self) -> Iterator[dict[str, nn.Module]]:
+        for unit in self._units:
+            if not self._residence.is_done(unit):
+                with self._residence.visit(unit):
+                    yield unit
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import peft
@@ -25,16 +26,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
+from support import folders
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
 from peft_elastic import SearchResult, Subnet
-from peft_elastic.cli import _data, _evaluation, main
+from peft_elastic.cli import _common, _data, _evaluation, main
 from peft_elastic.cli._examples import Collator, Example, encode, pack
 from peft_elastic.cli._training import last_checkpoint
 from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
 from peft_elastic.cli.quickstart.splits import split_examples
 from peft_elastic.cost import timing
 from peft_elastic.quantization import load_gptq
+from peft_elastic.structure.folder_run import FolderRun
 
 
 GROUPS = ["q_proj,k_proj,v_proj", "up_proj,gate_proj", "down_proj"]
@@ -114,6 +117,43 @@ def test_prune_by_magnitude(folder, tmp_path, options, share):
     out = tmp_path / "new" / "pruned"
     assert run("prune", "--model", folder / "model", "--method", "magnitude", *options, "--out", out) == 0
     assert set(zeros(AutoModelForCausalLM.from_pretrained(out)).values()) == {share}
+
+
+def test_prune_block_by_block(folder, pruned, tmp_path, monkeypatch, capsys):
+    """The same weights, and files beside them; by itself where the memory is too small; an interrupted run goes on."""
+    command = ["prune", "--model", folder / "model", "--sparsity", "0.5", "--out", tmp_path / "out"]
+    command += ["--dataset", folder / "train.jsonl", "--samples", "8", "--max-length", "32"]
+    finish = FolderRun.finish
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderRun, "finish", interrupted)
+    assert run(*command, "--stream") == 130
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(FolderRun, "finish", finish)
+    assert run(*command[:4], "0.4", *command[5:], "--stream") == 2
+    assert "`output` holds another pruning" in capsys.readouterr().err
+    monkeypatch.setattr(_common.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert run(*command) == 0
+    assert "block by block, as with --stream" in capsys.readouterr().out
+    assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(pruned))
+    assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["sparsity"] == 0.5
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in pruned.iterdir()}
+    assert run(*command, "--stream") == 2 and "exists already" in capsys.readouterr().err
+    assert run("prune", "--model", "some/name", "--sparsity", "0.5", "--out", tmp_path / "x", "--stream") == 2
+    assert "needs a folder as `--model`" in capsys.readouterr().err
+    assert run("prune", "--model", folder / "model", "--structured", "--out", tmp_path / "x", "--stream") == 2
+    assert "`--stream` goes without `--structured`" in capsys.readouterr().err
+
+
+def test_quantize_block_by_block(folder, pruned, tmp_path):
+    command = ["quantize", "--model", pruned, "--group-size", "16", "--method", "rtn"]
+    assert run(*command, "--out", tmp_path / "in_memory") == 0
+    assert run(*command, "--out", tmp_path / "out", "--stream") == 0
+    assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(tmp_path / "in_memory"))
+    assert (tmp_path / "out" / "quantization_report.json").exists()
 
 
 @pytest.mark.parametrize(

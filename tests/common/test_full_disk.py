@@ -14,7 +14,6 @@
 
 """Disks that are full: here, files that may not be longer than a limit, which is the same to whoever writes."""
 
-import contextlib
 import errno
 import json
 import os
@@ -29,6 +28,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
 from support import fresh
+from support.full_disk import limit
 
 from peft_elastic import ElasticLoraConfig
 from peft_elastic.cli import _common, _data
@@ -39,18 +39,7 @@ from peft_elastic.common.journal import Journal
 from peft_elastic.common.writing import WriteError, atomic_path, atomic_write_text, write_error, writing
 
 
-resource = pytest.importorskip("resource")
-
-
-@contextlib.contextmanager
-def limit(size):
-    """Python ignores the signal, so that writing more is an error like that of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+pytest.importorskip("resource")
 
 
 # --- what is written -----------------------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from support import folders
 from support.killing import random_deaths
 from support.models import tiny_llama
 from transformers import AutoModelForCausalLM, set_seed
@@ -35,7 +37,9 @@ from peft_elastic import (
     PruningPlan,
     RTNConfig,
     SearchResult,
+    WandaConfig,
     load_gptq,
+    prune_folder,
     prune_structured,
     quantize,
     save_gptq,
@@ -102,6 +106,27 @@ def adapted(seed=0, subnet="max"):
 
 
 # --- work that is continued ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_folders(name, tmp_path):
+    model = folders.MODELS[name]()
+    source, data = folders.saved(model, tmp_path / "model"), folders.batches(model)
+
+    out, journal = tmp_path / "out", tmp_path / "out" / ".peft_elastic_run.jsonl"
+
+    def work():
+        if (out / "config.json").exists() and not journal.exists():  # whole; the next run has to be a new one
+            out.rename(tmp_path / f"whole{time.monotonic_ns()}")
+        prune_folder(source, out, WandaConfig(sparsity=0.5), data, progress=False)
+
+    work()
+    expected = folders.contents(out)
+    for point in random_deaths(work, seed=len(name), points=30):
+        if (out / "config.json").exists():
+            assert folders.same(folders.tensors(out), folders.tensors_in(expected)), point
+    assert folders.contents(out) == expected
+    assert all(folders.contents(whole) == expected for whole in tmp_path.glob("whole*"))
 
 
 def test_search(tmp_path):

@@ -34,8 +34,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 
 from peft_elastic import ElasticLoraConfig, SparseLinear, densify_linears, sparsify_linears
+from peft_elastic.common.safetensors_files import check_safetensors
 from peft_elastic.deploy import checkpoint
-from peft_elastic.deploy.stored_files import check_safetensors
 from peft_elastic.layers import extension
 
 

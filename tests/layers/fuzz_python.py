@@ -38,8 +38,9 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from peft_elastic import PruningPlan, SearchResult, SearchSpace, SparseLinear, Subnet  # noqa: E402
+from peft_elastic.common import safetensors_files  # noqa: E402
 from peft_elastic.cost import timing  # noqa: E402
-from peft_elastic.deploy import checkpoint, stored_files  # noqa: E402
+from peft_elastic.deploy import checkpoint  # noqa: E402
 from peft_elastic.layers import extension  # noqa: E402
 from peft_elastic.search.result import Evaluation  # noqa: E402
 from peft_elastic.supernet.space import Choice  # noqa: E402
@@ -355,7 +356,7 @@ def documents():
     def read_header(text):
         raw = text.encode(errors="surrogatepass")
         (FOLDER / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(24))
-        stored_files.check_safetensors(FOLDER / "a.safetensors")
+        safetensors_files.check_safetensors(FOLDER / "a.safetensors")
 
     def read_timings(text):
         (FOLDER / "kernel_timings.json").write_text(text, errors="surrogatepass")

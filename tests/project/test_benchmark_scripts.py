@@ -57,6 +57,7 @@ SCRIPTS = {
     "importance": (["--out", "--smoke"], [MINILM, REVIEWS]),
     "int4": (["--out", "--smoke"], [EXTENSION, COMPILER]),
     "kernels": (["--out", "--smoke", "--threads", "1", "--deepsparse-python", ""], [EXTENSION, COMPILER, PROC]),
+    "larger_than_memory": (["--out", "--smoke", "--work", "{tmp_path}/work"], [PROC]),
     "levels_before_after": (["--out", "--smoke", "--before", BUILT, "--after", BUILT], [EXTENSION]),
     "lonas": (["--out", "--smoke", "--methods", "sandwich"], [MINILM, REVIEWS]),
     "merging": (["--model", "tiny"], [PROC]),
@@ -116,7 +117,7 @@ def test_smallest_run(name, arguments, monkeypatch, tmp_path):
 
         monkeypatch.setattr(module, "start", start)
     if arguments[0] == "--out":
-        arguments = ["--out", str(tmp_path), *arguments[1:]]
+        arguments = ["--out", str(tmp_path), *(word.replace("{tmp_path}", str(tmp_path)) for word in arguments[1:])]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         module.main(arguments)
     assert "|" in said.getvalue()  # a table

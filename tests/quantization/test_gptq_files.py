@@ -43,11 +43,11 @@ from peft_elastic.quantization import (
     Grid,
     QuantizedLinear,
     RTNConfig,
-    checkpoint_names,
     load_gptq,
     quantize,
     save_gptq,
 )
+from peft_elastic.structure import checkpoint_names
 
 
 DECODER = {
