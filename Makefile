@@ -4,6 +4,8 @@
 #   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
 #   make test-gptq                   tests/gptq, which need GPTQModel: in $(VENV_GPTQ), with a torch of several GB
 #   make test-oldest                 the quick tests with the oldest versions admitted: in $(VENV_OLDEST), PYTHON_OLDEST
+#   make test-gpu                    tests/device on the first CUDA device, or on the one that PEFT_ELASTIC_TEST_DEVICE names
+#                                    (cuda:1, xpu, mps, cpu, and "pretend", for machines without one); benchmarks/gpu.py has the times
 #   make style                       reformat the code      make lint       what CI checks: ruff, mypy
 #   make fuzz                        under ASan and UBSan: 200,000 damaged weights, 100,000 damaged inputs from Python
 #   make bench [BENCH="training"]    benchmarks/*.py        make wheel      a wheel and a source archive in dist/
@@ -22,7 +24,7 @@ CONSTRAINTS ?= constraints.txt
 CONSTRAINTS_GPTQ ?= constraints-gptq.txt
 CONSTRAINTS_OLDEST ?= constraints-oldest.txt
 ARGS ?=
-BENCH ?= $(basename $(notdir $(wildcard benchmarks/*.py)))
+BENCH ?= $(filter-out gpu,$(basename $(notdir $(wildcard benchmarks/*.py))))  # that one by its name, on a machine with a GPU
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,7 +34,7 @@ SOURCES := peft_elastic tests benchmarks docs examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq test-oldest wheel
+.PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq test-gpu test-oldest wheel
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -73,6 +75,10 @@ $(INSTALLED_OLDEST): pyproject.toml setup.py $(CONSTRAINTS_OLDEST) peft_elastic/
 
 test-oldest: $(INSTALLED_OLDEST)
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
+# One process, for one device; `-rs` says what was skipped, and why.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -n 0 -rs tests/device $(ARGS)
 
 fuzz: $(INSTALLED)
 	PEFT_ELASTIC_FUZZ=200000 $(PYTEST) -n 0 tests/layers/test_levels.py -k fuzzing

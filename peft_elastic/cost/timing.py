@@ -69,11 +69,13 @@ def timings_file() -> Path:
     return assets.home() / "kernel_timings.json"
 
 
-def clock() -> Callable[[], float]:
-    """The clock to time with. One thread is timed by the processor time it takes, which does not grow when other processes
-    compete for the core; several, which wait for each other, by the time that passes."""
+def clock(device: torch.device | str = "cpu") -> Callable[[], float]:
+    """The clock to time with what ends with a value of this device. One thread is timed by the processor time it takes, which does
+    not grow when other processes compete for the core; several, which wait for each other, and other devices, which the processor
+    may wait for asleep, by the time that passes."""
     fine = hasattr(time, "thread_time") and time.get_clock_info("thread_time").resolution <= 1e-6
-    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+    alone = torch.get_num_threads() == 1 and torch.device(device).type == "cpu"
+    return time.thread_time if fine and alone else time.perf_counter
 
 
 def measure(

@@ -212,7 +212,8 @@ class SparseLinear(nn.Module):
         device = fn(torch.empty(0, device="cpu")).device
         if device.type != "cpu":
             raise ValueError(
-                f"SparseLinear runs on the CPU alone and cannot move to {device}; use `.to_linear()` first."
+                f"SparseLinear runs on the CPU alone and cannot move to {device}; use `.to_linear()` or `densify_linears` first. "
+                "`model.to('cpu')` brings back what of a model has moved before it."
             )
         return super()._apply(fn, recurse)
 

@@ -52,12 +52,24 @@ def subnet_restored(host: ElasticHost) -> Iterator[None]:
             host.sample_subnet(active)
 
 
+def _devices_in_use() -> tuple[str, list[int]]:
+    """The kind of accelerator, and the numbers of its devices, each of which has a generator; none where nothing has used one yet, as
+    asking would start it, after which a process cannot fork."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cuda", []
+    module = torch.get_device_module(accelerator)
+    if not getattr(module, "is_initialized", lambda: True)():
+        return accelerator.type, []
+    return accelerator.type, list(range(module.device_count()))
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """The global generators of `random`, NumPy and PyTorch seeded inside, and as before outside."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    kind, devices = _devices_in_use()
+    with torch.random.fork_rng(devices=devices, device_type=kind):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)

@@ -54,6 +54,7 @@ SCRIPTS = {
     "crossover": (["--out", "--smoke", "--threads", "1"], [EXTENSION]),
     "expansion": (["--out", "--smoke"], [EXTENSION, COMPILER]),
     "generate": (["--out", "--smoke", "--threads", "1", "--sparsities", "0.5"], [EXTENSION, PROC]),
+    "gpu": (["--out", "--smoke"], []),
     "importance": (["--out", "--smoke"], [MINILM, REVIEWS]),
     "int4": (["--out", "--smoke"], [EXTENSION, COMPILER]),
     "kernels": (["--out", "--smoke", "--threads", "1", "--deepsparse-python", ""], [EXTENSION, COMPILER, PROC]),

@@ -64,12 +64,13 @@ def _execute(setup: Setup, folder: Path | None, progress: bool) -> PruningPlan:
     journal = None
     if folder is not None:
         journal = open_journal(folder, setup.model, evaluation.batches, f"{evaluation.name}, {evaluation.mode}")
-    now = clock()
+    device = next(setup.model.parameters()).device
+    now = clock(device)
     start = now()
     scores = sort_units(setup, folder, progress)
     sorting = now() - start
     order = order_name(setup)
-    recalled = {name: Recalled(metric, name, order, journal) for name, metric in metrics.items()}
+    recalled = {name: Recalled(metric, name, order, journal, device) for name, metric in metrics.items()}
     with _Progress(setup, progress) as bar:
         greedy = GreedyPruning(setup.units, setup.costs, recalled, config.slack, scores, config.seed, bar.show)
         judge = evaluation.data_of("sub-blocks")

@@ -214,7 +214,7 @@ class CalibrationLoss:
         logits = self._model(**inputs).logits
         targets = _targets(batch).to(logits.device)
         losses = nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
-        return float(losses.double().sum())
+        return float(losses.cpu().double().sum())  # some devices have no float64
 
     def _count(self, batch: dict[str, Any]) -> int:
         if self._predicts_tokens:

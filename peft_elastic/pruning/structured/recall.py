@@ -53,9 +53,12 @@ def open_journal(folder: Path, model: nn.Module, batches: list[dict[str, Any]] |
 
 
 class Recalled:
-    """A metric whose values are remembered, in a journal if there is one."""
+    """A metric whose values are remembered, in a journal if there is one, with the seconds they took on a device."""
 
-    def __init__(self, metric: Metric, data: str, order: str, journal: Journal | None) -> None:
+    def __init__(
+        self, metric: Metric, data: str, order: str, journal: Journal | None, device: torch.device | str = "cpu"
+    ) -> None:
+        self._now = clock(device)
         self._metric, self._data, self._order, self._journal = metric, data, order, journal
         self._known: dict[tuple[Any, ...], Measurement] = {}
         self._used: set[tuple[Any, ...]] = set()
@@ -69,10 +72,9 @@ class Recalled:
         if key in self._used:
             return Measurement(self._known[key].value)
         if key not in self._known:
-            now = clock()
-            start = now()
+            start = self._now()
             measured = self._metric(state, trunk)
-            seconds = now() - start
+            seconds = self._now() - start
             self._known[key] = Measurement(measured.value, measured.block_passes, seconds)
             if self._journal is not None:
                 row = {"data": self._data, "order": order, "state": dict(state), "value": measured.value}
@@ -103,7 +105,7 @@ def _digest_of_batches(batches: list[dict[str, Any]]) -> str:
             digest.update(name.encode())
             if isinstance(value, torch.Tensor):
                 digest.update(f"{tuple(value.shape)}".encode())
-                digest.update(value.detach().to("cpu", torch.float64).numpy().tobytes())
+                digest.update(value.detach().cpu().double().numpy().tobytes())
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()[:16]

@@ -143,7 +143,7 @@ def _padded_weights(
             parameters.append(layer.lora_B[adapter_name]._parameters["bias"])
             weights.append(bias)
         if factors[name] != 1:
-            weights[1:] = [(weight.double() * factors[name]).to(weight.dtype) for weight in weights[1:]]
+            weights[1:] = [(weight.cpu().double() * factors[name]).to(weight) for weight in weights[1:]]
         padded.update(zip(map(id, parameters), weights))
     return padded
 
