@@ -24,17 +24,32 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from peft_elastic import ElasticTrainer
+from peft_elastic.common import ranks
 from peft_elastic.common.documents import read_json
 from peft_elastic.common.writing import writing
+from peft_elastic.structure.blocks import Structure
+from peft_elastic.structure.importance import measure_importance
 
+from ._common import new_folder
 from ._examples import Collator, batches
 
 
 def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
     """Sort the heads and channels of the base as the configuration of the adapter says, where that takes data."""
     config = model.active_peft_config
-    if config.elastic_width and config.importance in ("activation", "gradient"):
-        model.sort_by_importance(batches(features, Collator(model), 8))
+    if not (config.elastic_width and config.importance in ("activation", "gradient")):
+        return
+    calibration = batches(features, Collator(model), 8)
+    if ranks.world_size() == 1:
+        model.sort_by_importance(calibration)
+        return
+    # sums on GPUs differ in the last bits from run to run, and all processes must come to one order
+    scores = None
+    if ranks.is_main():
+        base = model.get_base_model()
+        widths = [width for width in Structure(base).widths if width.kind in config.elastic_width]
+        scores = measure_importance(base, widths, config.importance, calibration)
+    model.sort_by_importance(importance=ranks.share(scores))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -61,15 +76,19 @@ def fit(
     strategy: str,
     seed: int,
     distillation: str | None = None,
+    out: Path | None = None,
     **training_arguments: Any,
 ) -> dict[str, Any]:
     """Train the elastic adapter of `model`, other subnets in each step, from the last checkpoint if there is one.
+
+    All processes of a run call this together; the main one writes.
 
     Args:
         model: with an elastic adapter.
         features: what `encode` returned.
         checkpoints: folder for checkpoints.
         strategy, seed, distillation: of the `ElasticTrainer`.
+        out: new folder for the adapter, if it is to be saved.
         training_arguments: passed to `TrainingArguments`.
 
     Returns:
@@ -103,8 +122,16 @@ def fit(
         distillation=distillation,
     )
     with writing(checkpoints):
-        output = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        output = trainer.train(resume_from_checkpoint=ranks.share(last_checkpoint(checkpoints)))
     model.eval()
+    if out is not None:
+        # of weights that are spread over the processes all of these have to give their part
+        spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
+        if ranks.is_main():
+            with new_folder(out) as folder:
+                model.save_pretrained(folder, state_dict=weights)
+        ranks.barrier()
     return {
         "steps": output.global_step,
         "seconds": output.metrics["train_runtime"],

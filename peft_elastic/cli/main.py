@@ -21,10 +21,13 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import peft_elastic.cli
+from peft_elastic.common import ranks
 from peft_elastic.common.writing import write_error
 from peft_elastic.version import __version__
 
@@ -91,13 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 for success, 2 for bad input and full disks (argparse's own errors, and a ValueError or OSError from the command, of
     which one line is printed), 130 when interrupted. Any other exception is a bug, and is not caught.
+
+    Of several processes that a launcher has started, the main one prints, and the first one to fail says why.
     """
     args = None
     try:
         argv = sys.argv[1:] if argv is None else argv
-        args = build_parser(argv).parse_args(argv)
+        with _silent_unless_main(errors=True):
+            args = build_parser(argv).parse_args(argv)
         peft_elastic.register()
-        status = args.run(args)
+        if ranks.world_size() == 1:
+            status = args.run(args)
+        else:
+            status = _run_with_others(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -106,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if ranks.world_size() > 1 and not (args and args.traceback) and not ranks.is_first_to_fail():
+            return 2
         known = write_error(error) or (error if isinstance(error, (ValueError, OSError)) else None)
         if known is None or (args and args.traceback):
             raise
@@ -118,5 +129,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args and args.traceback:
             raise
-        print("peft-elastic: interrupted", file=sys.stderr)
+        if ranks.is_first_to_fail():
+            print("peft-elastic: interrupted", file=sys.stderr)
         return 130
+
+
+def _run_with_others(args: argparse.Namespace) -> int:
+    """Run a command in one of several processes.
+
+    Raises:
+        ValueError: if the command is one for a single process, or `--device` is one GPU for all.
+    """
+    number = ranks.world_size()
+    if not getattr(args, "several_processes", False):
+        raise ValueError(
+            f"This command runs in one process, and a launcher such as torchrun has started {number}, which would write over each "
+            "other's files: start it without."
+        )
+    device = getattr(args, "device", None)
+    if device is not None and ":" in device:
+        raise ValueError(
+            f"`--device` {device!r} is one device for all {number} processes: leave it out, and each takes the GPU of its local rank."
+        )
+    # the launcher ends the processes that are left when one has failed; they then clean up as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ranks.join(device)
+    with _silent_unless_main():
+        status = args.run(args)
+    ranks.leave()
+    return status
+
+
+@contextmanager
+def _silent_unless_main(errors: bool = False) -> Iterator[None]:
+    """Prints nothing inside, in other processes than the main one; of `errors`, nothing either."""
+    with ExitStack() as stack:
+        if not ranks.is_main():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            if errors:
+                stack.enter_context(redirect_stderr(nowhere))
+        yield

@@ -25,6 +25,7 @@ from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCallback
+from peft_elastic.common import ranks
 from peft_elastic.common.checks import wrong
 from peft_elastic.layers.grid import BITS
 from peft_elastic.structure.importance import IMPORTANCES
@@ -52,7 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic train --model pruned --dataset train.jsonl --sparse-adapter --bits 4 --out adapter\n"
         "  peft-elastic train --model dense --dataset train.jsonl --elastic-width heads=1.0,0.75 mlp=1.0,0.75,0.5 \\\n"
         "      --elastic-depth 4-20 --strategy sandwich --distillation max --out adapter\n"
-        "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption",
+        "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption\n"
+        "  torchrun --nproc-per-node 4 -m peft_elastic train --model pruned --dataset train.jsonl --out adapter",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
@@ -155,7 +157,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--save-steps", type=positive_int, default=100, help="steps between checkpoints (default: %(default)s)"
     )
     _data.add_data_arguments(parser, "train on")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, several_processes=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -184,15 +186,11 @@ def run(args: argparse.Namespace) -> int:
             "`--distillation max` goes with `--strategy sandwich`, whose steps begin with the max subnet."
         )
     checkpoints = args.out.with_name(f"{args.out.name}-checkpoints")
-    if (args.out / "adapter_config.json").is_file():  # finished, and killed before this
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    _common.check_new_folder(args.out)
-    if args.resume and not last_checkpoint(checkpoints):
-        raise ValueError(f"`--resume`: there is no checkpoint in {os.fspath(checkpoints)!r}.")
-    if not args.resume:
-        _common.check_new_folder(checkpoints)
-
-    examples = _data.read_examples(args, args.samples)
+    if ranks.is_main():
+        _check_folders(args.out, checkpoints, args.resume)
+    # the others wait: for folders that are checked before anybody writes into them, and for data that is prepared once
+    with ranks.main_first():
+        examples = _data.read_examples(args, args.samples)
     tokenizer = _common.load_tokenizer(args.model)
     features = encode(tokenizer, examples, args.max_length)
     print(f"{len(features)} training examples, of {len(examples)} read")
@@ -213,6 +211,7 @@ def run(args: argparse.Namespace) -> int:
             learning_rate=args.lr,
             per_device_train_batch_size=args.batch_size,
             save_steps=args.save_steps,
+            out=args.out,
             **length,
         )
     except KeyboardInterrupt:
@@ -220,17 +219,27 @@ def run(args: argparse.Namespace) -> int:
             print(f"\nThe last checkpoint is in {checkpoints}; the same command with --resume continues from there.")
         raise
     finally:
-        if not last_checkpoint(checkpoints):  # nor half of one is left to be in the way of the next attempt
+        # nor half of one is left to be in the way of the next attempt
+        if ranks.is_main() and not last_checkpoint(checkpoints):
             shutil.rmtree(checkpoints, ignore_errors=True)
-    with _common.new_folder(args.out) as folder:
-        model.save_pretrained(folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if ranks.is_main():
+        shutil.rmtree(checkpoints, ignore_errors=True)
     _common.say_written(
         [(args.out, "the super-adapter, with the max subnet active")],
         ["peft-elastic", "search", "--model", args.model, "--adapter", args.out]
         + ["--dataset", "VALIDATION_DATA", "--out", "search"],
     )
     return 0
+
+
+def _check_folders(out: Path, checkpoints: Path, resume: bool) -> None:
+    if (out / "adapter_config.json").is_file():  # finished, and killed before this
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    _common.check_new_folder(out)
+    if resume and not last_checkpoint(checkpoints):
+        raise ValueError(f"`--resume`: there is no checkpoint in {os.fspath(checkpoints)!r}.")
+    if not resume:
+        _common.check_new_folder(checkpoints)
 
 
 def parse_groups(words: Sequence[str]) -> str | list[list[str]]:

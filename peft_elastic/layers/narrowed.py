@@ -31,6 +31,8 @@ from torch import nn
 # Features as runs (start, stop).
 Ranges = tuple[tuple[int, int], ...]
 
+_FSDP = "torch.distributed.fsdp."
+
 
 def take(tensor: torch.Tensor, dim: int, ranges: Optional[Ranges]) -> torch.Tensor:
     """These runs of one dimension: a view if there is one run, a copy if there are several."""
@@ -44,7 +46,14 @@ def stored_tensor(layer: nn.Module, name: str) -> Any:
     """The whole parameter `name` of a layer whose attribute of that name is a part of it, or None."""
     if (replicated := layer.__dict__.get("_replicated")) is not None and name in replicated:
         return replicated[name]
-    return layer._parameters.get(name)
+    # by index, as an attribute is read: ZeRO-3 gathers what is read so in a forward pass
+    return layer._parameters[name] if name in layer._parameters else None
+
+
+def is_elsewhere(full: Optional[torch.Tensor]) -> bool:
+    """Whether a parameter is spread over the processes of ZeRO-3, which leaves nothing of it in its place outside forward and
+    backward passes; there is then no part of it to be had."""
+    return full is not None and hasattr(full, "ds_status") and full.numel() == 0
 
 
 def store_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> bool:
@@ -63,11 +72,13 @@ def set_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def is_asked_by_name() -> bool:
-    """Whether the property that calls this is read by `get_parameter`, of whatever module above. torch fetches the parameter as
-    an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the whole parameter."""
+    """Whether the property that calls this is read by `get_parameter`, of whatever module above, or by FSDP2. torch fetches the
+    parameter as an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the whole
+    parameter; and so does FSDP2, which looks in the first forward pass whether its shards have been replaced."""
     if torch.compiler.is_compiling():  # cannot look at frames, and a forward pass does not go by names
         return False
-    return sys._getframe(2).f_code is nn.Module.get_parameter.__code__
+    frame = sys._getframe(2)
+    return frame.f_code is nn.Module.get_parameter.__code__ or frame.f_globals.get("__name__", "").startswith(_FSDP)
 
 
 class Narrowed(nn.Module):
@@ -80,7 +91,7 @@ class Narrowed(nn.Module):
     @property
     def bias(self) -> Optional[torch.Tensor]:
         full = stored_tensor(self, "bias")
-        return full if full is None or is_asked_by_name() else take(full, 0, self.active_out)
+        return full if full is None or is_asked_by_name() or is_elsewhere(full) else take(full, 0, self.active_out)
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:
@@ -101,7 +112,7 @@ class NarrowedParameter(Narrowed):
     @property
     def weight(self) -> torch.Tensor:
         full = stored_tensor(self, "weight")
-        if is_asked_by_name():
+        if is_asked_by_name() or is_elsewhere(full):
             return full
         return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
 

@@ -20,15 +20,18 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from ..common import ranks
 from ..common.checks import check_whole
 from .generations import Generations
 from .host import ElasticHost, get_elastic_host
 from .samplers import StepSampler, SubnetSampler, sampler_of
-from .space import Subnet
+from .space import SearchSpace, Subnet
 from .stages import Stage, StagePlan, check_stages
 
 
 logger = logging.getLogger(__name__)
+
+_COMPARED_STEPS = 4
 
 
 class SubnetSamplingCallback(TrainerCallback):
@@ -56,7 +59,8 @@ class SubnetSamplingCallback(TrainerCallback):
     Raises:
         ValueError: for an unknown strategy, one that trains several subnets in a step (see `ElasticTrainer`), a bad seed
             or bad stages; when training starts, for a model without an elastic adapter, an `eval_subnet` that does not
-            belong to its search space, stages that do not fit the space or the training arguments, or PPO.
+            belong to its search space, stages that do not fit the space or the training arguments, or PPO; and where the processes
+            of a distributed run would train different subnets.
     """
 
     # whether the Trainer can train several subnets in a step
@@ -80,6 +84,8 @@ class SubnetSamplingCallback(TrainerCallback):
         self._host: ElasticHost | None = None
         self._args_seed = 0
         self._reported: str | None = None
+        # whether the optimizer moves weights that have no gradient, too
+        self._all_move = False
 
     def subnets_of_step(self, step: int) -> list[Subnet]:
         """List the subnets that optimizer step number `step` (from 0) trains, in their order.
@@ -125,6 +131,11 @@ class SubnetSamplingCallback(TrainerCallback):
                 "Asynchronous GRPO compares probabilities of tokens with those of a server that has all ranks, and of steps long past, "
                 "so subnets cannot be sampled. Train with GRPO or RLOO of TRL, or without the callback."
             )
+        self._all_move = getattr(args, "deepspeed_plugin", None) is not None
+        if self._all_move and not isinstance(self.sampler, StepSampler):
+            _check_nothing_skipped(
+                host.search_space, [host.search_space.min], "`strategy` trains one subnet a step, which"
+            )
         plan = StagePlan(self.stages, host.search_space, args, state.max_steps, lr_scheduler)
         if self.eval_subnet is None:
             host.restore_subnet()  # an earlier run may have been interrupted in the middle of a step
@@ -135,11 +146,35 @@ class SubnetSamplingCallback(TrainerCallback):
         if self._is_of_new_trainer:
             self._generations, self._is_of_new_trainer = Generations(), False
         self._generations.begin(args, state.global_step)
+        self._check_agreement(host, state.global_step)
         logger.info(f"Training {host.search_space} with {type(self.sampler).__name__}.")
+
+    def _check_agreement(self, host: ElasticHost, step: int) -> None:
+        """ValueError unless all processes of the run train the same subnets. Gradients of different ones would be averaged, and
+        engines that spread the weights would wait for each other for ever."""
+        if ranks.world_size() == 1 or not ranks.is_joined():
+            return
+        mine = {
+            "search space": [(choice.key, choice.options) for choice in host.search_space],
+            "chosen subnet": dict(host.active_subnet),
+            "sampled subnets": [
+                [dict(s) for s in self.subnets_of_step(n)] for n in range(step, step + _COMPARED_STEPS)
+            ],
+        }
+        everybody = ranks.gather(mine)
+        for what, value in everybody[0].items():
+            if odd := [rank for rank, theirs in enumerate(everybody) if theirs[what] != value]:
+                raise ValueError(
+                    f"`model` or `strategy`: the processes {odd} of this run have another {what} than process 0. Give all of them the "
+                    "same configuration and `seed`, and let a strategy of your own take all its randomness from its `rng`."
+                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._host is not None
         self._generations.begin_step(state.global_step)
+        if self._all_move:
+            subnets = self.subnets_of_step(state.global_step)
+            _check_nothing_skipped(self._host.search_space, subnets, f"Every subnet of step {state.global_step}")
         self._host.sample_subnet(self.subnet_of_step(state.global_step))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -176,3 +211,15 @@ class SubnetSamplingCallback(TrainerCallback):
             logger.log(logging.INFO if message == self._reported else logging.WARNING, message)
         self._reported = message
         return name, parameters
+
+
+def _check_nothing_skipped(space: SearchSpace, subnets: Sequence[Subnet], who: str) -> None:
+    """ValueError if a part of the model is in none of the subnets of a step. DeepSpeed keeps the weights of all blocks in one flat
+    tensor, and gives those that have no gradient one of zeros: AdamW then moves them by their momentum, and counts the step, where it
+    leaves them alone in one process and under DDP and FSDP2."""
+    for choice in space:
+        if choice.kind == "depth" and max(subnet[choice.key] for subnet in subnets) < choice.options[0]:
+            raise ValueError(
+                f"{who} may skip {choice.name!r}, whose weights DeepSpeed's optimizer would move all the same. With elastic depth train "
+                "several subnets a step, the largest among them (`ElasticTrainer(strategy='sandwich')`), or use FSDP2 or DDP."
+            )

@@ -1,0 +1,138 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Commands in several processes, as torchrun starts them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.places import REPOSITORY
+from support.processes import run_in_processes
+
+from peft_elastic.cli import main
+from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
+
+
+TRAIN = ["--r", "4", "--ranks", "4", "3", "2", "--targets", "q_proj", "down_proj", "--lr", "0.01", "--dropout", "0"]
+TRAIN += ["--steps", "8", "--device", "cpu", "--elastic-width", "mlp=1.0,0.5", "--importance", "activation"]
+TRAIN += ["--strategy", "sandwich"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model, and data of one length, which are drawn in the same order whatever the size of a batch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    examples = smoke_examples()
+    model, tokenizer = smoke_model(examples)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lengths = [len(tokenizer(example.prompt + example.completion)["input_ids"]) for example in examples]
+    usual = max(set(lengths), key=lengths.count)
+    records = [
+        {"prompt": example.prompt, "completion": example.completion}
+        for example, length in zip(examples, lengths)
+        if length == usual
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def command(folder, out, *options):
+    return ["train", "--model", folder / "model", "--dataset", folder / "train.jsonl", "--out", out, *TRAIN, *options]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    assert main([str(word) for word in command(folder, folder / "alone", "--batch-size", "8")]) == 0
+    return folder / "alone"
+
+
+def assert_same_adapter(out, alone):
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
+    found, expected = (load_file(path / "adapter_model.safetensors") for path in (out, alone))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
+    configs = [json.loads((path / "adapter_config.json").read_text()) for path in (out, alone)]
+    for config in configs:
+        del config["weights_crc32"]
+    assert configs[0] == configs[1]
+
+
+def test_train_in_two_processes(folder, alone, tmp_path):
+    done = run_in_processes(2, command(folder, tmp_path / "two", "--batch-size", "4"))
+    assert done.returncode == 0, done.stderr
+    assert_same_adapter(tmp_path / "two", alone)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
+    assert done.stdout.count("Written:") == done.stdout.count("training examples") == 1
+
+
+@pytest.mark.slow
+def test_train_under_torchrun(folder, alone, tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "peft_elastic",
+    ]
+    words += command(folder, tmp_path / "two", "--batch-size", "4")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_adapter(tmp_path / "two", alone)
+    assert done.stdout.count("Written:") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--r", "0"], "`r`"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--device", "cuda:0"], "`--device` 'cuda:0' is one device for all 2 processes"),
+        (["--bits", "5"], "argument --bits: invalid choice"),
+        (["--resume"], "`--resume`: there is no checkpoint"),
+    ],
+)
+def test_bad_input_is_said_once(folder, tmp_path, options, message):
+    done = run_in_processes(2, command(folder, tmp_path / "two", *options))
+    assert done.returncode == 2
+    assert done.stderr.count(message) == 1 and done.stderr.count("error:") == 1, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_fails_in_one_process_ends_all(folder, tmp_path):
+    """The data are there for the main process alone, as on the first of two machines."""
+    words = command(folder, tmp_path / "two", "--dataset", folder / "rank-{rank}.jsonl")
+    (folder / "rank-0.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    done = run_in_processes(2, words)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1 and "rank-1.jsonl" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_commands_for_one_process_refuse_several(folder, tmp_path):
+    done = run_in_processes(
+        2, ["prune", "--model", folder / "model", "--method", "magnitude", "--out", tmp_path / "out"]
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("a launcher such as torchrun has started 2") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
