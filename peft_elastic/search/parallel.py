@@ -175,6 +175,7 @@ class Workers:
     def __init__(self, meter: Meter, parallel: Parallel) -> None:
         self._meter, self._parallel = meter, parallel
         self._executor, self._is_checked = parallel.executor, False
+        self._n_calls = 0
         self._in_vain = 0  # executors that were made since the last answer
         self._here = False  # whether the executor is gone, and this process does the rest
         self._key = uuid.uuid4().hex
@@ -186,7 +187,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         if self._parallel.make is not None and self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor.shutdown(wait=True)
         shutil.rmtree(worker.lock_folder(self._key), ignore_errors=True)
 
     def measure(
@@ -286,8 +287,11 @@ class Workers:
         """None if the executor takes nothing any more; it has been replaced then."""
         assert self._executor is not None
         setup = self._setup if task.with_setup else None
+        # no two calls are equal: Dask answers one that it has seen with what came of the first, also if that is a death
+        self._n_calls += 1
+        call = pickle.dumps((task.what, task.evaluation, self._n_calls))
         try:
-            return self._executor.submit(worker.work, self._key, setup, pickle.dumps((task.what, task.evaluation)))
+            return self._executor.submit(worker.work, self._key, setup, call)
         except RuntimeError as error:  # broken, or shut down
             if self._parallel.make is not None:
                 self._in_vain += 1
@@ -295,7 +299,7 @@ class Workers:
                     raise ChildProcessError(
                         f"`executor` makes executors that take no work ({_line(error)})."
                     ) from error
-                self._executor.shutdown(wait=False, cancel_futures=True)
+                self._executor.shutdown(wait=False)
                 self._executor = self._made()
                 return None
             warnings.warn(

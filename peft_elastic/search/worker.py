@@ -171,7 +171,7 @@ def work(key: str, setup: bytes | None, task: bytes) -> bytes:
     Args:
         key (`str`): of the search.
         setup (`bytes`, *optional*): a pickled `Setup`. It is not sent with every task: evaluation data may be large.
-        task (`bytes`): a pickled pair: what to read, and the `Evaluation`.
+        task (`bytes`): pickled: what to read, the `Evaluation`, and the number of the call.
 
     Returns:
         `bytes`: a pickled pair: the kind of answer, and what belongs to it.
@@ -184,7 +184,7 @@ def work(key: str, setup: bytes | None, task: bytes) -> bytes:
                     return pickle.dumps((UNKNOWN, None))
                 _station = None  # the model of another search leaves before the next one comes
                 _station = _Station(key, pickle.loads(setup))
-            what, evaluation = pickle.loads(task)
+            what, evaluation, _ = pickle.loads(task)
             if what == CHECK:
                 return pickle.dumps((DONE, None))
             with bounded_threads(_station.threads):

@@ -20,7 +20,10 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -33,10 +36,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from peft import get_peft_model
 from support.elastic_net import ElasticNet, quality, search
+from support.places import REPOSITORY, TESTS
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from peft_elastic import ElasticLoraConfig
 from peft_elastic.common import ranks
-from peft_elastic.search import SearchResult, worker
+from peft_elastic.search import RayExecutor, SearchResult, worker
 from peft_elastic.search.identity import Identity
 
 
@@ -195,6 +202,161 @@ def test_nothing_is_started_if_all_is_on_file(tmp_path, unbroken):
         raise AssertionError("all evaluations are on file")
 
     assert run(never, save_dir=tmp_path) == unbroken[0]
+
+
+# -- executors of others, in processes that start from nothing --------------------------------------------------------
+
+
+def same_in(executor, unbroken, folder):
+    """The result, although a worker dies on the way."""
+    assert run(executor, Deadly(folder, 1), save_dir=folder / "search") == unbroken[0]
+    same_files(folder / "search", unbroken[1])
+    assert (folder / "death-0").exists()
+
+
+@pytest.mark.slow
+def test_processes_of_this_machine(tmp_path, unbroken):
+    same_in(2, unbroken, tmp_path)
+
+
+@pytest.mark.slow
+def test_forkserver(tmp_path, unbroken):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_elastic.search.worker"])
+    same_in(lambda: ProcessPoolExecutor(2, context), unbroken, tmp_path)
+
+
+@pytest.mark.slow
+def test_loky(tmp_path, unbroken):
+    loky = pytest.importorskip("joblib.externals.loky")
+    same_in(lambda: loky.get_reusable_executor(2), unbroken, tmp_path)
+
+
+@pytest.mark.slow
+def test_ray(tmp_path, unbroken):
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'peft-elastic[ray]'")
+    # what its processes inherit: the modules of the tests are found there too
+    paths = os.pathsep.join(map(str, (REPOSITORY, TESTS, TESTS / "search")))
+    # a plane of its own on this machine; the home of who runs the tests stays as it is
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PYTHONPATH", paths)
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20)
+        try:
+            with RayExecutor(2) as executor:
+                same_in(executor, unbroken, tmp_path)  # an actor is replaced, the executor goes on
+                assert run(executor, n_evals=9) == run(n_evals=9)
+                with pytest.raises(KeyError, match="no such thing"):
+                    run(executor, failing)
+                with pytest.raises(ValueError, match=r"the values of 'layers.3.lora_B.weight' differ"):
+                    run(executor, worker_model=other_weight)
+                future = executor.submit(os.getpid)
+                assert future.result() != os.getpid()
+            with pytest.raises(RuntimeError, match="after shutdown"):
+                executor.submit(os.getpid)
+        finally:
+            ray.shutdown()
+
+
+@pytest.mark.slow
+def test_dask(tmp_path, unbroken):
+    distributed = pytest.importorskip("distributed", reason="needs Dask: pip install distributed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (REPOSITORY, TESTS, TESTS / "search"))))
+        cluster = distributed.LocalCluster(
+            n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+        )
+        with cluster, distributed.Client(cluster) as client:
+            same_in(client.get_executor(), unbroken, tmp_path)
+        cluster = distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None)
+        with cluster, distributed.Client(cluster) as client:
+            with pytest.raises(ValueError, match="runs its tasks in threads of the process of the search"):
+                run(client.get_executor(), n_evals=4)
+
+
+MPI = """
+import sys
+from mpi4py.futures import MPIPoolExecutor
+from support.elastic_net import ElasticNet
+from test_search_parallel import run
+
+if __name__ == "__main__":
+    with MPIPoolExecutor(2) as executor:
+        assert run(executor) == run()
+    print("the same")
+"""
+
+
+@pytest.mark.slow
+def test_mpi(tmp_path):
+    pytest.importorskip("mpi4py", reason="needs mpi4py and an MPI: pip install mpi4py mpich")
+    program = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip("needs mpiexec: pip install mpich")
+    (tmp_path / "script.py").write_text(MPI)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, TESTS, TESTS / "search")))}
+    command = [program, "-n", "3", sys.executable, "-m", "mpi4py.futures", str(tmp_path / "script.py")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and "the same" in done.stdout, done.stderr
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'peft-elastic\[ray\]'"):
+        RayExecutor(2)
+    with pytest.raises(ValueError, match="`max_workers` must be a whole number >= 1"):
+        RayExecutor(0)
+
+
+# -- a model of peft ---------------------------------------------------------------------------------------------------
+
+
+def loss_of(model):
+    return {"loss": float(model(**BATCH).loss), "drift": float(torch.rand(1))}
+
+
+BATCH = {"input_ids": torch.arange(24).reshape(2, 12) % 16, "labels": torch.arange(24).reshape(2, 12) % 16}
+
+
+def test_a_saved_adapter(tmp_path):
+    """Of a model with width and depth; the adapter is trained, or it would compute what the base does."""
+    torch.manual_seed(3)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = ElasticLoraConfig(
+        r=8,
+        target_modules="all-linear",
+        elastic_width={"mlp": [1.0, 0.5]},
+        elastic_depth="1",
+        importance="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    settings = {"objectives": ("loss", "macs", "bytes"), "mode": "min", "n_evals": 12, "progress": False}
+    serial = model.search_subnet(loss_of, max_parameters="95%", **settings)
+    found = model.search_subnet(
+        loss_of, max_parameters="95%", executor=pool, worker_model=tmp_path / "adapter", **settings
+    )
+    assert found == serial and len({e.metrics["loss"] for e in found.history}) > 6
+    torch.nn.init.normal_(model.get_parameter(name), std=0.1)
+    with pytest.raises(ValueError, match="another model in a worker than `model`: the values of 'model.lm_head.weight' differ"):
+        model.search_subnet(loss_of, executor=pool, worker_model=str(tmp_path / "adapter"), **settings)
+    with pytest.raises(ValueError, match="`worker_model` failed in a worker"):
+        model.search_subnet(loss_of, executor=pool, worker_model=str(tmp_path), **settings)
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
@@ -546,13 +708,13 @@ def test_arguments():
         ({"executor": lambda: 3}, "`executor` must be a function that makes a concurrent.futures.Executor, got 3"),
         ({"executor": InThreads()}, "runs its tasks in threads of the process of the search"),
         ({"worker_model": None}, "`worker_model` must be a function without arguments .* each worker has a copy"),
-        ({"worker_model": ElasticNet()}, "has no|must be|failed in a worker"),
+        ({"worker_model": ElasticNet()}, "`worker_model` must be a function without arguments"),
         ({"devices": "cuda:0"}, "`devices` must be a list of devices such as"),
         ({"devices": []}, "`devices` must be a list of devices"),
         ({"devices": ["gpu7"]}, "`devices` must be a list of devices"),
         ({"worker_threads": 0}, "`worker_threads` must be a whole number >= 1"),
         (
-            {"executor": None, "worker_threads": 2},
+            {"executor": None, "worker_model": None, "worker_threads": 2},
             "`worker_threads` is for the workers of an `executor`, got executor=None",
         ),
         ({"executor": "ranks"}, "`worker_model` is for the workers of an `executor`, got executor='ranks'"),
