@@ -608,7 +608,10 @@ def test_json_that_is_damaged(name, text, folder):
         *(({"group_size": size}, "group_size must be") for size in (8.0, "8", True, float("inf"), 0, -2, [8], None)),
         *(({"sym": sym}, "sym must be") for sym in ("yes", 1, [], {})),
         ({"desc_act": "no"}, "desc_act must be true or false, got 'no'"),
-        *(({"checkpoint_format": f}, "checkpoint_format must be") for f in ("marlin", "bitblas", 3, ["gptq"], {"a": 1})),
+        *(
+            ({"checkpoint_format": f}, "checkpoint_format must be")
+            for f in ("marlin", "bitblas", 3, ["gptq"], {"a": 1})
+        ),
         ({"is_marlin_format": True}, "checkpoint_format must be .*got 'marlin'"),
         ({"format": "gptq_v3"}, "checkpoint_format must be .*got 'gptq_v3'"),
         *(({"quant_method": method}, "quant_method is") for method in (5, "awq", ["gptq"], {"a": "gptq"})),

@@ -353,7 +353,9 @@ def test_a_saved_adapter(tmp_path):
     )
     assert found == serial and len({e.metrics["loss"] for e in found.history}) > 6
     torch.nn.init.normal_(model.get_parameter(name), std=0.1)
-    with pytest.raises(ValueError, match="another model in a worker than `model`: the values of 'model.lm_head.weight' differ"):
+    with pytest.raises(
+        ValueError, match="another model in a worker than `model`: the values of 'model.lm_head.weight' differ"
+    ):
         model.search_subnet(loss_of, executor=pool, worker_model=str(tmp_path / "adapter"), **settings)
     with pytest.raises(ValueError, match="`worker_model` failed in a worker"):
         model.search_subnet(loss_of, executor=pool, worker_model=str(tmp_path), **settings)
