@@ -286,13 +286,20 @@ class Grid(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`round_rows` of a matrix of float32 or float64 that may be overwritten, in as few operators as there can be; and,
         `with_inside`, where it lay inside of the range (bool)."""
-        low, high, scales = self._ends(matrix.dtype, rows)
-        free = self._cut(matrix).div_(scales).round_()
-        if not with_inside:
-            return self._join(free.clamp_(low, high).mul_(scales)), None
-        steps = torch.clamp(free, low, high)
-        inside = torch.eq(free, steps)
-        return self._join(steps.mul_(scales)), self._join(inside)
+        if self.in_order:
+            low, high, scales = self._ends(matrix.dtype, rows)
+            free = self._cut(matrix).div_(scales).round_()
+            steps = torch.clamp(free, low, high) if with_inside else free.clamp_(low, high)
+            inside = torch.eq(free, steps) if with_inside else None
+        else:
+            # every matrix here is as large as the weight, so that small types and q in place of q - z are less
+            scales, zeros = (each[rows].index_select(1, self.g_idx) for each in (self.scales, self.zeros))
+            free = matrix.div_(scales).round_().add_(zeros)
+            top = 2**self.bits - 1
+            steps = torch.clamp(free, 0, top) if with_inside else free.clamp_(0, top)
+            inside = torch.eq(free, steps) if with_inside else None
+            steps.sub_(zeros)
+        return self._join(steps.mul_(scales)), None if inside is None else self._join(inside)
 
     def _steps(self, weight: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q - z of these rows before and after the clamp, and the scales; cut into groups where these are in order."""

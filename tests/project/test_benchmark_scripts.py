@@ -63,6 +63,7 @@ SCRIPTS = {
     "lonas": (["--out", "--smoke", "--methods", "sandwich"], [MINILM, REVIEWS]),
     "merging": (["--model", "tiny"], [PROC]),
     "nls_vs_lora": ([], [pytest.mark.skip("test_benchmarks.py runs it")]),
+    "operators": (["--size", "32"], []),
     "parallel_search": (["--out", "--smoke"], [pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]),
     "pruning": (["--out", "--smoke"], [SMOLLM2, REVIEWS]),
     "sqft": (["--out", "--smoke", "--methods", "qa"], [SMOLLM2, REVIEWS]),

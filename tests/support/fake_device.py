@@ -38,6 +38,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,9 @@ def fake_cuda(autocast: Any = None) -> Iterator[Operators]:
         autocast: a dtype for autocast on "cuda"; `torch.autocast` itself looks for a driver.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with FakeTensorMode(), _Watch() as operators:
+    with _mode(), _Watch() as operators:
         if autocast is not None:
             torch.set_autocast_enabled("cuda", True)
             torch.set_autocast_dtype("cuda", autocast)
@@ -104,6 +104,37 @@ def fake_cuda(autocast: Any = None) -> Iterator[Operators]:
         finally:
             torch.set_autocast_enabled("cuda", before[0])
             torch.set_autocast_dtype("cuda", before[1])
+
+
+def to_fake_cuda(module: Any) -> Any:
+    """Inside of `fake_cuda`: a module that was built outside of it, with fake tensors on the device in place of its own. What is tied
+    stays tied."""
+    import torch
+
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Any) -> Any:
+        if tensor is None or isinstance(tensor, torch._subclasses.FakeTensor):
+            return tensor
+        if id(tensor) not in made:
+            on_device = _mode().from_tensor(tensor).detach().to("cuda")
+            if isinstance(tensor, torch.nn.Parameter):
+                on_device = torch.nn.Parameter(on_device, tensor.requires_grad)
+            made[id(tensor)] = on_device
+        return made[id(tensor)]
+
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items()})
+    return module
+
+
+@cache
+def _mode() -> Any:
+    """One for the process: tensors of two modes do not go together."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 def _torch_folder() -> Path:

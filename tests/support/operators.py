@@ -11,39 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Counting the operators that a computation launches."""
+"""Counting the operators that a computation launches, as benchmarks/operators.py does."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+import importlib.util
+import sys
+from types import ModuleType
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
-
-# No alias of their argument for the schema, and no work either.
-_UNMARKED_VIEWS = ("aten._unsafe_view", "aten.lift_fresh")
+from support.places import BENCHMARKS
 
 
-def is_view(function: Any) -> bool:
-    """Whether an operator only looks at its argument in another way, and so launches nothing."""
-    returns = function._schema.returns
-    aliases = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return bool(aliases) or str(function).startswith(_UNMARKED_VIEWS)
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_of_operators", BENCHMARKS / "operators.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-class Operators(TorchDispatchMode):
-    """Counts, while it is active, the operators that are not views, by name; what allocates without filling is among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_view(function):
-            self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def total(self) -> int:
-        return self.counts.total()
+benchmark = _load()
+Operators = benchmark.Operators

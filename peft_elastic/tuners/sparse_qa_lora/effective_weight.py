@@ -143,6 +143,7 @@ class _EffectiveLinear(torch.autograd.Function):
                     torch.mm(inputs, panel.T, out=output[:, rows])
                 else:
                     torch.addmm(bias[rows].to(dtype), inputs, panel.T, out=output[:, rows])
+                del panel  # before the next one is made
             return output.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -173,6 +174,7 @@ class _EffectiveLinear(torch.autograd.Function):
                         wide = torch.promote_types(ctx.dtype, update.dtype)
                         grad_x = summand.to(wide) if grad_x is None else grad_x.add_(summand)
                 if not needs_factors:
+                    del panel, slopes
                     continue
                 # the gradient of these rows of the weight: formed, masked and contracted at once, in the space of the panel
                 free = None if torch.compiler.is_compiling() else panel
@@ -186,6 +188,7 @@ class _EffectiveLinear(torch.autograd.Function):
                 if needs_A:
                     factor = update.lora_B[rows].T
                     grad_A = torch.mm(factor, grad_panel) if grad_A is None else grad_A.addmm_(factor, grad_panel)
+                del panel, slopes, free, grad_panel  # before the next of them are made
             if needs_bias:
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
             if grad_x is not None:
