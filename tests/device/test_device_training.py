@@ -234,23 +234,25 @@ def test_no_waiting_inside_of_a_layer(kind, device):
 
 
 def arguments(folder, device, **settings):
-    arguments = Arguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=4,
-        learning_rate=5e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=torch.device(device).type == "cpu",
-        dataloader_pin_memory=torch.device(device).type == "cuda",
-        **settings,
+    args = Arguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "learning_rate": 5e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": torch.device(device).type == "cpu",
+            "dataloader_pin_memory": torch.device(device).type == "cuda",
+            **settings,
+        }
     )
-    arguments.on = torch.device(device)
-    arguments.__dict__.pop("_setup_devices", None)
-    assert arguments.device == torch.device(device)
-    return arguments
+    args.on = torch.device(device)
+    args.__dict__.pop("_setup_devices", None)
+    assert args.device == torch.device(device)
+    return args
 
 
 def losses(trainer):
@@ -301,12 +303,7 @@ def test_trainer_with_everything(checkpoints, device, tmp_path):
     )  # fmt: skip
     results = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
-        args = Arguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=4, logging_steps=1, report_to=[],
-            disable_tqdm=True, use_cpu=device.type == "cpu", dataloader_pin_memory=False, learning_rate=5e-3, **settings,
-        )  # fmt: skip
-        args.on = device
-        args.__dict__.pop("_setup_devices", None)
+        args = arguments(tmp_path, device, **settings)
         trainer = Trainer(
             make("sparse with dropout"),
             args,
