@@ -88,8 +88,6 @@ from peft_elastic.common.writing import atomic_write_text  # noqa: E402
 VARIANTS = ("lora", "elastic", "sparse", "qa", "naive")
 SEED = 0
 RANK = 32
-WARM_UP = 3
-FEWEST_ROUNDS = 3
 # Shares of the time, of which each part takes at most what it and those before it have not used.
 PARTS = {"training": 0.5, "counts": 0.1, "methods": 0.4}
 GIB = 2**30
@@ -322,7 +320,10 @@ def _measure_memory(
         loss = model(**batch).loss
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    row["loss"], row["gradient"] = float(loss), float(torch.stack([each.float().norm() for each in gradients]).norm())
+    row["loss"], row["gradient"] = (
+        float(loss.detach()),
+        float(torch.stack([each.float().norm() for each in gradients]).norm()),
+    )
     del loss, gradients
     model.zero_grad()
     step = make_step(variant, model, batch, device)
@@ -343,20 +344,20 @@ def _measure_time(
     end: float,
 ) -> None:
     expected = sum(row["second_step"] for row in rows.values())
-    budget.need((WARM_UP + FEWEST_ROUNDS) * expected, "rounds of training steps")
+    budget.need((args.warm_up + args.fewest) * expected, "rounds of training steps")
     steps = {variant: make_step(variant, build(variant, base, args), batch, device) for variant in VARIANTS}
     for row in rows.values():
         row["seconds"], row["queued"] = [], []
     rng = np.random.default_rng(SEED)
     begin = time.monotonic()
-    for number in range(WARM_UP + args.rounds):
+    for number in range(args.warm_up + args.rounds):
         took = (time.monotonic() - begin) / max(1, number) if number else expected
-        enough = number >= WARM_UP + FEWEST_ROUNDS
+        enough = number >= args.warm_up + args.fewest
         if budget.left() < 2 * took or (enough and time.monotonic() + took > end):
             break
         for variant in rng.permutation(VARIANTS):
             seconds, queued = device.time(steps[variant])
-            if number >= WARM_UP:
+            if number >= args.warm_up:
                 rows[variant]["seconds"].append(seconds)
                 rows[variant]["queued"].append(queued)
     for row in rows.values():
@@ -678,9 +679,11 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> dict[str,
         RANK,
         128,
     )
+    args.warm_up, args.fewest = 3, 3
     if args.smoke:
         args.vocabulary, args.hidden, args.intermediate, args.heads, args.rank, args.group_size = 64, 32, 64, 4, 4, 16
-        args.seq, args.tokens, args.rounds, args.calibration = [8, 16], 32, 4, 8
+        args.seq, args.tokens, args.calibration = [8], 32, 8
+        args.rounds, args.warm_up, args.fewest = 2, 1, 1
     if args.device is None:
         args.device = "cuda:0" if torch.cuda.is_available() and not args.smoke else "cpu"
     if torch.device(args.device).type == "cpu" and not args.smoke:

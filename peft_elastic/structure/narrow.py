@@ -20,13 +20,14 @@ narrowed consists of the very modules that it came with.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from torch import nn
 
 from ..common.parameters import check_parameters
 from ..layers.backends import BACKENDS, backend_of, find_backend
-from ..layers.narrowed import Narrowed, Ranges, plain_class
+from ..layers.narrowed import Narrowed, Ranges, change_class, is_of_class, plain_class
 from .features import layer_at
 from .layouts import Skip
 from .modules import module_at
@@ -58,9 +59,9 @@ def set_active(layer: nn.Module, side: str, ranges: Optional[Ranges]) -> None:
         return
     if is_skipped(layer):  # the layers of an MLP without a module around them, as OPT's
         skip = type(layer).skip_function  # type: ignore[attr-defined]
-        layer.__class__ = layer.plain_class  # type: ignore[assignment]
+        change_class(layer, layer.plain_class)  # type: ignore[arg-type]
         set_active(layer, side, ranges)
-        layer.__class__ = _skipped_class(type(layer), skip)  # type: ignore[arg-type]
+        change_class(layer, _skipped_class(type(layer), skip))  # type: ignore[arg-type]
         return
     plain = plain_class(layer)
     if ranges is not None:
@@ -68,9 +69,9 @@ def set_active(layer: nn.Module, side: str, ranges: Optional[Ranges]) -> None:
     other = "active_in" if side == "out" else "active_out"
     narrowed = ranges is not None or other in layer.__dict__
     if not narrowed:
-        layer.__class__ = plain
+        change_class(layer, plain)
     elif not isinstance(layer, Narrowed):
-        layer.__class__ = backend_of(layer).narrowed_class(layer)
+        change_class(layer, backend_of(layer).narrowed_class(layer))
     if ranges is None:  # last: interrupted before, this is done once more
         del layer.__dict__[attribute]
 
@@ -116,10 +117,25 @@ def set_skipped(model: nn.Module, block: Block, part: str, skipped: bool) -> Non
             continue
         if skipped:
             module.__dict__["cache_layers"] = cache_layers(model, block, path)
-            module.__class__ = _skipped_class(type(module), skip)  # type: ignore[arg-type]
+            change_class(module, _skipped_class(type(module), skip))  # type: ignore[arg-type]
         else:
-            module.__class__ = module.plain_class  # type: ignore[assignment]
+            change_class(module, module.plain_class)  # type: ignore[arg-type]
             del module.__dict__["cache_layers"]
+
+
+def check_skippable(model: nn.Module, blocks: Iterable[Block], values: Mapping[str, int]) -> None:
+    """ValueError if something is to be skipped that computes with another forward than that of its class, which being skipped
+    would not change."""
+    for block in blocks:
+        for part, skips in block.skips.items():
+            for path in () if values.get(block.depth_key(part), 1) else skips:
+                module = module_at(model, path)
+                own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+                if own is not None and not is_of_class(module, own):
+                    raise ValueError(
+                        f"{path!r} cannot be skipped: somebody has given this one module a forward of its own (Liger kernels do, "
+                        "`use_liger_kernel`). Leave that out, or the depth fixed."
+                    )
 
 
 def cache_layers(model: nn.Module, block: Block, path: str) -> tuple[int, ...]:

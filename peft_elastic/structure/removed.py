@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import Cache, EncoderDecoderCache
 
+from ..layers.narrowed import change_class
 from .layouts import Skip
 
 
@@ -77,7 +78,7 @@ def empty_block(module: nn.Module, skip: Skip, cache_layers: tuple[int, ...]) ->
     """Leave nothing of a block, which stays where it is. It is of its class and keeps its hooks: transformers collects hidden
     states by these."""
     module.__dict__.update(_traces_of(module, skip, cache_layers))
-    module.__class__ = _empty_class(_own_class(module))  # type: ignore[arg-type]
+    change_class(module, _empty_class(_own_class(module)))  # type: ignore[arg-type]
     for name in ("_modules", "_parameters", "_buffers"):
         module.__dict__[name].clear()
 

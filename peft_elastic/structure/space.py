@@ -25,7 +25,7 @@ from ..common.names import has_suffix
 from ..supernet.space import Choice, LayerShape, choice_key
 from .features import layer_at, layer_sizes
 from .modules import linear_layers
-from .narrow import check_narrowable, set_skipped, set_width
+from .narrow import check_narrowable, check_skippable, set_skipped, set_width
 from .parts import Block, Width
 from .reading import Reading
 
@@ -124,10 +124,14 @@ def activate(model: nn.Module, structure: Reading, values: Mapping[str, int]) ->
 
     Returns:
         `list[str]`: paths of the layers that have another width than before.
+
+    Raises:
+        ValueError: `check_skippable`; nothing is changed then.
     """
     # this runs in every training step, and steps differ in a part of the choices
     before = structure.active
     changed = {key for key in before.keys() | values.keys() if before.get(key) != values.get(key)}
+    check_skippable(model, structure.blocks, {key: values.get(key, 1) for key in changed})
     structure.active = dict.fromkeys([*before, *values], -1)  # nobody knows, if it is interrupted
     paths = []
     for width in structure.widths:

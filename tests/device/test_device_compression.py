@@ -67,7 +67,7 @@ def share_of_differences(a, b):
 # -- unstructured ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("method", [MagnitudeConfig, WandaConfig, SparseGPTConfig])
@@ -94,7 +94,13 @@ def test_pruning(method, pattern, where, base, device):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"clipping": "mse"}, {"symmetric": True}, {"act_order": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"act_order": True},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"clipping": "mse"}, {"symmetric": True})),
+    ],
+)
 @pytest.mark.parametrize("method", [RTNConfig, GPTQConfig])
 def test_quantization(method, options, device, tmp_path):
     if method is RTNConfig and "act_order" in options:

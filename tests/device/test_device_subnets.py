@@ -59,8 +59,13 @@ KINDS = {
     "sparse": (SparseQALoraConfig, {}),
     "rounded": (SparseQALoraConfig, ROUNDING),
 }
-# `make test` takes two of the kinds, `make test-gpu` all
-SOME = [pytest.param(kind, marks=[] if kind in ("structure", "rounded") else pytest.mark.slow) for kind in KINDS]
+
+
+# `make test` takes one of the kinds, `make test-gpu` all
+def some(*quick):
+    return [pytest.param(kind, marks=[] if kind in quick else pytest.mark.slow) for kind in KINDS]
+
+
 INPUTS = {"input_ids": tokens(3, 9), "attention_mask": torch.tensor([[1] * 9, [1] * 9, [1] * 6 + [0] * 3])}
 
 
@@ -108,7 +113,7 @@ def examples(count=12):
     ]
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", some("structure"))
 def test_search(kind, device):
     """The same search as on the CPU: what the subnets are, what they cost, and what they are worth."""
     data = [{"input_ids": tokens(4, 11, seed=s), "labels": tokens(4, 11, seed=s)} for s in range(2)]
@@ -153,7 +158,7 @@ def test_evaluators(base, device):
 
 
 @pytest.mark.parametrize("base", [tiny_llama, pytest.param(tiny_gpt2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", some("structure", "rounded"))
 def test_merge_and_extract(kind, base, device, tmp_path):
     model = make(kind, device, base)
     for number, subnet in enumerate([model.search_space.max, model.search_space.sample(1), model.search_space.min]):
@@ -175,7 +180,7 @@ def test_merge_and_extract(kind, base, device, tmp_path):
         close(on(CPU, loaded), before)
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", some("rounded"))
 def test_merge_in_place_and_back(kind, device):
     """Merged on the device, carried elsewhere and back in between; unmerged it is what it was, to the last bit."""
     model = make(kind, device)
@@ -260,7 +265,7 @@ def test_export(device, tmp_path):
 # -- places -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", some("rounded"))
 def test_saved_and_loaded_across_devices(kind, device, tmp_path):
     """An adapter that is saved on one device goes onto a base on another."""
     for number, (there, here) in enumerate([(device, CPU), (CPU, device), (device, device)]):
@@ -275,7 +280,7 @@ def test_saved_and_loaded_across_devices(kind, device, tmp_path):
         close(on(here, loaded), wanted)
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", some("structure"))
 def test_moved_at_any_time(kind, device):
     """After the injection, with a subnet active, and back; the subnet stays, and others can be chosen wherever it is."""
     model = make(kind)
@@ -298,7 +303,7 @@ def test_moved_at_any_time(kind, device):
     close(on(device, dtypes), wanted[1], 2e-2)
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", some("rounded"))
 def test_state_dicts_across_devices(kind, device):
     model, other = make(kind, device), make(kind)
     randomize(other, seed=1, std=0.1)

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...structure.blocks import Structure
+from ...structure.narrow import check_skippable
 from ...structure.space import check_depth, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules, plain_path
 from ...supernet.space import Choice, SearchSpace, Subnet
@@ -284,6 +285,8 @@ def activate(
     values = {choice.key: subnet[choice.key] for choice in adapter.space if choice.kind != "rank"}
     if values:
         check_together(state, active_adapters(model, configs), state.structural_values | {adapter_name: values})
+        if adapter.structure is not None:
+            check_skippable(model, adapter.structure.blocks, values)
     for choice in adapter.space:
         for name in choice.modules if choice.kind == "rank" else ():
             set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)
