@@ -15,8 +15,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Optional
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -28,18 +31,40 @@ def check_parameters(layers: Mapping[str, nn.Module]) -> None:
     """
     Whether the weights and biases of linear layers are parameters. Masks of torch.nn.utils.prune, parametrizations and norms of
     weights compute them from others in each forward pass: what is written to such a weight is lost with the next one, and what is
-    read from it may be from before the last step of training.
+    read from it may be from before the last step of training. And whether they are here, and not spread over several processes.
 
     Raises:
         ValueError: naming the first layer of which that is not so, by its key, and what makes its weight a parameter.
     """
     for name, layer in layers.items():
+        check_here(name or type(layer).__name__, layer._parameters.values())
         for tensor, call in computed_tensors(layer).items():
             place = f"model.get_submodule({name!r})" if name else "layer"
             raise ValueError(
                 f"model: the {tensor} of {name or type(layer).__name__} is no parameter of its own, but computed from others in each "
                 f"forward pass. Make it one first: {call.format(place)}."
             )
+
+
+def check_here(name: str, tensors: Iterable[Optional[torch.Tensor]]) -> None:
+    """ValueError if one of these parameters of `name` is spread over several processes (`is_spread`)."""
+    if any(map(is_spread, tensors)):
+        raise ValueError(
+            f"model: the weight of {name} is spread over several processes by FSDP2 or DeepSpeed, and none of them has all of it. Save "
+            "the model or the adapter (`trainer.save_model()`), load it anew in one process, and do this there; what comes before a "
+            "training, do before the engine takes the model."
+        )
+
+
+def is_spread(tensor: Optional[torch.Tensor]) -> bool:
+    """Whether a parameter is spread over several processes now: by FSDP2, of which it is a DTensor then, or by ZeRO-3, which leaves
+    nothing of it in its place. In the forward and backward pass of the module that an engine shards as one they are whole."""
+    if tensor is None:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    if module is not None and isinstance(tensor, module.DTensor):
+        return True
+    return hasattr(tensor, "ds_status") and tensor.numel() == 0
 
 
 def computed_tensors(layer: nn.Module) -> dict[str, str]:

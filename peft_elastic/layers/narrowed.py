@@ -28,6 +28,8 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..common.parameters import is_spread
+
 
 # Features as runs (start, stop).
 Ranges = tuple[tuple[int, int], ...]
@@ -49,12 +51,6 @@ def stored_tensor(layer: nn.Module, name: str) -> Any:
         return replicated[name]
     # by index, as an attribute is read: ZeRO-3 gathers what is read so in a forward pass
     return layer._parameters[name] if name in layer._parameters else None
-
-
-def is_elsewhere(full: Optional[torch.Tensor]) -> bool:
-    """Whether a parameter is spread over the processes of ZeRO-3, which leaves nothing of it in its place outside forward and
-    backward passes; there is then no part of it to be had."""
-    return full is not None and hasattr(full, "ds_status") and full.numel() == 0
 
 
 def store_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> bool:
@@ -92,7 +88,7 @@ class Narrowed(nn.Module):
     @property
     def bias(self) -> Optional[torch.Tensor]:
         full = stored_tensor(self, "bias")
-        return full if full is None or is_asked_by_name() or is_elsewhere(full) else take(full, 0, self.active_out)
+        return full if full is None or is_asked_by_name() or is_spread(full) else take(full, 0, self.active_out)
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:
@@ -113,7 +109,7 @@ class NarrowedParameter(Narrowed):
     @property
     def weight(self) -> torch.Tensor:
         full = stored_tensor(self, "weight")
-        if is_asked_by_name() or is_elsewhere(full):
+        if is_asked_by_name() or is_spread(full):
             return full
         return take(take(full, self.out_dim, self.active_out), 1 - self.out_dim, self.active_in)
 

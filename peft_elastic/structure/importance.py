@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..common.parameters import check_parameters
+from ..common.parameters import check_here, check_parameters
 from ..common.progress import progress_bar
 from ..layers.backends import backend_of, find_backend
 from .blocks import Structure
@@ -100,6 +100,7 @@ def sort_by_importance(
     widths = [width for width in structure.widths if width.kind in kinds]
     if isinstance(importance, str) and importance == "none":
         return {}
+    check_here("the model", model.parameters())
     if not widths:
         raise ValueError(f"`model` ({type(model).__name__}) has no block whose {' or '.join(kinds)} are known.")
     check_sortable(model, widths)

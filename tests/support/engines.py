@@ -25,9 +25,16 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, PartialState
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from support.models import tiny_llama
 from support.processes import in_processes
 from support.training import arguments, dataset
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from peft_elastic import (
@@ -38,6 +45,7 @@ from peft_elastic import (
     SubnetSamplingCallback,
     prune,
 )
+from peft_elastic.common import ranks
 from peft_elastic.supernet import callback
 
 
@@ -109,7 +117,6 @@ class AllMoveStale(AllMove):
 
 def train(folder, engine, case):
     """Train; the losses and the norms of the gradients by step. The adapter is saved in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     method, loop = case.split(",")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cls, callbacks = Trainer, [SubnetSamplingCallback("balanced")]
@@ -125,9 +132,8 @@ def train(folder, engine, case):
     args = arguments(
         folder, per_device_train_batch_size=BATCH // world, max_steps=STEPS, max_grad_norm=0.5, **settings
     )
-    if (
-        engine == "fsdp2"
-    ):  # accelerate shards on accelerators alone, and takes the CPU for one that it can shard on if it is told so
+    if engine == "fsdp2":
+        # accelerate shards on accelerators alone, and takes the CPU for one that it can shard on if it is told so
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if engine.endswith("unchecked"):
         callback._check_nothing_skipped = lambda *args: None
@@ -146,9 +152,68 @@ def train(folder, engine, case):
     }
 
 
+def units(model, kind):
+    """What `fully_shard` is to be called on, before the whole model."""
+    if kind == "blocks":
+        return list(model.get_base_model().model.layers)
+    classes = {"root": (), "layers": (LoraLayer,), "linears": (nn.Linear,)}[kind]
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, classes) and (kind != "linears" or not isinstance(module, LoraLayer))
+    ]
+
+
+def train_in_a_loop(folder, engine, case):
+    """Do as `train`, in a loop without a Trainer: as one process with "loop", else with the model under `fully_shard`."""
+    method, loop = case.split(",")
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    model = make_model(method)
+    teacher_and_students = ["max", "min"] if loop == "sandwich" else []
+    if engine != "loop":
+        mesh = init_device_mesh("cpu", (world,))
+        for module in units(model, engine.removeprefix("fsdp-")):
+            fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    space, share = model.search_space, BATCH // world
+    data = dataset(BATCH * STEPS)
+    losses, norms = [], []
+    for step in range(STEPS):
+        rows = data[BATCH * step :][share * rank : share * (rank + 1)]
+        ids = torch.stack([row["input_ids"] for row in rows])
+        total = 0.0
+        for subnet in teacher_and_students or [space.sample([7, step])]:
+            model.train()
+            model.sample_subnet(subnet)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            total = total + loss.detach()
+        dist.all_reduce(total)
+        losses.append(total.item() / world)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    model.set_subnet("min")
+    with torch.no_grad():
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    losses[-1] = sum(ranks.gather(losses[-1])) / world
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if engine != "loop" else None
+    if rank == 0:
+        model.save_pretrained(folder / "adapter", state_dict=state)
+    wrapper = type(model).__name__
+    return {"losses": losses, "norms": norms, "wrapper": wrapper, "weights": type(next(model.parameters())).__name__}
+
+
 def run_case(folder, engine, case):
     """Write what `train` gives into a file of each process."""
-    found = train(folder, engine, case)
+    folder.mkdir(parents=True, exist_ok=True)
+    in_a_loop = engine == "loop" or engine.startswith("fsdp-")
+    found = (train_in_a_loop if in_a_loop else train)(folder, engine, case)
     (folder / f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
 
 

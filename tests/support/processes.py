@@ -27,10 +27,12 @@ _PATIENCE = 30  # seconds to end in, as torchrun has it
 
 _COMMAND = """
 import os, sys
+import datasets
+from peft_elastic.cli import prune, train
+from peft_elastic.cli.main import main
 from support.processes import in_processes
 
 def command():
-    from peft_elastic.cli.main import main
     sys.exit(main([word.replace("{rank}", os.environ["RANK"]) for word in sys.argv[2:]]))
 
 sys.exit(in_processes(int(sys.argv[1]), command))

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -25,10 +26,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...common.names import has_suffix
+from ...common.parameters import check_here
 from ...layers.backends.bitsandbytes import unpack
 from ...layers.narrowed import active_ranges
 from ...structure.blocks import Structure
 from ...structure.description import undescribable
+from ...structure.features import layer_at
 from ...structure.importance import check_sortable, noted_orders, sort_by_importance
 from ...structure.modules import module_at
 from ...structure.parts import KINDS
@@ -64,6 +67,7 @@ def choices_of_base(
     """
     if not config.is_structural:
         return []
+    check_here("the model", model.parameters())
     structure = Structure(model)
     choices = structural_choices(structure, config.elastic_width, config.depth_entries)
     check_narrowable_layers(model, structure, choices)
@@ -177,6 +181,18 @@ def check_batch(
             raise ValueError(
                 f"`adapter_names`: all adapters of a batch compute with one base, and that of {name!r} has another width "
                 "or depth than the active one. Activate subnets with the same, or run it in a batch of its own."
+            )
+
+
+def check_units(model: nn.Module, structure: Structure) -> None:
+    """Raise a ValueError if FSDP2 shards layers that are to be narrowed on their own: it has given them classes of its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    paths = (slot.path for width in structure.widths for slot in width.slots) if fsdp is not None else ()
+    for path in paths:
+        if isinstance(layer_at(model, path), fsdp.FSDPModule):  # type: ignore[union-attr]
+            raise ValueError(
+                f"`fully_shard` was called on {path!r} itself, which cannot be narrowed then. Call it on the transformer blocks "
+                "(`transformer_layer_cls_to_wrap` in accelerate's and Trainer's configuration), and not on the linear layers in them."
             )
 
 

@@ -28,10 +28,10 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from torch import nn
 
+from ...common.parameters import is_spread
 from ...layers.narrowed import (
     Ranges,
     is_asked_by_name,
-    is_elsewhere,
     set_in_replica,
     store_in_replica,
     stored_tensor,
@@ -66,7 +66,7 @@ class _ElasticWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         full = self.full_weight
-        if (self.kept is None and self.active_width is None) or is_asked_by_name() or is_elsewhere(full):
+        if (self.kept is None and self.active_width is None) or is_asked_by_name() or is_spread(full):
             return full
         if full.is_meta and "_hf_hook" in self.__dict__:
             raise ValueError(
@@ -115,7 +115,7 @@ class ElasticLinearB(_ElasticB, nn.Linear):
     @property  # type: ignore[override]
     def bias(self) -> Optional[torch.Tensor]:
         full = stored_tensor(self, "bias")
-        return full if full is None or is_asked_by_name() or is_elsewhere(full) else take(full, 0, self.active_width)
+        return full if full is None or is_asked_by_name() or is_spread(full) else take(full, 0, self.active_width)
 
     @bias.setter
     def bias(self, value: torch.Tensor) -> None:

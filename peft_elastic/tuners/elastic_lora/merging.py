@@ -25,7 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...common.checks import check_choice
-from ...common.parameters import check_parameters
+from ...common.parameters import check_here, check_parameters
 from ...layers.backends import find_backend
 from ...layers.backends.bitsandbytes import allow_packing
 from ...layers.values import ROUNDED
@@ -53,6 +53,12 @@ def check_merge_into(layer: LoraLayer, adapter_name: str, path: str) -> None:
             "rounded to other values than the adapter was trained with. `peft_elastic.merge_and_requantize(model)` does "
             "that, and reports the error; train with `SparseQALoraConfig(quantization_aware=True)` to avoid it."
         )
+
+
+def check_layers_here(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """Raise a ValueError if an engine has spread a layer, or its adapter, over several processes."""
+    for path, layer in layers.items():
+        check_here(path, (*layer.get_base_layer()._parameters.values(), *full_weights(layer, adapter_name)))
 
 
 def check_not_narrowed(model: nn.Module) -> None:

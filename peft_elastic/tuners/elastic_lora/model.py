@@ -319,6 +319,7 @@ class ElasticLoraModel(LoraModel):
         adapter_name = self._resolve_adapter(adapter_name)
         layers = self._state.layers(adapter_name)
         base.check_exportable(self._state, adapter_name)
+        merging.check_layers_here(layers, adapter_name)
         with base.whole_base(self._state, self.model, self._configs):
             export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers, pad)
 
@@ -333,6 +334,7 @@ class ElasticLoraModel(LoraModel):
         `check_tied_weights` for what is returned."""
         for name in active_adapters(self.model, self._configs) if adapter_names is None else adapter_names:
             if name in self._state.adapters:
+                merging.check_layers_here(self._state.adapters[name].layers, name)
                 for path, layer in self._state.adapters[name].layers.items():
                     self._check_merge_into(layer, name, path)
         return check_tied_weights(self.model, adapter_names)
@@ -404,6 +406,8 @@ class ElasticLoraModel(LoraModel):
         Raises:
             ValueError: as `set_subnet` and `merge_and_unload`.
         """
+        for name in active_adapters(self.model, self._configs):
+            merging.check_layers_here(self._state.layers(name), name)
         copied = copy.deepcopy(self)
         if subnet is None:
             copied.restore_subnet()

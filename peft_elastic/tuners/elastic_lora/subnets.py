@@ -29,7 +29,7 @@ from ...structure.narrow import check_skippable
 from ...structure.space import check_depth, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules, plain_path
 from ...supernet.space import Choice, SearchSpace, Subnet
-from .base import apply_structure, check_sorted, check_together, choices_of_base, follow_from_now_on
+from .base import apply_structure, check_sorted, check_together, check_units, choices_of_base, follow_from_now_on
 from .config import ElasticLoraConfig
 from .layer import full_weights, get_rank, rank_multiple, set_rank
 from .optimizers import watch_optimizers
@@ -284,9 +284,13 @@ def activate(
     check_sorted(adapter, model, configs[adapter_name], subnet)
     values = {choice.key: subnet[choice.key] for choice in adapter.space if choice.kind != "rank"}
     if values:
-        check_together(state, active_adapters(model, configs), state.structural_values | {adapter_name: values})
+        taken = check_together(
+            state, active_adapters(model, configs), state.structural_values | {adapter_name: values}
+        )
         if adapter.structure is not None:
             check_skippable(model, adapter.structure.blocks, values)
+            if taken:
+                check_units(model, adapter.structure)
     for choice in adapter.space:
         for name in choice.modules if choice.kind == "rank" else ():
             set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)

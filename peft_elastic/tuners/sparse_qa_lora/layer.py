@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import nn
 
-from ...common.parameters import check_parameters
+from ...common.parameters import check_parameters, is_spread
 from ...layers.backends import BACKENDS, Backend, OldWeight, backend_of, find_linear_backend
 from ...layers.grid import Grid, check_group_size, fit_grid
 from ...layers.narrowed import Narrowed, active_ranges, stored_tensor
@@ -137,13 +137,13 @@ class SparseLoraLinear(lora.Linear):
     def _weight_or_reader(self) -> tuple[Optional[torch.Tensor], Optional[Callable[[], torch.Tensor]]]:
         base_layer, backend = self.get_base_layer(), self._backend
         if not backend.packed:
-            return backend.weight(base_layer), None
+            return _whole(backend.weight(base_layer)), None
         return None, lambda: backend.weight(base_layer)  # dequantised when needed, and not kept
 
     def _factors(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B with the scaling in it, (out, k), and A, (k, in), of the sum of the updates."""
-        lora_B = [self.lora_B[name].weight * self.scaling[name] for name in names]
-        lora_A = [self.lora_A[name].weight for name in names]
+        lora_B = [_whole(self.lora_B[name].weight) * self.scaling[name] for name in names]
+        lora_A = [_whole(self.lora_A[name].weight) for name in names]
         if len(names) == 1:
             return lora_B[0], lora_A[0]
         return torch.cat(lora_B, dim=1), torch.cat(lora_A, dim=0)
@@ -273,6 +273,18 @@ class SparseLoraLinear(lora.Linear):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.lora.", "lora.", 1)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor. ValueError if it is spread over several processes, as it is where an engine shards a layer within the LoRA layer on
+    its own: masks and rounding take base and adapter at once."""
+    if is_spread(tensor):
+        raise ValueError(
+            "Masked and quantisation-aware adapters compute with the weights of base layer, A and B at once, and one of them is sharded "
+            "on its own. Call `fully_shard` on the transformer blocks (`transformer_layer_cls_to_wrap` in accelerate's and Trainer's "
+            "configuration), and not on the linear layers in them."
+        )
+    return tensor
 
 
 def computes_plainly(layer: nn.Module) -> bool:
