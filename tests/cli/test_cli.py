@@ -16,6 +16,9 @@
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
 from support import folders
+from support.places import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
 from peft_elastic import SearchResult, Subnet
@@ -419,6 +423,58 @@ def test_bench_of_a_model(folder, capsys, monkeypatch):
     for line in out.splitlines()[-2:]:
         name, dense, sparse = line.split()
         assert name in ("generate", "optimize_generation") and float(dense) > 0 and float(sparse) > 0
+
+
+def histories(*folders):
+    """The rows, which come in the order of their arrival, and the results."""
+    for folder in folders:
+        header, *rows = (folder / "history.jsonl").read_text().splitlines()
+        yield header, sorted(rows), SearchResult.load(folder)
+
+
+@pytest.mark.slow
+def test_search_in_parallel(folder, adapter, tmp_path, capsys):
+    """In processes of this machine, and in those of a launcher: what one process finds, and one of them writes."""
+    limits = ["--cost", "latency", "--max-macs", "98%", "--latency-of", "1x8", "--population", "4", "--evals", "9"]
+    command = ["search", "--adapter", adapter, "--dataset", folder / "validation.jsonl", *limits, "--out"]
+    assert run(*command, tmp_path / "one") == 0
+    capsys.readouterr()
+    # latencies are measured anew where there are none: begin with the same ones
+    for name in ("workers", "ranks"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "one" / "latency.json", tmp_path / name)
+    assert run(*command, tmp_path / "workers", "--workers", "2") == 0
+    assert "Written:" in capsys.readouterr().out
+    program = Path(sys.executable).parent / "peft-elastic"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+        program,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in [*launch, *command, tmp_path / "ranks"]]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written:") == done.stdout.count("validation examples") == 1
+    one, workers, launched = histories(*(tmp_path / name for name in ("one", "workers", "ranks")))
+    assert one == workers == launched and len(one[1]) == 9
+    assert (tmp_path / "ranks" / "subnet.json").read_text() == (tmp_path / "one" / "subnet.json").read_text()
+
+
+def test_options_of_a_search_in_parallel(folder, adapter, tmp_path, capsys, monkeypatch):
+    command = ["search", "--adapter", adapter, "--dataset", folder / "validation.jsonl", "--out", tmp_path / "s"]
+    assert run(*command, "--worker-threads", "2") == 2
+    assert "`--worker-threads` goes with `--workers`" in capsys.readouterr().err
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(*command, "--workers", "2") == 2
+    assert "`--workers` is for a single process" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_search_near_reference_points(folder, adapter, tmp_path):

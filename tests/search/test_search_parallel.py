@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -359,6 +360,25 @@ def test_a_saved_adapter(tmp_path):
         model.search_subnet(loss_of, executor=pool, worker_model=str(tmp_path / "adapter"), **settings)
     with pytest.raises(ValueError, match="`worker_model` failed in a worker"):
         model.search_subnet(loss_of, executor=pool, worker_model=str(tmp_path), **settings)
+
+
+def snippets():
+    text = (REPOSITORY / "docs" / "search.md").read_text().partition("## In parallel")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_snippet_of_the_docs(monkeypatch):
+    module = type(os)("snippet")
+    monkeypatch.setitem(sys.modules, "snippet", module)
+    names = {"make_model": ElasticNet, "model": ElasticNet(), "evaluate": quality}
+    code = snippets()[1]
+    assert '"spawn"' in code
+    module.__dict__.update(names)
+    exec(
+        code.replace('"spawn"', '"fork"').replace("evaluate, ", "evaluate, n_evals=9, progress=False, "),
+        module.__dict__,
+    )
+    assert module.result == search(ElasticNet(), n_evals=9)
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
