@@ -13,7 +13,9 @@
 # limitations under the License.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional
 
 import torch
@@ -281,9 +283,25 @@ def computes_plainly(layer: nn.Module) -> bool:
     return backend is not None and backend.is_exact(layer) and not hooks and "forward" not in layer.__dict__
 
 
+@contextmanager
+def grids_come_later() -> Iterator[None]:
+    """Layers whose weights are not in memory get an adapter all the same; the caller puts in the grids of the adapter's file."""
+    token = _LATER.set(True)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+
+
+_LATER: ContextVar[bool] = ContextVar("grids come later", default=False)
+
+
 def _make_grid(layer: nn.Module, config: SparseQALoraConfig) -> Grid:
     """The grid of the base layer, or one for its weight. ValueError if `config` asks for another one than the layer has."""
     backend = backend_of(layer)
+    if _LATER.get() and layer.get_parameter("weight").is_meta:
+        outputs, inputs = backend.sizes(layer)
+        return Grid(torch.ones(outputs, 1), torch.zeros(outputs, 1, dtype=torch.int32), in_features=inputs, bits=4)
     own = backend.grid(layer)
     if own is None:
         bits = 4 if config.bits is None else config.bits

@@ -169,9 +169,10 @@ def _note_grid(config: SparseQALoraConfig, grids: list[Any]) -> None:
     if config.group_size is None and all(grid.scales.shape[1] == 1 for grid in grids):
         config.group_size = -1
     for option in ("bits", "group_size", "symmetric"):
-        values = {getattr(grid, option) for grid in grids}
-        if getattr(config, option) is None and len(values) == 1:
-            setattr(config, option, values.pop())
+        if getattr(config, option) is None:
+            values = {getattr(grid, option) for grid in grids}
+            if len(values) == 1:
+                setattr(config, option, values.pop())
 
 
 def _warn_if_dense(layers: list[SparseLoraLinear]) -> None:
