@@ -112,6 +112,33 @@ def test_an_interrupted_run_goes_on(kind, tmp_path, monkeypatch):
     assert folders.contents(tmp_path / "out") == folders.contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["elastic", "sparse", "qa"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_models_that_accelerate_has_offloaded(kind, when, tmp_path):
+    """The base is offloaded before the adapter is loaded, or with it: refused by name, or merged to the same weights."""
+    accelerate = pytest.importorskip("accelerate")
+    model_type, source, adapter = made("llama", kind, torch.float32, tmp_path)
+    expected = PeftModel.from_pretrained(model_type.from_pretrained(source), adapter).merge_and_unload(
+        sparse_kernel=False
+    )
+    base = model_type.from_pretrained(source)
+    if when == "before":
+        accelerate.cpu_offload(base, execution_device="cpu")
+        with pytest.raises(ValueError, match="merge_folder|`quantization_aware`: the weight of .* is not in memory"):
+            PeftModel.from_pretrained(base, adapter).merge_and_unload(sparse_kernel=False)
+        return
+    model = PeftModel.from_pretrained(base, adapter)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    if kind == "elastic":
+        merged = model.merge_and_unload(sparse_kernel=False)
+        data = folders.batches(merged)[0]
+        with torch.no_grad():
+            assert torch.equal(merged(**data).logits, expected(**data).logits)
+    else:
+        with pytest.raises(ValueError, match="accelerate has offloaded the weights of the base.*merge_folder"):
+            model.merge_and_unload(sparse_kernel=False)
+
+
 def test_what_needs_the_whole_base_is_refused_by_name(tmp_path):
     source = folders.saved(tiny_llama(), tmp_path / "model")
     ranks = {**RANKS, "target_modules": ["q_proj"]}

@@ -328,6 +328,17 @@ def check_same_grid(grid: Grid, config: SparseQALoraConfig, name: str) -> None:
             )
 
 
+def check_base_in_memory(layer: SparseLoraLinear) -> None:
+    """Raise a ValueError if accelerate has offloaded the base weight, which the merged one is made of."""
+    base = layer.get_base_layer()
+    weight = base._parameters.get("weight")
+    if weight is not None and weight.is_meta:
+        raise ValueError(
+            "accelerate has offloaded the weights of the base, which masked and quantisation-aware adapters need to merge. Load the "
+            "base without 'cpu' or 'disk' offloading, or merge from folder to folder with `peft_elastic.merge_folder`."
+        )
+
+
 def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> None:
     """Raise a ValueError if an adapter of `config` could not be put on this layer."""
     if not (config.sparse_adapter or config.quantization_aware):
@@ -349,5 +360,10 @@ def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> Non
     if grid is not None:
         check_same_grid(grid, config, repr(name))
     else:
+        if layer.get_parameter("weight").is_meta and not _LATER.get():
+            raise ValueError(
+                f"`quantization_aware`: the weight of {name!r} is not in memory, as when accelerate has offloaded it (device_map). Load "
+                "the model without that."
+            )
         group_size = 128 if config.group_size is None else config.group_size
         check_group_size(name, backend.weight(layer).shape[1], group_size)
