@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         SparseQALoraModel,
         merge_and_requantize,
     )
+    from .tuners.folder import merge_folder
 
 
 __all__ = [
@@ -111,6 +112,7 @@ __all__ = [
     "explain_generation",
     "load_gptq",
     "merge_and_requantize",
+    "merge_folder",
     "optimize_generation",
     "prune",
     "prune_folder",
@@ -175,6 +177,7 @@ __getattr__, __dir__ = lazy_package(
             "SparseQALoraModel",
             "merge_and_requantize",
         ),
+        ".tuners.folder": ("merge_folder",),
     },
     modules=(
         "common",

@@ -74,22 +74,25 @@ def add_stream_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def streams(args: argparse.Namespace) -> bool:
-    """Whether a command is to go through the folder of its model block by block; says so if it decides that itself.
+def streams(args: argparse.Namespace, model: str, possible: bool = True) -> bool:
+    """Whether a command is to go through the folder of its model block by block; says so if it decides that itself, which it does
+    where it is `possible`.
 
     Raises:
         ValueError: it is to, and cannot.
     """
-    folder = Path(args.model)
+    folder = Path(model)
     if args.stream and not folder.is_dir():
-        raise ValueError(f"`--stream` needs a folder as `--model`, got {args.model!r}; download the model first.")
+        raise ValueError(f"`--stream` needs a folder as `--model`, got {model!r}; download the model first.")
     if not args.stream:
+        if not possible:
+            return False
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
         free = psutil.virtual_memory().available
         if weights <= free:
             return False
         print(
-            f"The weights of {args.model} take {weights / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: going through them "
+            f"The weights of {model} take {weights / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: going through them "
             "block by block, as with --stream."
         )
     check_output(folder, args.out)

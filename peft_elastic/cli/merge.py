@@ -20,11 +20,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from peft_elastic import Subnet, save_gptq, sparsify_linears
+from peft_elastic import Subnet, merge_folder, save_gptq, sparsify_linears
 from peft_elastic.layers.values import ROUNDED
+from peft_elastic.structure.report import mean_over_weights
 
 from . import _common
 from ._options import summary
+
+
+_LOADS = "AutoModelForCausalLM.from_pretrained(...)"
+_LOADS_GPTQ = "peft_elastic.load_gptq(...), or AutoModelForCausalLM.from_pretrained(...) with GPTQModel"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -44,10 +49,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic merge --adapter adapter --subnet search/subnet.json --out merged --export-lora lora\n"
         "  peft-elastic merge --adapter adapter --out deployed --sparse bf16\n"
         "  peft-elastic merge --adapter adapter --out quantized --gptq\n"
-        "  peft-elastic merge --adapter adapter --subnet heuristic --export-lora lora",
+        "  peft-elastic merge --adapter adapter --subnet heuristic --export-lora lora\n"
+        "  peft-elastic merge --adapter adapter --model ./larger-than-memory --out merged --stream",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
+    _common.add_stream_argument(parser)
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the super-adapter, a folder or hub name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the merged model")
     parser.add_argument("--export-lora", type=Path, metavar="DIR", help="new folder for the plain LoRA adapter")
@@ -73,13 +80,30 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("`--sparse` goes with `--out`: a plain LoRA adapter has no sparse layers.")
     if args.gptq and (args.out is None or args.sparse):
         raise ValueError("`--gptq` goes with `--out` and without `--sparse`.")
+    if args.stream and (args.out is None or args.sparse or args.export_lora):
+        raise ValueError(
+            "`--stream` goes with `--out`, and without `--sparse` and `--export-lora`, which need the whole model."
+        )
+    base = _common.base_model_name(args.model, args.adapter)
+    stream = _common.streams(
+        args, base, possible=args.out is not None and not args.sparse and args.export_lora is None
+    )
     for option, folder in (("--out", args.out), ("--export-lora", args.export_lora)):
-        if folder is not None:
+        if folder is not None and not stream:
             _common.check_new_folder(folder, option)
     subnet = args.subnet
     if subnet is not None and subnet not in ("max", "min", "heuristic"):
         subnet = Subnet.load(subnet)
-    base = _common.base_model_name(args.model, args.adapter)
+    if stream:
+        device = _common.usable_device(args.device)
+        rows = merge_folder(
+            base, args.adapter, args.out, subnet=subnet, gptq=args.gptq, dtype=args.dtype, device=device
+        )
+        before, after = (mean_over_weights(rows, f"sparsity_{when}") for when in ("before", "after"))
+        _say_if_dense(before, after)
+        loads_with = _LOADS_GPTQ if args.gptq else _LOADS
+        _common.say_written([(args.out, f"merged model: {loads_with}")])
+        return 0
     tokenizer = _common.load_tokenizer(base, required=False)
     model = _common.load_adapter(_common.load_model(base, args.dtype, args.device), args.adapter)
     quantized = any(getattr(config, "quantization_aware", False) for config in model.peft_config.values())
@@ -109,20 +133,24 @@ def _fill(
         before = _common.zero_share(model, targets)
         merged = model.merge_and_unload(progressbar=True, safe_merge=True, sparse_kernel=False)
         after = _common.zero_share(merged, targets)
-        if after < before - 0.01:
-            print(
-                f"Zeros in the merged layers: {before:.1%} before, {after:.1%} after. A LoRA update has no zeros, so a merged "
-                "model is dense; `train --sparse-adapter` trains one that keeps them."
-            )
-        loads_with = "AutoModelForCausalLM.from_pretrained(...)"
+        _say_if_dense(before, after)
+        loads_with = _LOADS
         if args.sparse:
             print(sparsify_linears(merged, args.sparse))
         folder = folders.enter_context(_common.new_folder(args.out))
         if args.gptq:
             save_gptq(merged, folder, tokenizer=tokenizer)
-            loads_with = "peft_elastic.load_gptq(...), or AutoModelForCausalLM.from_pretrained(...) with GPTQModel"
+            loads_with = _LOADS_GPTQ
         else:
             _common.save_model(merged, tokenizer, folder)
             if _common.needs_this_package(folder):
                 loads_with = f"import peft_elastic; {loads_with}"
         written.append((args.out, f"merged model: {loads_with}"))
+
+
+def _say_if_dense(before: float, after: float) -> None:
+    if after < before - 0.01:
+        print(
+            f"Zeros in the merged layers: {before:.1%} before, {after:.1%} after. A LoRA update has no zeros, so a merged "
+            "model is dense; `train --sparse-adapter` trains one that keeps them."
+        )

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dataset and not method.calibrated:
         raise ValueError(f"`--dataset` is of no use with `--method {method.name}`, which looks at the weights alone.")
     config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
-    stream = _common.streams(args)
+    stream = _common.streams(args, args.model)
     if not stream:
         _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)

@@ -175,6 +175,9 @@ def description_of(
         symmetric: whether all zero points are in the middle.
         in_order: whether the groups follow each other.
     """
+    head = output_head(model)
+    if isinstance(head, BaseTunerLayer):
+        head = head.get_base_layer()
     most = Counter(layers.values()).most_common(1)[0][0]
     grids: dict[str, tuple[int, int] | None] = {**layers}
     # Readers expect every linear layer of the blocks to be quantised, unless they are told otherwise.
@@ -189,9 +192,7 @@ def description_of(
         "group_size": most[1],
         "desc_act": not in_order,
         "sym": symmetric,
-        "lm_head": any(
-            linear is output_head(model) for name, linear in linear_layers(model).items() if name in layers
-        ),
+        "lm_head": any(linear is head for name, linear in linear_layers(model).items() if name in layers),
         "checkpoint_format": checkpoint_format,
         "format": checkpoint_format,
         "pack_dtype": "int32",

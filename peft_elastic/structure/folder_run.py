@@ -92,14 +92,14 @@ class FolderRun(Work):
         self.stored = StoredModel(source, dtype)
         self.model = self.stored.model
         self._work = work
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         header = {
             "format": _FORMAT,
             "version": _VERSION,
             "work": work,
             "source": self.stored.fingerprint(),
             "dtype": dtype,
-            "device": self._device.type,
+            "device": self.device.type,
             **settings,
         }
         self._header = json.loads(json.dumps(header, default=str))
@@ -154,7 +154,7 @@ class FolderRun(Work):
                         )
             for layer in self._done:
                 self._note_done(layer)
-            residence = StoredResidence(self.stored, self._device, self)
+            residence = StoredResidence(self.stored, self.device, self)
             with residence.attached():
                 yield residence
 

@@ -78,6 +78,9 @@ class StoredModel:
                 "gone through in floating point alone."
             )
         self.model = self._build(config, dtype)
+        self._empty_tensors = self.model.state_dict(
+            keep_vars=True
+        )  # by their names, whatever is put around the layers
         # A tensor may have changed its place: `moved` is where it is read instead.
         self.moved: dict[str, Stored] = {}
         # What makes a tensor of the model that is on disk no more as it is in memory, by its name in the model.
@@ -167,11 +170,8 @@ class StoredModel:
         return found
 
     def model_tensor(self, name: str) -> torch.Tensor:
-        """A parameter or buffer of the model, by its name in the state dict."""
-        module, _, key = name.rpartition(".")
-        owner = self.model.get_submodule(module)
-        found = owner._parameters.get(key)
-        return owner._buffers[key] if found is None else found
+        """A parameter or buffer of the model, on the meta device, by its name in the state dict."""
+        return self._empty_tensors[name]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors of the model, by their names in the state dict, in memory of their own and in the dtype of the model."""
@@ -240,7 +240,7 @@ Reader = Callable[[Iterable[str]], dict[str, torch.Tensor]]
 
 def stored_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str, str]]]]:
     """The parameters and persistent buffers of a model on the meta device, each once: by its first name, with all modules that
-    have it, its key in each and its name there."""
+    have it, its key in each and its name there. A layer in an adapter has the name that it had without."""
     found: dict[int, tuple[torch.Tensor, list[tuple[nn.Module, str, str]]]] = {}
     for path, module in model.named_modules():
         own = [*module._parameters.items()]
@@ -249,5 +249,6 @@ def stored_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[tuple
         ]
         for key, tensor in own:
             if tensor is not None and tensor.is_meta:
-                found.setdefault(id(tensor), (tensor, []))[1].append((module, key, f"{path}.{key}".lstrip(".")))
+                name = f"{path}.{key}".lstrip(".").replace(".base_layer.", ".")
+                found.setdefault(id(tensor), (tensor, []))[1].append((module, key, name))
     return {places[0][2]: (tensor, places) for tensor, places in found.values()}

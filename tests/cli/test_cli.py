@@ -152,6 +152,17 @@ def test_prune_block_by_block(folder, pruned, tmp_path, monkeypatch, capsys):
     assert "`--stream` goes without `--structured`" in capsys.readouterr().err
 
 
+def test_merge_block_by_block(folder, adapter, tmp_path, capsys):
+    command = ["merge", "--adapter", adapter, "--subnet", "min"]
+    assert run(*command, "--out", tmp_path / "in_memory") == 0
+    said = capsys.readouterr().out
+    assert run(*command, "--out", tmp_path / "out", "--stream") == 0
+    assert "Zeros in the merged layers: 50.0% before" in said and "50.0% before" in capsys.readouterr().out
+    assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(tmp_path / "in_memory"))
+    assert run(*command, "--out", tmp_path / "x", "--stream", "--sparse", "bf16") == 2
+    assert "`--stream` goes with `--out`, and without `--sparse`" in capsys.readouterr().err
+
+
 def test_quantize_block_by_block(folder, pruned, tmp_path):
     command = ["quantize", "--model", pruned, "--group-size", "16", "--method", "rtn"]
     assert run(*command, "--out", tmp_path / "in_memory") == 0

@@ -26,7 +26,18 @@ from support import folders
 from support.full_disk import limit
 from support.models import tiny_llama
 
-from peft_elastic import MagnitudeConfig, SparseGPTConfig, WandaConfig, prune, prune_folder
+from peft_elastic import (
+    MagnitudeConfig,
+    RTNConfig,
+    SparseGPTConfig,
+    WandaConfig,
+    WidthPrunerConfig,
+    prune,
+    prune_folder,
+    prune_structured,
+    quantize,
+    sort_by_importance,
+)
 from peft_elastic.common.writing import WriteError
 from peft_elastic.structure.calibration import calibration_mode
 from peft_elastic.structure.folder_run import FolderRun
@@ -399,6 +410,13 @@ def test_dispatched_models_are_refused_by_name(kind, llama, tmp_path):
     for config in (WANDA, MagnitudeConfig(sparsity=0.5)):
         with pytest.raises(ValueError, match="accelerate keeps the weight of model.layers.0.*prune_folder"):
             prune(model, config, folders.batches(tiny_llama()), progress=False)
+    with pytest.raises(ValueError, match="accelerate keeps the weight of model.layers.0.*quantize_folder"):
+        quantize(model, RTNConfig(group_size=16), progress=False)
+    for importance in ("magnitude", "activation", "gradient"):
+        with pytest.raises(ValueError, match="`importance`: the weight of 'model.layers.0.* is not in memory"):
+            sort_by_importance(model, importance, folders.batches(tiny_llama()), progress=False)
+    with pytest.raises(ValueError, match="`importance`: the weight of 'model.layers.0.* is not in memory"):
+        prune_structured(model, WidthPrunerConfig(ratio=0.2), folders.batches(tiny_llama()))
 
 
 def test_warnings_are_those_of_prune(tmp_path):

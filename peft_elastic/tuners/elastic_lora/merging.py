@@ -46,6 +46,7 @@ def check_merge_into(layer: LoraLayer, adapter_name: str, path: str) -> None:
     """Raise a ValueError if merging into this layer would change what the model computes, or be lost."""
     base_layer = layer.get_base_layer()
     check_parameters({path: base_layer})
+    check_in_memory(layer, adapter_name, path)
     backend = find_backend(base_layer)
     if backend is not None and backend.obstacle("merge"):
         raise ValueError(
@@ -59,6 +60,18 @@ def check_layers_here(layers: Mapping[str, LoraLayer], adapter_name: str) -> Non
     """Raise a ValueError if an engine has spread a layer, or its adapter, over several processes."""
     for path, layer in layers.items():
         check_here(path, (*layer.get_base_layer()._parameters.values(), *full_weights(layer, adapter_name)))
+
+
+def check_in_memory(layer: LoraLayer, adapter_name: str, path: str) -> None:
+    """Raise a ValueError if an adapter was loaded on weights that accelerate has offloaded, which peft moves there and loses."""
+    for kind in (layer.lora_A, layer.lora_B):
+        inner = kind[adapter_name] if adapter_name in kind else None
+        weight = None if inner is None else inner._parameters.get("weight")
+        if weight is not None and weight.is_meta and not hasattr(inner, "_hf_hook"):
+            raise ValueError(
+                f"The weights of adapter {adapter_name!r} of {path!r} are not in memory: accelerate has offloaded the base "
+                "(device_map). Load the base without offloading, or merge from folder to folder with `peft_elastic.merge_folder`."
+            )
 
 
 def check_not_narrowed(model: nn.Module) -> None:

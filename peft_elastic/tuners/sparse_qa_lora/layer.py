@@ -13,7 +13,9 @@
 # limitations under the License.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional
 
 import torch
@@ -294,9 +296,25 @@ def computes_plainly(layer: nn.Module) -> bool:
     return backend is not None and backend.is_exact(layer) and not hooks and "forward" not in layer.__dict__
 
 
+@contextmanager
+def grids_come_later() -> Iterator[None]:
+    """Layers whose weights are not in memory get an adapter all the same; the caller puts in the grids of the adapter's file."""
+    token = _LATER.set(True)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+
+
+_LATER: ContextVar[bool] = ContextVar("grids come later", default=False)
+
+
 def _make_grid(layer: nn.Module, config: SparseQALoraConfig) -> Grid:
     """The grid of the base layer, or one for its weight. ValueError if `config` asks for another one than the layer has."""
     backend = backend_of(layer)
+    if _LATER.get() and layer.get_parameter("weight").is_meta:
+        outputs, inputs = backend.sizes(layer)
+        return Grid(torch.ones(outputs, 1), torch.zeros(outputs, 1, dtype=torch.int32), in_features=inputs, bits=4)
     own = backend.grid(layer)
     if own is None:
         bits = 4 if config.bits is None else config.bits
@@ -323,6 +341,17 @@ def check_same_grid(grid: Grid, config: SparseQALoraConfig, name: str) -> None:
             )
 
 
+def check_base_in_memory(layer: SparseLoraLinear) -> None:
+    """Raise a ValueError if accelerate has offloaded the base weight, which the merged one is made of."""
+    base = layer.get_base_layer()
+    weight = base._parameters.get("weight")
+    if weight is not None and weight.is_meta:
+        raise ValueError(
+            "accelerate has offloaded the weights of the base, which masked and quantisation-aware adapters need to merge. Load the "
+            "base without 'cpu' or 'disk' offloading, or merge from folder to folder with `peft_elastic.merge_folder`."
+        )
+
+
 def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> None:
     """Raise a ValueError if an adapter of `config` could not be put on this layer."""
     if not (config.sparse_adapter or config.quantization_aware):
@@ -344,5 +373,10 @@ def check_target(layer: nn.Module, name: str, config: SparseQALoraConfig) -> Non
     if grid is not None:
         check_same_grid(grid, config, repr(name))
     else:
+        if layer.get_parameter("weight").is_meta and not _LATER.get():
+            raise ValueError(
+                f"`quantization_aware`: the weight of {name!r} is not in memory, as when accelerate has offloaded it (device_map). Load "
+                "the model without that."
+            )
         group_size = 128 if config.group_size is None else config.group_size
         check_group_size(name, backend.weight(layer).shape[1], group_size)

@@ -27,10 +27,10 @@ from ...layers.backends import backend_of, find_linear_backend, grid_layers
 from ...layers.backends.gptqmodel import leave_gptqmodel
 from ...layers.grid import Grid
 from ...quantization.saving import guard_saving
-from ..elastic_lora import ElasticLoraModel
+from ..elastic_lora import ElasticLoraModel, merging
 from ..elastic_lora.state import find_layers
 from .config import SparseQALoraConfig
-from .layer import SparseLoraLinear, check_target
+from .layer import SparseLoraLinear, check_base_in_memory, check_target
 
 
 # A base with fewer zeros than that has not been pruned.
@@ -136,6 +136,7 @@ class SparseQALoraModel(ElasticLoraModel):
                 names = module.active_adapters if adapter_names is None else adapter_names
                 new = [name for name in names if name in module.lora_A and name not in module.merged_adapters]
                 if new:
+                    check_base_in_memory(module)
                     module.check_merge([*module.merged_adapters, *new], safe_merge)
         return twice
 
@@ -160,6 +161,7 @@ class SparseQALoraModel(ElasticLoraModel):
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
         if isinstance(layer, SparseLoraLinear) and adapter_name in layer.lora_grid:
+            merging.check_in_memory(layer, adapter_name, path)
             return  # merges exactly
         super()._check_merge_into(layer, adapter_name, path)
 
@@ -169,9 +171,10 @@ def _note_grid(config: SparseQALoraConfig, grids: list[Any]) -> None:
     if config.group_size is None and all(grid.scales.shape[1] == 1 for grid in grids):
         config.group_size = -1
     for option in ("bits", "group_size", "symmetric"):
-        values = {getattr(grid, option) for grid in grids}
-        if getattr(config, option) is None and len(values) == 1:
-            setattr(config, option, values.pop())
+        if getattr(config, option) is None:
+            values = {getattr(grid, option) for grid in grids}
+            if len(values) == 1:
+                setattr(config, option, values.pop())
 
 
 def _warn_if_dense(layers: list[SparseLoraLinear]) -> None:
