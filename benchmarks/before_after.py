@@ -74,6 +74,7 @@ configs = {
         ElasticLoraConfig(**elastic, elastic_width={"mlp": [1.0, 0.5], "heads": [1.0, 0.5]}, elastic_depth=[2, 5], importance="none"), False
     ),
     "SparsePEFT": (SparseQALoraConfig(**elastic, sparse_adapter=True), True),
+    "QA-SparsePEFT": (SparseQALoraConfig(**elastic, quantization_aware=True, bits=4, group_size=32), True),
 }
 for name, (config, sparse) in configs.items():
     begin = time.process_time()

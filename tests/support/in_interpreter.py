@@ -208,6 +208,23 @@ def check_layers_in_bfloat16() -> None:
             assert (a.double() - b.double()).norm() <= 2**-6 * b.double().norm()
 
 
+def check_torch_can_go_on_in_the_middle() -> None:
+    """Triton may fail for the gradient after it has made the panel."""
+    for kind, dtype in itertools.product([None, "4 bits"], [torch.float32, torch.float16]):
+        _, weight, grid = make((17, 33), torch.float32, kind)
+        factors, rows = (0.2 * torch.randn(17, 3), torch.randn(3, 33)), slice(0, 17)
+        devices.set_panel_memory(1000)
+        results = []
+        for then in ("always", "never"):
+            devices.set_triton("always")
+            update = _Update(weight, *factors, True, grid, None)
+            _, slopes = update.panel(rows, dtype, True)
+            devices.set_triton(then)
+            gradient = torch.ones(17, 33, dtype=dtype).cumsum(1)
+            results.append(update.gradient(gradient, rows, slopes))
+        assert results[0].dtype == results[1].dtype == torch.float32 and torch.equal(*results)
+
+
 def check_the_clamp_and_the_mask_matter() -> None:
     """Otherwise the comparisons would show nothing."""
     for kind in GRIDS[1:]:

@@ -191,25 +191,24 @@ for kind, dropout in itertools.product(KINDS, (0.0, 0.1)):
     config = SparseQALoraConfig(**settings, **own, lora_dropout=dropout)
     cases.append((f"{kind} on a quantised base, dropout {dropout}", get_peft_model(model, config).train(), (4, 64), torch.float32))
 
-for megabytes in (None, 1e-6):
+for megabytes, autocast, chosen in ((None, None, cases), (None, torch.bfloat16, cases), (1e-6, torch.bfloat16, cases[::3])):
     devices.set_panel_memory(megabytes)
-    for autocast in (None, torch.bfloat16):
-        for name, model, shape, dtype in cases:
-            with fake_cuda(autocast) as operators:
-                to_fake_cuda(model)
-                output = model(torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True))
-                output.float().square().sum().backward()
-                trained = [p for p in model.parameters() if p.requires_grad]
-                assert trained and all(p.grad is not None and p.grad.device.type == "cuda" for p in trained), name
-                assert output.device.type == "cuda"
-                for p in trained:
-                    p.grad = None
-            assert operators.total > 0
-            print(name, megabytes, autocast)
+    for name, model, shape, dtype in chosen:
+        with fake_cuda(autocast) as operators:
+            to_fake_cuda(model)
+            output = model(torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True))
+            output.float().square().sum().backward()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            assert trained and all(p.grad is not None and p.grad.device.type == "cuda" for p in trained), name
+            assert output.device.type == "cuda"
+            for p in trained:
+                p.grad = None
+        assert operators.total > 0
+        print(name, megabytes, autocast)
 """
 
 
 def test_nothing_waits_for_the_device_and_nothing_is_left_on_the_cpu():
     """Both passes of every kind of layer on a fake GPU, in one panel and in several, with and without autocast."""
     lines = run_with_fake_cuda(FAKE).splitlines()
-    assert len(lines) == len(set(lines)) == 4 * (16 + 6 + 6)
+    assert len(lines) == len(set(lines)) == 2 * 28 + 10

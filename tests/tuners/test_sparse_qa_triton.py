@@ -23,6 +23,7 @@ import pytest
 import torch
 from support.fresh import run_fresh
 from support.in_interpreter import checks
+from test_sparse_qa_product import gradients, problem
 
 from peft_elastic.tuners.sparse_qa_lora import devices
 from peft_elastic.tuners.sparse_qa_lora.effective_weight import effective_linear
@@ -124,6 +125,24 @@ def test_a_failure_is_said_once_and_torch_goes_on(choose):
     choose("always")
     with pytest.raises(RuntimeError, match="driver"):
         devices.by_triton(launch)
+
+
+@pytest.mark.parametrize("kind", [None, {"bits": 4, "group_size": -1}])
+def test_layers_are_computed_where_triton_fails(kind, choose, monkeypatch):
+    """In the first forward pass, for real, and without Triton from then on."""
+    monkeypatch.setattr(devices, "_TRITON_DEVICES", ("cpu",))  # where there is no driver for it
+    arguments = problem(grid=kind, dtype=torch.float32)
+    arguments = (*arguments[:5], True, arguments[5])
+    before = devices.set_panel_memory(1000)
+    try:
+        choose("never")
+        expected = gradients(effective_linear, *arguments)
+        choose("auto")
+        with pytest.warns(UserWarning, match="Triton does not work here"):
+            found = gradients(effective_linear, *arguments)
+    finally:
+        devices.set_panel_memory(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_running_out_of_memory_is_no_failure_of_triton(choose):
