@@ -15,6 +15,9 @@
 
 A worker is a process. It makes its model with the first task it gets, compares it with that of the search, and keeps it. All that
 goes to and fro is bytes, so that what cannot be unpickled is an answer and not the end of the worker.
+
+Where an executor runs tasks in a thread beside others, as Dask does, that thread starts a process for them: the others draw from the
+generators that an evaluation has seeded (Dask's own threads from that of `random`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import traceback
@@ -122,8 +127,8 @@ class _Station:
         self.key, self.threads = key, setup.threads
         if setup.driver[2] == process_token():
             raise Unusable(
-                "`executor` runs its tasks in threads of the process of the search. They share one model and its generators of "
-                "random numbers; use one with processes, such as `executor=2`"
+                "`executor` runs its tasks in the process of the search, with its generators of random numbers; use one with "
+                "processes, such as `executor=2`"
             )
         watch_driver(*setup.driver[:2])
         functions = {}
@@ -176,27 +181,65 @@ def work(key: str, setup: bytes | None, task: bytes) -> bytes:
     Returns:
         `bytes`: a pickled pair: the kind of answer, and what belongs to it.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return _in_process_of_thread(key, setup, task)
     global _station
-    with _lock:
-        try:
-            if _station is None or _station.key != key:
-                if setup is None:
-                    return pickle.dumps((UNKNOWN, None))
-                _station = None  # the model of another search leaves before the next one comes
-                _station = _Station(key, pickle.loads(setup))
-            what, evaluation, _ = pickle.loads(task)
-            if what == CHECK:
-                return pickle.dumps((DONE, None))
-            with bounded_threads(_station.threads):
-                read = _station.probe.read(what, _station.model, _station.host, evaluation)
-            return pickle.dumps((DONE, read))
-        except _Unlike as error:
-            return pickle.dumps((UNLIKE, error.args[0]))
-        except Unusable as error:
-            cause = None if error.__cause__ is None else pack_error(error.__cause__)
-            return pickle.dumps((UNUSABLE, (str(error), cause)))
-        except BaseException as error:
-            return pickle.dumps((RAISED, pack_error(error)))
+    try:
+        if _station is None or _station.key != key:
+            if setup is None:
+                return pickle.dumps((UNKNOWN, None))
+            _station = None  # the model of another search leaves before the next one comes
+            _station = _Station(key, pickle.loads(setup))
+        what, evaluation, _ = pickle.loads(task)
+        if what == CHECK:
+            return pickle.dumps((DONE, None))
+        with bounded_threads(_station.threads):
+            read = _station.probe.read(what, _station.model, _station.host, evaluation)
+        return pickle.dumps((DONE, read))
+    except _Unlike as error:
+        return pickle.dumps((UNLIKE, error.args[0]))
+    except Unusable as error:
+        cause = None if error.__cause__ is None else pack_error(error.__cause__)
+        return pickle.dumps((UNUSABLE, (str(error), cause)))
+    except BaseException as error:
+        return pickle.dumps((RAISED, pack_error(error)))
+
+
+_of_thread = threading.local()  # its process, whose standard input closes with the thread, upon which it ends
+
+
+def _in_process_of_thread(*call: Any) -> bytes:
+    process = getattr(_of_thread, "process", None)
+    if process is None:
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        process = _of_thread.process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+    try:
+        pickle.dump(call, process.stdin)
+        process.stdin.flush()
+        return pickle.load(process.stdout)
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        del _of_thread.process
+        process.kill()
+        raise ChildProcessError(f"the process of a worker has ended with status {process.wait()}") from error
+
+
+def serve() -> None:
+    """Do what comes through the standard input, until it closes. What the functions of the user print goes to the errors."""
+    with os.fdopen(os.dup(0), "rb") as calls, os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        while True:
+            try:
+                call = pickle.load(calls)
+            except EOFError:
+                return
+            pickle.dump(work(*call), answers)
+            answers.flush()
 
 
 @contextmanager

@@ -269,10 +269,36 @@ def test_dask(tmp_path, unbroken):
         )
         with cluster, distributed.Client(cluster) as client:
             same_in(client.get_executor(), unbroken, tmp_path)
-        cluster = distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None)
-        with cluster, distributed.Client(cluster) as client:
-            with pytest.raises(ValueError, match="runs its tasks in threads of the process of the search"):
-                run(client.get_executor(), n_evals=4)
+
+
+class Threads(Executor):
+    """Runs tasks in threads, and does not look like it."""
+
+    def __init__(self):
+        self.threads = ThreadPoolExecutor(2)
+
+    def submit(self, fn, /, *args):
+        return self.threads.submit(fn, *args)
+
+
+@pytest.mark.slow
+def test_threads_have_processes_of_their_own(tmp_path, unbroken):
+    """Dask's threads, for one, draw from the generator of `random` beside an evaluation."""
+    ends = threading.Event()
+
+    def draw():
+        while not ends.wait(0.001):
+            random.random()
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    executor = Threads()
+    try:
+        same_in(executor, unbroken, tmp_path)
+    finally:
+        ends.set()
+        drawing.join()
+        executor.threads.shutdown()
 
 
 MPI = """
@@ -699,8 +725,8 @@ def test_identity_reads_every_kind_of_tensor():
 # -- what cannot run in parallel ---------------------------------------------------------------------------------------
 
 
-class InThreads(Executor):
-    """An executor that does not look like one of threads, such as Dask's with `processes=False`."""
+class Here(Executor):
+    """Runs tasks where they are submitted."""
 
     def submit(self, fn, /, *args):
         future = Future()
@@ -728,7 +754,7 @@ def test_arguments():
         ({"executor": threads}, "`executor` is a ThreadPoolExecutor: threads share one model"),
         ({"executor": lambda: threads}, "`executor` is a ThreadPoolExecutor"),
         ({"executor": lambda: 3}, "`executor` must be a function that makes a concurrent.futures.Executor, got 3"),
-        ({"executor": InThreads()}, "runs its tasks in threads of the process of the search"),
+        ({"executor": Here()}, "runs its tasks in the process of the search"),
         ({"worker_model": None}, "`worker_model` must be a function without arguments .* each worker has a copy"),
         ({"worker_model": ElasticNet()}, "`worker_model` must be a function without arguments"),
         ({"devices": "cuda:0"}, "`devices` must be a list of devices such as"),
