@@ -11,15 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How many operators one adapted linear layer launches in a forward and a backward pass, which is what small steps cost on a GPU.
+"""How many operators one adapted linear layer launches in a forward and a backward pass, which is what small steps cost on a
+GPU.
 
     python benchmarks/operators.py                  # 4096 x 4096, as on a GPU without Triton: half a minute
     python benchmarks/operators.py --size 64        # a second, the same figures
     PYTHONPATH=OLD_CHECKOUT python benchmarks/operators.py    # what an earlier version launched
 
-Counted on the CPU by a dispatch mode, which switches the C++ kernel and Triton off: operators that are not views, those of autograd
-among them, allocations too. The memory that a GPU is allowed by default is allowed here (`set_panel_memory`), so that what is counted is
-what a GPU is told to do. The layer has no bias; the inputs need a gradient, as inside of a model.
+Counted on the CPU by a dispatch mode, which switches the C++ kernel and Triton off: operators that are not views, those of
+autograd among them, allocations too. The memory that a GPU is allowed by default is allowed here (`set_panel_memory`), so
+that what is counted is what a GPU is told to do. The layer has no bias; the inputs need a gradient, as inside of a model.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ class Grid(nn.Module):
         bits: int,
         persistent: bool = False,
     ) -> None:
-        """What `__init__` does with arguments that are right, but for `in_order`. It reads no value, for which a GPU would stop."""
+        """What `__init__` does with arguments that are right, but for `in_order`. It reads no value, for which a GPU would
+        stop."""
         self.bits, self.in_features = bits, in_features
         self.__dict__.update(_taken=None, _host_g_idx=None, _compared=None)  # no submodule
         self.group_size = -(-in_features // scales.shape[1])
@@ -218,8 +219,8 @@ class Grid(nn.Module):
             self._note_order()
 
     def equals(self, other: Grid) -> bool:
-        """Whether both round every weight to the same values. Asked for in every forward where several adapters are active, so that a
-        GPU is waited for only after one of them has changed."""
+        """Whether both round every weight to the same values. Asked for in every forward where several adapters are active,
+        so that a GPU is waited for only after one of them has changed."""
         if (self.bits, self.in_features) != (other.bits, other.in_features):
             return False
         pairs = (self.scales, other.scales), (self.zeros, other.zeros), (self.g_idx, other.g_idx)

@@ -11,8 +11,9 @@
 // WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 // See the License for the specific language governing permissions and
 // limitations under the License.
-// A CUDA device without a computer: what autograd and autocast of a torch built for CPUs ask a device for, so that fake tensors on "cuda"
-// go through forward and backward passes. It has one stream and no memory. Has to be loaded before torch is imported.
+// A CUDA device without a computer: what autograd and autocast of a torch built for CPUs ask a device for, so that fake
+// tensors on "cuda" go through forward and backward passes. It has one stream and no memory. Has to be loaded before torch is
+// imported.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A CUDA device without a GPU: fake tensors, which have a device, a type and a shape and no numbers, go through real forward and backward
-passes. What cannot run on a GPU without stopping for it, or not at all, raises: reading a number (`.item()`, `if tensor:`, `torch.equal`),
-shapes that depend on values, tensors of two devices in one operator, copies to the CPU.
+"""A CUDA device without a GPU: fake tensors, which have a device, a type and a shape and no numbers, go through real forward
+and backward passes. What cannot run on a GPU without stopping for it, or not at all, raises: reading a number (`.item()`, `if
+tensor:`, `torch.equal`), shapes that depend on values, tensors of two devices in one operator, copies to the CPU.
 
     script = '''
     from support.fake_device import fake_cuda
@@ -24,8 +24,8 @@ shapes that depend on values, tensors of two devices in one operator, copies to 
     '''
     output = run_with_fake_cuda(script)
 
-A script needs an interpreter of its own, as the device has to be there before torch is imported. It is a small library, compiled
-once for each version of torch.
+A script needs an interpreter of its own, as the device has to be there before torch is imported. It is a small library,
+compiled once for each version of torch.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ ctypes.CDLL({library!r})
 
 
 def run_with_fake_cuda(script: str, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """Run a script in a fresh interpreter where `fake_cuda` works, and return what it prints. The test is skipped where the device
-    cannot be compiled for want of a compiler or a torch without CUDA."""
+    """Run a script in a fresh interpreter where `fake_cuda` works, and return what it prints. The test is skipped where the
+    device cannot be compiled for want of a compiler or a torch without CUDA."""
     torch = _torch_folder()
     code = _PRELUDE.format(folder=str(torch / "lib"), library=str(_library(torch))) + script
     path = os.pathsep.join([str(REPOSITORY), str(TESTS)])
@@ -107,8 +107,8 @@ def fake_cuda(autocast: Any = None) -> Iterator[Operators]:
 
 
 def to_fake_cuda(module: Any) -> Any:
-    """Inside of `fake_cuda`: a module that was built outside of it, with fake tensors on the device in place of its own. What is tied
-    stays tied."""
+    """Inside of `fake_cuda`: a module that was built outside of it, with fake tensors on the device in place of its own. What
+    is tied stays tied."""
     import torch
 
     made: dict[int, Any] = {}

@@ -11,8 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of the Triton kernels in Triton's interpreter, one process for all: `python -m support.in_interpreter` runs those named, or all,
-and prints a line of JSON for each. TRITON_INTERPRET=1 has to be set."""
+"""Checks of the Triton kernels in Triton's interpreter, one process for all: `python -m support.in_interpreter` runs those
+named, or all, and prints a line of JSON for each. TRITON_INTERPRET=1 has to be set."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def compare(panel, weight, masked, adds, grid, rows, subtract, dtype):
 
 
 def check_every_combination() -> None:
-    """masked, added, rounded, subtracted, each or not, on shapes that no block fits; in turns, as all with all would take minutes."""
+    """masked, added, rounded, subtracted, each or not, on shapes that no block fits; in turns, as all with all would take
+    minutes."""
     dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
     outs = itertools.cycle([torch.float32, torch.float16])
     shapes = itertools.cycle(SHAPES)

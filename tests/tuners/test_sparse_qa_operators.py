@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The effective weight as it is made on a GPU, without one: how many operators that takes, how much memory, and that nothing waits."""
+"""The effective weight as it is made on a GPU, without one: how many operators that takes, how much memory, and that nothing
+waits."""
 
 import weakref
 
@@ -182,14 +183,16 @@ for kind, options in KINDS.items():
         model = torch.nn.Sequential()
         model.add_module("linear", layer)
         config = SparseQALoraConfig(**settings, **options, lora_dropout=0.1, fan_in_fan_out=fan_in_fan_out)
-        cases.append((f"{kind} {type(layer).__name__} dropout", get_peft_model(model, config).train(), (2, 3, 64), torch.float32))
+        model = get_peft_model(model, config).train()
+        cases.append((f"{kind} {type(layer).__name__} dropout", model, (2, 3, 64), torch.float32))
 for kind, dropout in itertools.product(KINDS, (0.0, 0.1)):
     linear = torch.nn.Linear(64, 48)
     model = torch.nn.Sequential()
     model.add_module("linear", QuantizedLinear.from_linear(linear, fit_grid(linear.weight, 4, 16)))
     own = {} if kind == "sparse" else {"quantization_aware": True, "sparse_adapter": "sparse" in kind}
     config = SparseQALoraConfig(**settings, **own, lora_dropout=dropout)
-    cases.append((f"{kind} on a quantised base, dropout {dropout}", get_peft_model(model, config).train(), (4, 64), torch.float32))
+    model = get_peft_model(model, config).train()
+    cases.append((f"{kind} on a quantised base, dropout {dropout}", model, (4, 64), torch.float32))
 
 for megabytes, autocast, chosen in ((None, None, cases), (None, torch.bfloat16, cases), (1e-6, torch.bfloat16, cases[::3])):
     devices.set_panel_memory(megabytes)

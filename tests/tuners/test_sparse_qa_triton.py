@@ -11,8 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The effective weight by Triton: its kernels in the interpreter, against torch; what compilers make of them for GPUs, without one; and
-what happens where Triton fails. No GPU has run them yet."""
+"""The effective weight by Triton: its kernels in the interpreter, against torch; what compilers make of them for GPUs,
+without one; and what happens where Triton fails. No GPU has run them yet."""
 
 import json
 import re
@@ -75,7 +75,8 @@ EVERYTHING = {"TOP": 15, "MASKED": True, "ADD": True, "GRID": True, "SUBTRACT": 
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiled_for_nvidia_every_operation_is_rounded_by_itself(capability, in_order, tmp_path, monkeypatch):
-    """As in torch: the division to nearest, no product fused with a sum, bfloat16 to nearest even; and subnormal numbers stay."""
+    """As in torch: the division to nearest, no product fused with a sum, bfloat16 to nearest even; and subnormal numbers
+    stay."""
     target = ("cuda", capability, 32)
     asm = compiled("_fill_kernel", target, "*bf16", tmp_path, monkeypatch, IN_ORDER=in_order, **EVERYTHING)
     assert asm["cubin"]

@@ -33,11 +33,12 @@ from ...layers.addresses import is_watched
 
 _Made = TypeVar("_Made")
 
-# Rows of W with so many elements make a product efficient on a CPU, and so many are faster gone over, several times, as they stay in
-# its cache.
+# Rows of W with so many elements make a product efficient on a CPU, and so many are faster gone over, several times, as they
+# stay in its cache.
 CPU_PANEL_ELEMENTS = 2**21
 CPU_BLOCK_ELEMENTS = 2**16
-# On other devices each operator costs microseconds whatever it does, and memory is quick to get: a panel is as large as this allows.
+# On other devices each operator costs microseconds whatever it does, and memory is quick to get: a panel is as large as this
+# allows.
 DEFAULT_MEGABYTES = 1024
 # Matrices of the size of a panel that exist at one time, at most, in the dtype that E is made in.
 _MATRICES = 4
@@ -77,8 +78,9 @@ def set_panel_memory(megabytes: Optional[float]) -> Optional[float]:
     """Choose how much memory the temporary matrices of one layer may take, from now on, in place of PEFT_ELASTIC_PANEL_MB.
 
     Args:
-        megabytes: positive. It holds on every device: the CPU then computes as a GPU without Triton does, which is slower than what it
-            does by itself. None is the default: `DEFAULT_MEGABYTES` on accelerators, pieces that fit into the cache on the CPU.
+        megabytes: positive. It holds on every device: the CPU then computes as a GPU without Triton does, which is slower
+            than what it does by itself. None is the default: `DEFAULT_MEGABYTES` on accelerators, pieces that fit into the
+            cache on the CPU.
 
     Returns:
         What was chosen before.
@@ -111,8 +113,8 @@ def set_triton(choice: str) -> str:
     """Choose whether Triton makes E, from now on, in place of PEFT_ELASTIC_TRITON.
 
     Args:
-        choice: "auto", on GPUs if it is there, and torch does after it has failed once; "never"; "always", on any device, whose failures
-            are raised (on the CPU it takes Triton's interpreter, TRITON_INTERPRET=1, which is for tests).
+        choice: "auto", on GPUs if it is there, and torch does after it has failed once; "never"; "always", on any device,
+            whose failures are raised (on the CPU it takes Triton's interpreter, TRITON_INTERPRET=1, which is for tests).
 
     Returns:
         What was chosen before.
@@ -139,7 +141,8 @@ def triton_is_for(tensor: torch.Tensor) -> bool:
 
 
 def by_triton(compute: Callable[[ModuleType], _Made]) -> Optional[_Made]:
-    """`compute` with the module of the kernels; None where Triton cannot run. Then a warning says why, once, and it is not tried again."""
+    """`compute` with the module of the kernels; None where Triton cannot run. Then a warning says why, once, and it is not
+    tried again."""
     global _failure
     try:
         from . import in_triton
@@ -155,7 +158,8 @@ def by_triton(compute: Callable[[ModuleType], _Made]) -> Optional[_Made]:
             first, _failure = _failure is None, f"{type(error).__name__}: {error}"
         if first and not isinstance(error, ModuleNotFoundError):
             warnings.warn(
-                f"Triton does not work here ({_failure}); masked and quantisation-aware layers are computed with the operators of torch, "
-                "which is slower. PEFT_ELASTIC_TRITON=never says so from the start, PEFT_ELASTIC_TRITON=always shows the error."
+                f"Triton does not work here ({_failure}); masked and quantisation-aware layers are computed with the "
+                "operators of torch, which is slower. PEFT_ELASTIC_TRITON=never says so from the start, "
+                "PEFT_ELASTIC_TRITON=always shows the error."
             )
         return None

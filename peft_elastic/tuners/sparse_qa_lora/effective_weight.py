@@ -20,10 +20,11 @@ The effective weight is
 
 with the update D = B A (the scaling is in B) and the mask M = (W != 0), or one everywhere. Autograd would keep several
 tensors of the size of W for the backward pass of each layer. Here the backward pass makes E again, and both passes work on
-some rows of W at a time, so that no more than these exist at any moment. How many they are is a matter of the device (devices.py).
+some rows of W at a time, so that no more than these exist at any moment. How many they are is a matter of the device
+(devices.py).
 
-E is made by C++ or by torch on the CPU, by Triton or by torch elsewhere, and by torch wherever it must see each operator (torch.compile,
-modes of dispatch). Nothing here reads a value on the host: a GPU is never waited for.
+E is made by C++ or by torch on the CPU, by Triton or by torch elsewhere, and by torch wherever it must see each operator
+(torch.compile, modes of dispatch). Nothing here reads a value on the host: a GPU is never waited for.
 """
 
 from __future__ import annotations
@@ -237,8 +238,8 @@ class _Update:
     def panel(
         self, rows: slice, dtype: torch.dtype, with_slopes: bool = False
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """These rows, (len(rows), in), in `dtype`, and, `with_slopes`, what `gradient` wants to know of them. Both may be overwritten,
-        and are with the next call."""
+        """These rows, (len(rows), in), in `dtype`, and, `with_slopes`, what `gradient` wants to know of them. Both may be
+        overwritten, and are with the next call."""
         if self._in_cache:
             return self._panel_in_cache(rows, dtype, with_slopes)
         panel = torch.mm(self.lora_B[rows], self.lora_A)
@@ -302,7 +303,8 @@ class _Update:
     def _fill_at_once(
         self, panel: torch.Tensor, weight: torch.Tensor, rows: slice, with_slopes: bool
     ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """What the inputs are multiplied with, but for `minus` a grid, of the update, which is overwritten; and the slopes, bool."""
+        """What the inputs are multiplied with, but for `minus` a grid, of the update, which is overwritten; and the slopes,
+        bool."""
         slopes: Optional[torch.Tensor] = None
         if self.masked:
             mask = weight != 0

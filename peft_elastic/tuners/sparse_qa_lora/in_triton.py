@@ -13,8 +13,8 @@
 # limitations under the License.
 """The effective weight on a GPU, in one pass over the update, and the gradient of the update: kernels in Triton.
 
-They compute what the operators of torch do in effective_weight.py, in the same order: products, sums and the division are rounded one by
-one (no product is fused with a sum, see `_OPTIONS`; the division is the exact one), to nearest, halves to even.
+They compute what the operators of torch do in effective_weight.py, in the same order: products, sums and the division are
+rounded one by one (no product is fused with a sum, see `_OPTIONS`; the division is the exact one), to nearest, halves to even.
 
 Importing this module imports Triton. `TRITON_INTERPRET=1`, set before that, lets it run on the CPU, slowly.
 """
@@ -186,8 +186,9 @@ def fill(
 
 
 def mask_gradient(gradient: torch.Tensor, mask: torch.Tensor, space: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """The gradient (rows, columns), contiguous, in float32, where `mask`, of any dtype and strides, is not zero, and zero elsewhere.
-    Written into `space`, of that shape, float32 and contiguous; else over `gradient`, if that is float32, or into memory of its own."""
+    """The gradient (rows, columns), contiguous, in float32, where `mask`, of any dtype and strides, is not zero, and zero
+    elsewhere. Written into `space`, of that shape, float32 and contiguous; else over `gradient`, if that is float32, or into
+    memory of its own."""
     out = gradient if space is None and gradient.dtype == torch.float32 else space
     if out is None:
         out = torch.empty_like(gradient, dtype=torch.float32)
