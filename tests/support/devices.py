@@ -98,8 +98,10 @@ class Arguments(TrainingArguments):
     @functools.cached_property
     def _setup_devices(self) -> torch.device:
         device = super()._setup_devices
-        if self.on is None or self.on == device:
+        if self.on is None or self.on.type == "cpu":
             return device
         self.distributed_state.device = self.on
-        self._n_gpu = 1
+        self._n_gpu = 1  # and no copies on the others, if there are any
+        if self.on.type == "cuda":
+            torch.cuda.set_device(self.on)
         return self.on

@@ -185,7 +185,7 @@ at::Tensor on_host(const at::Tensor& tensor) {
 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& target, bool) {
   ++launched;
-  if (target.device().is_cpu()) ++waited;
+  if (target.device().is_cpu() || self.device().is_cpu()) ++waited;  // for memory that is not pinned
   on_host(target).copy_(on_host(self));
   return target;
 }
