@@ -3,6 +3,7 @@
 #   make quickstart [ARGS="--model NAME_OR_PATH --dataset NAME_OR_PATH"]
 #   make test [ARGS="-k search"]     the quick tests        make test-all   with the slow ones
 #   make test-gptq                   tests/gptq, which need GPTQModel: in $(VENV_GPTQ), with a torch of several GB
+#   make test-engines                the engines for training in several processes, DeepSpeed among them: in $(VENV_ENGINES)
 #   make test-oldest                 the quick tests with the oldest versions admitted: in $(VENV_OLDEST), PYTHON_OLDEST
 #   make test-gpu                    tests/device on the first CUDA device, or on the one that PEFT_ELASTIC_TEST_DEVICE names
 #                                    (cuda:1, xpu, mps, cpu, and "pretend", for machines without one); benchmarks/gpu.py has the times
@@ -12,12 +13,14 @@
 #   make clean                       remove what was made, all but the cache of models (see `peft-elastic info`)
 #
 # Variables: PYTHON (python3), VENV (.venv), ARGS, CONSTRAINTS (constraints.txt; empty for the newest versions), and for
-# test-gptq VENV_GPTQ (.venv-gptq), CONSTRAINTS_GPTQ (constraints-gptq.txt), and for test-oldest PYTHON_OLDEST (python3.10),
+# test-gptq VENV_GPTQ (.venv-gptq), CONSTRAINTS_GPTQ (constraints-gptq.txt), for test-engines VENV_ENGINES, DEEPSPEED, and for test-oldest PYTHON_OLDEST (python3.10),
 # VENV_OLDEST (.venv-oldest), CONSTRAINTS_OLDEST (constraints-oldest.txt).
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_GPTQ ?= .venv-gptq
+VENV_ENGINES ?= .venv-engines
+DEEPSPEED ?= deepspeed==0.19.8
 PYTHON_OLDEST ?= python3.10
 VENV_OLDEST ?= .venv-oldest
 CONSTRAINTS ?= constraints.txt
@@ -29,12 +32,13 @@ BENCH ?= $(filter-out gpu,$(basename $(notdir $(wildcard benchmarks/*.py))))  # 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_GPTQ := $(VENV_GPTQ)/.installed
+INSTALLED_ENGINES := $(VENV_ENGINES)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 SOURCES := peft_elastic tests benchmarks docs examples setup.py .ci
 # One thread in each of the test processes: they share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: bench clean fuzz install lint quickstart style test test-all test-gptq test-gpu test-oldest wheel
+.PHONY: bench clean fuzz install lint quickstart style test test-all test-engines test-gptq test-gpu test-oldest wheel
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -63,6 +67,18 @@ $(INSTALLED_GPTQ): pyproject.toml setup.py $(CONSTRAINTS_GPTQ) peft_elastic/vers
 
 test-gptq: $(INSTALLED_GPTQ)
 	OMP_NUM_THREADS=1 $(VENV_GPTQ)/bin/python -m pytest tests/gptq $(ARGS)
+
+# DeepSpeed is no dependency, and is built by a setup.py that imports torch. Its operators in C++ and CUDA are left out.
+$(INSTALLED_ENGINES): pyproject.toml setup.py $(CONSTRAINTS) peft_elastic/version.py $(wildcard csrc/* csrc/*/*)
+	@echo "Installing into $(VENV_ENGINES), which takes a few minutes."
+	@test -x $(VENV_ENGINES)/bin/python || $(PYTHON) -m venv $(VENV_ENGINES)
+	@$(VENV_ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) -e . pytest setuptools wheel
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV_ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(CONSTRAINTS:%=-c %) --no-build-isolation "$(DEEPSPEED)"
+	@touch $@
+
+test-engines: $(INSTALLED_ENGINES)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(VENV_ENGINES)/bin/python -m pytest tests/supernet/test_engines.py -rP $(ARGS)
 
 # What the tests themselves need is the newest that these versions go with. torch of PyPI is one with CUDA, of several GB;
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has smaller ones.

@@ -38,7 +38,15 @@ from support.places import REPOSITORY  # noqa: E402
 torch.set_num_threads(1)
 
 # Files with a fixture that takes long: their tests run in the same process of xdist, which sets it up once.
-_TOGETHER = ("test_benchmarks.py", "test_distributed.py", "test_quickstart.py", "test_tuner_export.py")
+_TOGETHER = (
+    "test_benchmarks.py",
+    "test_cli_ranks.py",
+    "test_distributed.py",
+    "test_engines.py",
+    "test_quickstart.py",
+    "test_spread.py",
+    "test_tuner_export.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)

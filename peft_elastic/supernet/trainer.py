@@ -278,9 +278,13 @@ class ElasticTrainerMixin(_Trainer):
         if not scaled or num_items_in_batch is None:
             mean = divergence / max(1, len(logits))
             return mean / self.current_gradient_accumulation_steps if scaled else mean
+        if self.args.n_gpu > 1:
+            # nn.DataParallel: the logits are those of all devices, whose losses are averaged afterwards. Each has been given the same
+            # number, which is that of all of them, or else its share.
+            devices = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
+            return divergence / (num_items_in_batch.flatten()[0] * devices)
         if self.args.average_tokens_across_devices:
-            processes = self.accelerator.num_processes // self.get_tp_size()
-            divergence = divergence * (processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+            divergence = divergence * (self.accelerator.num_processes // self.get_tp_size())
         return divergence / num_items_in_batch
 
 

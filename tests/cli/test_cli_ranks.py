@@ -75,12 +75,48 @@ def assert_same_adapter(out, alone):
     assert configs[0] == configs[1]
 
 
-def test_train_in_two_processes(folder, alone, tmp_path):
-    done = run_in_processes(2, command(folder, tmp_path / "two", "--batch-size", "4"))
-    assert done.returncode == 0, done.stderr
-    assert_same_adapter(tmp_path / "two", alone)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
-    assert done.stdout.count("Written:") == done.stdout.count("training examples") == 1
+# options, and what the one error says
+BAD = {
+    "rank": (["--r", "0"], "`r`"),
+    "data": (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    # there for the main process alone, as on the first of two machines
+    "data of one process": (["--dataset", "{folder}/rank-{rank}.jsonl"], "rank-1.jsonl"),
+    "device": (["--device", "cuda:0"], "`--device` 'cuda:0' is one device for all 2 processes"),
+    "option": (["--bits", "5"], "argument --bits: invalid choice"),
+    "resume": (["--resume"], "`--resume`: there is no checkpoint"),
+}
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """What came of each of these commands in two processes, and the folder in which it was to write, by name."""
+    (folder / "rank-0.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    places = {name: folder / "in two" / name for name in ("train", "prune", *BAD)}
+    commands = {"train": command(folder, places["train"] / "out", "--batch-size", "4")}
+    commands["prune"] = [
+        "prune",
+        "--model",
+        folder / "model",
+        "--method",
+        "magnitude",
+        "--out",
+        places["prune"] / "out",
+    ]
+    for name, (options, _) in BAD.items():
+        words = [word.replace("{folder}", str(folder)) for word in options]
+        commands[name] = command(folder, places[name] / "out", *words)
+    for place in places.values():
+        place.mkdir(parents=True)
+    results = run_in_processes(2, commands.values())
+    return {name: (result, places[name]) for name, result in zip(commands, results)}
+
+
+def test_train_in_two_processes(done, alone):
+    result, place = done["train"]
+    assert result.returncode == 0, result.stderr
+    assert_same_adapter(place / "out", alone)
+    assert [path.name for path in place.iterdir()] == ["out"]
+    assert result.stdout.count("Written:") == result.stdout.count("training examples") == 1
 
 
 @pytest.mark.slow
@@ -103,37 +139,16 @@ def test_train_under_torchrun(folder, alone, tmp_path):
     assert done.stdout.count("Written:") == 1
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--r", "0"], "`r`"),
-        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--device", "cuda:0"], "`--device` 'cuda:0' is one device for all 2 processes"),
-        (["--bits", "5"], "argument --bits: invalid choice"),
-        (["--resume"], "`--resume`: there is no checkpoint"),
-    ],
-)
-def test_bad_input_is_said_once(folder, tmp_path, options, message):
-    done = run_in_processes(2, command(folder, tmp_path / "two", *options))
-    assert done.returncode == 2
-    assert done.stderr.count(message) == 1 and done.stderr.count("error:") == 1, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_said_once(done, name):
+    result, place = done[name]
+    assert result.returncode == 2
+    assert result.stderr.count(BAD[name][1]) == 1 and result.stderr.count("error:") == 1, result.stderr
+    assert "Traceback" not in result.stderr and not list(place.iterdir())
 
 
-def test_what_fails_in_one_process_ends_all(folder, tmp_path):
-    """The data are there for the main process alone, as on the first of two machines."""
-    words = command(folder, tmp_path / "two", "--dataset", folder / "rank-{rank}.jsonl")
-    (folder / "rank-0.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
-    done = run_in_processes(2, words)
-    assert done.returncode == 2
-    assert done.stderr.count("error:") == 1 and "rank-1.jsonl" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-
-
-def test_commands_for_one_process_refuse_several(folder, tmp_path):
-    done = run_in_processes(
-        2, ["prune", "--model", folder / "model", "--method", "magnitude", "--out", tmp_path / "out"]
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("a launcher such as torchrun has started 2") == 1, done.stderr
-    assert not list(tmp_path.iterdir())
+def test_commands_for_one_process_refuse_several(done):
+    result, place = done["prune"]
+    assert result.returncode == 2
+    assert result.stderr.count("a launcher such as torchrun has started 2") == 1, result.stderr
+    assert not list(place.iterdir())

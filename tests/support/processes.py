@@ -13,9 +13,11 @@
 # limitations under the License.
 """Several processes of one run, started as torchrun starts them, but by fork: the imports are done once."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -25,23 +27,42 @@ from support.fresh import run_fresh
 
 _PATIENCE = 30  # seconds to end in, as torchrun has it
 
-_COMMAND = """
-import os, sys
+_COMMANDS = """
+import json, os, sys, tempfile
 import datasets
 from peft_elastic.cli import prune, train
 from peft_elastic.cli.main import main
 from support.processes import in_processes
 
-def command():
-    sys.exit(main([word.replace("{rank}", os.environ["RANK"]) for word in sys.argv[2:]]))
+def command(words):
+    sys.exit(main([word.replace("{rank}", os.environ["RANK"]) for word in words]))
 
-sys.exit(in_processes(int(sys.argv[1]), command))
+results = []
+for words in json.loads(sys.argv[2]):
+    places = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        code = in_processes(int(sys.argv[1]), command, words)
+        for place, kept in enumerate(places, 1):
+            os.dup2(kept, place)
+            os.close(kept)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        results.append([code, *texts])
+print(json.dumps(results))
 """
 
 
-def run_in_processes(number, words):
-    """Run a command line of `peft-elastic` in several processes; `{rank}` in a word is the rank."""
-    return run_fresh(_COMMAND, number, *words)
+def run_in_processes(number, commands):
+    """Run command lines of `peft-elastic`, one after the other, each in several processes; `{rank}` in a word is the rank."""
+    lines = json.dumps([[str(word) for word in words] for words in commands])
+    done = run_fresh(_COMMANDS, str(number), lines)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    return [subprocess.CompletedProcess(words, *result) for words, result in zip(commands, results, strict=True)]
 
 
 def in_processes(number, function, *arguments):

@@ -16,6 +16,7 @@ CPU here; all else is torch's own."""
 
 import importlib
 import threading
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -157,3 +158,54 @@ def test_trainer_wraps_the_model_itself(tmp_path, several):
     assert isinstance(trainer.model_wrapped, nn.DataParallel)
     assert several or len(set(seen)) == 3
     assert model.active_subnet == model.search_space.max
+
+
+def gather(outputs):
+    """As torch gathers them from several devices."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack(outputs) if first.dim() == 0 else torch.cat(outputs)
+    if isinstance(first, Mapping):
+        return type(first)({key: gather([output[key] for output in outputs]) for key in first})
+    return first
+
+
+@pytest.fixture
+def two_devices(replicate, monkeypatch):
+    """`nn.DataParallel` over two devices that are both the CPU."""
+
+    def forward(self, **inputs):
+        parts = {name: value.chunk(2) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in inputs.items() if name not in parts}
+        replicas = replicate(self.module)
+        return gather(
+            [replica(**others, **{n: part[i] for n, part in parts.items()}) for i, replica in enumerate(replicas)]
+        )
+
+    monkeypatch.setattr(nn.DataParallel, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    "name, several, average",
+    [("plain", True, True), ("plain", True, False), ("quantised, narrowed", True, True), ("depth", False, True)],
+)
+def test_trainer_trains_as_with_one_device(two_devices, tmp_path, name, several, average):
+    losses, weights = [], []
+    for devices in (1, 2):
+        model, _ = make(name)
+        args = arguments(
+            tmp_path, max_steps=4, per_device_train_batch_size=4 // devices, average_tokens_across_devices=average
+        )
+        args._n_gpu = devices
+        settings = {"model": model, "args": args, "train_dataset": dataset(16)}
+        if several:
+            trainer = ElasticTrainer(**settings, distillation="max")
+        else:
+            trainer = Trainer(**settings, callbacks=[SubnetSamplingCallback()])
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, nn.DataParallel) == (devices == 2)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        weights.append([p.detach() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
+    for found, expected in zip(*weights[::-1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
