@@ -85,7 +85,7 @@ class RayExecutor(Executor):
 
     def _serve(self) -> None:
         """One thread for each actor, which waits for it."""
-        actor = None
+        actor: Any = None
         while (call := self._calls.get()) is not None:
             future, fn, args, kwargs = call
             if not future.set_running_or_notify_cancel():

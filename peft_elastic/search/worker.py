@@ -209,7 +209,7 @@ _of_thread = threading.local()  # its process, whose standard input closes with 
 
 
 def _in_process_of_thread(*call: Any) -> bytes:
-    process = getattr(_of_thread, "process", None)
+    process: Any = getattr(_of_thread, "process", None)
     if process is None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         process = _of_thread.process = subprocess.Popen(
