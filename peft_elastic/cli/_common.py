@@ -74,6 +74,20 @@ def add_stream_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_activations_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations-on-disk",
+        action="store_true",
+        help="with --stream: keep the activations of the calibration data in files in --out meanwhile, and not in memory",
+    )
+
+
+def check_no_activations(args: argparse.Namespace) -> None:
+    """ValueError if the model is not gone through block by block, and an option is for that."""
+    if args.activations_on_disk:
+        raise ValueError("`--activations-on-disk` goes with `--stream`.")
+
+
 def streams(args: argparse.Namespace, model: str, possible: bool = True) -> bool:
     """Whether a command is to go through the folder of its model block by block; says so if it decides that itself, which it does
     where it is `possible`.

@@ -64,6 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     _common.add_model_arguments(parser)
     _common.add_stream_argument(parser)
+    _common.add_activations_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the pruned model")
     parser.add_argument(
         "--method",
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             f"`--method {args.method}` goes {other} `--structured`; {needed} it are {', '.join(methods)}."
         )
     if args.structured:
+        _common.check_no_activations(args)
         if args.stream:
             raise ValueError("`--stream` goes without `--structured`, which evaluates the whole model many times.")
         if args.plan is not None and args.method is not None:
@@ -109,12 +111,21 @@ def run(args: argparse.Namespace) -> int:
     config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
     stream = _common.streams(args, args.model)
     if not stream:
+        _common.check_no_activations(args)
         _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)
     calibration = _calibration(args, tokenizer, _SAMPLES) if method.calibrated else None
     if stream:
         device = _common.usable_device(args.device)
-        report = prune_folder(args.model, args.out, config, calibration, dtype=args.dtype, device=device)
+        report = prune_folder(
+            args.model,
+            args.out,
+            config,
+            calibration,
+            dtype=args.dtype,
+            device=device,
+            activations_on_disk=args.activations_on_disk,
+        )
         print(report)
         report.save(args.out / "pruning_report.json")
     else:

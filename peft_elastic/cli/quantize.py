@@ -49,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     _common.add_model_arguments(parser)
     _common.add_stream_argument(parser)
+    _common.add_activations_argument(parser)
     parser.add_argument("--method", choices=tuple(QUANTIZATION_METHODS), default=_DEFAULT, help="default: %(default)s")
     _methods.add_options(parser, _CONFIGS, _WITHOUT)
     parser.add_argument(
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     config = method.config(**_methods.given(args, _CONFIGS, method.name, _WITHOUT))
     stream = _common.streams(args, args.model)
     if not stream:
+        _common.check_no_activations(args)
         _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=method.calibrated)
     calibration = None
@@ -91,7 +93,14 @@ def run(args: argparse.Namespace) -> int:
     if stream:
         device = _common.usable_device(args.device)
         report = quantize_folder(
-            args.model, args.out, config, calibration, checkpoint_format=args.format, dtype=args.dtype, device=device
+            args.model,
+            args.out,
+            config,
+            calibration,
+            checkpoint_format=args.format,
+            dtype=args.dtype,
+            device=device,
+            activations_on_disk=args.activations_on_disk,
         )
         print(report)
         report.save(args.out / "quantization_report.json")

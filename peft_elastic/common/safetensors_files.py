@@ -161,6 +161,15 @@ class Stored:
                 yield chunk
 
 
+def write_alone(path: Path, tensor: torch.Tensor) -> Stored:
+    """Write the bytes of a tensor, and nothing else, to a file that it may take the place of."""
+    with writing(path), open(path, "wb", buffering=0) as stream:
+        view = _bytes_of(tensor.detach().cpu().contiguous())
+        while len(view):
+            view = view[stream.write(view[:_CHUNK]) :]
+    return Stored(path, 0, tensor.nbytes, NAMES_OF_DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
 @dataclass(frozen=True)
 class Shards:
     """The weights of a model in a folder: one safetensors file, or several with an index.

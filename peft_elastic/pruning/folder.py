@@ -42,6 +42,7 @@ def prune_folder(
     *,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
+    activations_on_disk: bool = False,
     progress: bool = True,
 ) -> PruningReport:
     """
@@ -60,6 +61,8 @@ def prune_folder(
         dtype: to compute and to save in: "auto" is that of the checkpoint, as in `from_pretrained`; or "float32", "bfloat16",
             "float16".
         device: where a block is computed.
+        activations_on_disk: whether the activations between two blocks are kept in files in `output`, which are removed at the end,
+            and not in memory. What the model gives each block besides (masks, states of an encoder) stays in memory.
         progress: whether to show a progress bar.
 
     Returns:
@@ -81,7 +84,9 @@ def prune_folder(
         "config": asdict(config),
         "calibration": batches and digest_of_batches(batches),
     }
-    run = FolderRun(source, output, "pruning", settings, dtype=dtype, device=device)
+    run = FolderRun(
+        source, output, "pruning", settings, dtype=dtype, device=device, activations_on_disk=activations_on_disk
+    )
     model, stored = run.model, run.stored
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     check_prunable(model, layers, config.n_of_m, in_memory=False)

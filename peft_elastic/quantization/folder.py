@@ -56,6 +56,7 @@ def quantize_folder(
     checkpoint_format: str | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
+    activations_on_disk: bool = False,
     progress: bool = True,
 ) -> QuantizationReport:
     """
@@ -73,6 +74,8 @@ def quantize_folder(
         checkpoint_format: as in `save_gptq`; "gptq" needs a symmetric config here. By default "gptq" for one, and else "gptq_v2".
         dtype: to compute in, and of the tensors that are not quantised, as in `prune_folder`.
         device: where a block is computed.
+        activations_on_disk: whether the activations between two blocks are kept in files in `output`, which are removed at the end,
+            and not in memory. What the model gives each block besides (masks, states of an encoder) stays in memory.
         progress: whether to show a progress bar.
 
     Returns:
@@ -100,7 +103,9 @@ def quantize_folder(
         "calibration": batches and digest_of_batches(batches),
         "checkpoint_format": checkpoint_format,
     }
-    run = FolderRun(source, output, "quantisation", settings, dtype=dtype, device=device)
+    run = FolderRun(
+        source, output, "quantisation", settings, dtype=dtype, device=device, activations_on_disk=activations_on_disk
+    )
     model, stored = run.model, run.stored
     layers = select_layers(model, config.target_modules, config.exclude_modules)
     check_quantizable(model, layers, config, in_memory=False)

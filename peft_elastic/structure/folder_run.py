@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.checks import check_bool
 from ..common.documents import ANYTHING, TEXT, ListOf, Record
 from ..common.files import alone
 from ..common.journal import Journal
@@ -47,6 +48,7 @@ from .stored_model import CONFIG_FILE, StoredModel
 
 
 JOURNAL_FILE = ".peft_elastic_run.jsonl"
+_SCRATCH = ".activations.partial"
 _FORMAT = "peft-elastic/folder-run"
 _VERSION = 1
 _ROW = Record(layers=ListOf(TEXT), rows=ListOf(ANYTHING))
@@ -72,6 +74,7 @@ class FolderRun(Work):
         settings: JSON values which, with the source, say what comes out. A run with others does not go on with this one.
         dtype: as in `StoredModel`.
         device: where blocks are computed.
+        activations_on_disk: whether the activations between two blocks are kept in files, in `output`.
 
     Raises:
         ValueError: as of `StoredModel`; `output` is the source, holds something else or another run, or has too little space.
@@ -86,7 +89,10 @@ class FolderRun(Work):
         *,
         dtype: str = "auto",
         device: str | torch.device = "cpu",
+        activations_on_disk: bool = False,
     ) -> None:
+        check_bool("activations_on_disk", activations_on_disk)
+        self._on_disk = activations_on_disk
         self.output = Path(output)
         check_output(source, self.output)
         self.stored = StoredModel(source, dtype)
@@ -155,8 +161,17 @@ class FolderRun(Work):
             for layer in self._done:
                 self._note_done(layer)
             residence = StoredResidence(self.stored, self.device, self)
-            with residence.attached():
-                yield residence
+            scratch = self.output / _SCRATCH
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            if self._on_disk:
+                with writing(scratch):
+                    scratch.mkdir()
+                residence.scratch = scratch
+            try:
+                with residence.attached():
+                    yield residence
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     @property
     def done(self) -> set[str]:

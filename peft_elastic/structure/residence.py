@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ _ATTRIBUTE = "_peft_elastic_residence"
 
 
 class Residence:
-    """Of a model that is in memory as a whole. Walkers ask it for what they need."""
+    """Of a model that is in memory as a whole. Walkers ask it for what they need.
+
+    Attributes:
+        scratch (`Path`, *optional*): a folder for activations, which are kept in memory without.
+    """
+
+    scratch: Path | None = None
 
     def device(self, model: nn.Module) -> torch.device:
         """Where inputs have to be."""

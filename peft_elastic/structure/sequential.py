@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..common.safetensors_files import Stored, write_alone
 from .modules import enclosing_names, find_stacks, output_head
 from .residence import residence_of
 
@@ -91,7 +92,11 @@ class BlockWalker:
 
     def __iter__(self) -> Iterator[Unit]:
         for stage in self._stages:
-            captured = [self._capture(stage.blocks, i) for i in range(len(self._batches))] if stage.sequential else []
+            captured: list[list[_Call]] = []
+            for index in range(len(self._batches)) if stage.sequential else ():
+                captured.append(self._capture(stage.blocks, index))
+                if captured[index]:
+                    captured[index][0].leaves[:] = self._parked(index, captured[index][0].leaves)
             # A batch that takes another way through the stack than the first one did cannot be replayed.
             if captured and all(len(calls) == len(stage.blocks) for calls in captured):
                 yield from self._replay(stage.blocks, captured)
@@ -118,8 +123,21 @@ class BlockWalker:
 
             yield from self._visit(block, feed)
             for index, calls in enumerate(captured):
-                outputs[index] = [] if block is blocks[-1] else pytree.tree_leaves(run(step, index))
+                leaves = pytree.tree_leaves(run(step, index))
+                outputs[index] = [] if block is blocks[-1] else self._parked(index, leaves)
                 calls[step].leaves.clear()  # frees the inputs
+
+    def _parked(self, index: int, leaves: list[Any]) -> list[Any]:
+        """The leaves that go from a block to the next one for a batch, in files if there is a folder for them."""
+        folder = self._residence.scratch
+        if folder is None:
+            return leaves
+        return [
+            _Parked(write_alone(folder / f"{index}-{number}", leaf), leaf.device)
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            else leaf
+            for number, leaf in enumerate(leaves)
+        ]
 
     def _feed_model(self, index: int) -> None:
         with ExitStack() as hooks:
@@ -294,6 +312,17 @@ class _Link:
     output: int
 
 
+@dataclass(frozen=True)
+class _Parked:
+    """A tensor in a file."""
+
+    stored: Stored
+    device: torch.device
+
+    def read(self) -> torch.Tensor:
+        return self.stored.read().to(self.device)
+
+
 @dataclass
 class _Call:
     """The arguments of one call of a block, as the leaves and the structure of (args, kwargs)."""
@@ -310,6 +339,7 @@ class _Call:
 
     def arguments(self, latest: list[Any]) -> tuple[tuple, dict]:
         leaves = [latest[leaf.output] if isinstance(leaf, _Link) else leaf for leaf in self.leaves]
+        leaves = [leaf.read() if isinstance(leaf, _Parked) else leaf for leaf in leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def equals(self, other: _Call) -> bool:

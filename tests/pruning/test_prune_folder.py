@@ -38,7 +38,9 @@ from peft_elastic import (
     quantize,
     sort_by_importance,
 )
+from peft_elastic.common.safetensors_files import write_alone
 from peft_elastic.common.writing import WriteError
+from peft_elastic.structure import sequential
 from peft_elastic.structure.calibration import calibration_mode
 from peft_elastic.structure.folder_run import FolderRun
 from peft_elastic.structure.modules import find_stacks
@@ -158,6 +160,23 @@ def test_no_more_than_two_blocks_are_in_memory(tmp_path):
     assert most == 1 and written == list(layers)
     assert all(p.is_meta for p in run.model.parameters()) and "forward" not in run.model.__dict__
     assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(source))
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", WANDA), ("t5", SparseGPTConfig(sparsity=0.5))])
+def test_activations_on_disk(name, config, tmp_path, monkeypatch):
+    model = folders.MODELS[name]()
+    source, data = folders.saved(model, tmp_path / "model"), folders.batches(model)
+    prune_folder(source, tmp_path / "in_memory", config, data, progress=False)
+    written = []
+    monkeypatch.setattr(
+        sequential, "write_alone", lambda path, tensor: (written.append(path), write_alone(path, tensor))[1]
+    )
+    (tmp_path / "out").mkdir()
+    prune_folder(source, tmp_path / "out", config, data, activations_on_disk=True, progress=False)
+    assert {path.parent for path in written} == {tmp_path / "out" / ".activations.partial"} and len(written) >= 6
+    assert folders.contents(tmp_path / "out") == folders.contents(tmp_path / "in_memory")
+    with pytest.raises(ValueError, match="`activations_on_disk` must be True or False"):
+        prune_folder(source, tmp_path / "x", config, data, activations_on_disk="yes", progress=False)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------
