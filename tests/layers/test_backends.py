@@ -14,14 +14,12 @@
 """Every way of storing the weight of a linear layer, against weights made by hand in float64."""
 
 import copy
-import importlib.util
 import pickle
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from support.places import REPOSITORY
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -496,13 +494,3 @@ def test_what_cannot_be_done():
             assert reason.startswith(("which ", "whose ")) and reason.endswith("."), reason
     with pytest.raises(KeyError):
         FLOAT.obstacle("fly")
-
-
-def test_the_table_in_the_docs_is_that_of_the_code():
-    spec = importlib.util.spec_from_file_location("tables", REPOSITORY / "docs" / "tables.py")
-    tables: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    text = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.page(text) == text, "run `python docs/tables.py`"
-    with pytest.raises(ValueError, match="compatibility.md lacks"):
-        tables.page("")

@@ -14,6 +14,7 @@
 """The build, the C++ extension and the command line as such."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -417,3 +418,15 @@ def test_a_reader_that_has_gone(monkeypatch, capfd):
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["info"]) == 1
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("script", "page"), [("tables", "compatibility.md"), ("on_paper", "scaling.md")])
+def test_tables_in_the_docs_are_up_to_date(script, page, monkeypatch):
+    spec = importlib.util.spec_from_file_location(script, REPOSITORY / "docs" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, script, module)  # dataclasses look for it
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert module.PAGE.name == page and module.page(text) == text, f"run `python docs/{script}.py`"
+    with pytest.raises(ValueError, match=f"{page} lacks"):
+        module.page("")
