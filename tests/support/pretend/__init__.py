@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from packaging.version import Version
 
 
 NAME = "pretend"
@@ -49,6 +50,8 @@ def why_not() -> str | None:
         return "device.cpp is for Linux"
     if COMPILER is None or shutil.which(COMPILER) is None:
         return "there is no C++ compiler"
+    if Version(torch.__version__) < Version("2.13"):
+        return "device.cpp is written for the headers of torch 2.13 and newer"
     return None
 
 

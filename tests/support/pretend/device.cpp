@@ -51,8 +51,9 @@ std::atomic<int64_t> waited{0};    // times that the host needed a value of a ca
 
 // -- memory ---------------------------------------------------------------------------------------------------------
 
-// No x86-64 or AArch64 process has memory at such an address: to read there is a segmentation fault.
-constexpr uintptr_t FAR = uintptr_t{1} << 62;
+// No x86-64 or AArch64 process has memory at such an address (the latter ignores the eight highest bits): to read there is a
+// segmentation fault.
+constexpr uintptr_t FAR = uintptr_t{1} << 54;
 
 void* far_of(void* host) { return host ? reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(host) | FAR) : nullptr; }
 
