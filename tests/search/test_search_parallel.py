@@ -123,7 +123,7 @@ def test_any_number_of_workers(tmp_path, unbroken, workers):
     "settings",
     [
         {"algorithm": "random", "n_evals": 70},
-        {"algorithm": "exhaustive", "n_evals": 64},
+        pytest.param({"algorithm": "exhaustive", "n_evals": 64}, marks=pytest.mark.slow),
         {"algorithm": "exhaustive", "n_evals": 64, "max_macs": "80%"},
         {"algorithm": "r-nsga2"},
         {"max_macs": "85%", "population": 5},
@@ -849,7 +849,7 @@ def half(rank, folder):
     )
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks(tmp_path, unbroken, world):
     outcomes = on_ranks(tmp_path, half, world)
     assert all(outcome == run(n_evals=11, held_out=None) for outcome in outcomes)
