@@ -189,7 +189,7 @@ def check_units(model: nn.Module, structure: Structure) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     paths = (slot.path for width in structure.widths for slot in width.slots) if fsdp is not None else ()
     for path in paths:
-        if isinstance(layer_at(model, path), fsdp.FSDPModule):  # type: ignore[union-attr]
+        if isinstance(layer_at(model, path), fsdp.FSDPModule):
             raise ValueError(
                 f"`fully_shard` was called on {path!r} itself, which cannot be narrowed then. Call it on the transformer blocks "
                 "(`transformer_layer_cls_to_wrap` in accelerate's and Trainer's configuration), and not on the linear layers in them."
