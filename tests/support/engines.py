@@ -59,9 +59,9 @@ METHODS = {
     "shape": (ElasticLoraConfig, SHAPE),
     "all": (SparseQALoraConfig, {"quantization_aware": True, "group_size": 16} | SHAPE),
 }
-# one subnet in each step, or several with distillation
+# one subnet in each step, or several with distillation; "accumulated" is the latter with two micro-batches a step
 LOOPS = ("one", "sandwich")
-CASES = [f"{method},{loop}" for method in METHODS for loop in LOOPS]
+CASES = [f"{method},{loop}" for method in METHODS for loop in LOOPS] + ["ranks,accumulated"]
 
 
 def make_model(method):
@@ -120,7 +120,7 @@ def train(folder, engine, case):
     method, loop = case.split(",")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cls, callbacks = Trainer, [SubnetSamplingCallback("balanced")]
-    if loop == "sandwich":
+    if loop != "one":
         cls, callbacks = functools.partial(ElasticTrainer, distillation="max"), []
     model = make_model(method)
     settings = settings_of(engine, method)
@@ -129,8 +129,14 @@ def train(folder, engine, case):
 
         # it would compile collectives in shared memory of its own, which takes a compiler and minutes; gloo has them all
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accumulation = 2 if loop == "accumulated" else 1
     args = arguments(
-        folder, per_device_train_batch_size=BATCH // world, max_steps=STEPS, max_grad_norm=0.5, **settings
+        folder,
+        per_device_train_batch_size=BATCH // world // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=STEPS,
+        max_grad_norm=0.5,
+        **settings,
     )
     if engine == "fsdp2":
         # accelerate shards on accelerators alone, and takes the CPU for one that it can shard on if it is told so
