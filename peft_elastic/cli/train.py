@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic train --model dense --dataset train.jsonl --elastic-width heads=1.0,0.75 mlp=1.0,0.75,0.5 \\\n"
         "      --elastic-depth 4-20 --strategy sandwich --distillation max --out adapter\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption\n"
-        "  torchrun --nproc-per-node 4 -m peft_elastic train --model pruned --dataset train.jsonl --out adapter",
+        "  torchrun --nproc-per-node 4 -m peft_elastic.cli train --model pruned --dataset train.jsonl --out adapter",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
@@ -67,7 +67,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
 
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--r", type=int, default=32, help="largest rank (default: %(default)s)")
+    # torchrun and `accelerate launch` take `--r` for an abbreviation of options of their own
+    adapter.add_argument(
+        "--r",
+        "--max-rank",
+        type=int,
+        default=32,
+        help="largest rank; --max-rank under torchrun (default: %(default)s)",
+    )
     adapter.add_argument(
         "--ranks", type=int, nargs="+", metavar="K", help="ranks to choose from (default: r, 3/4 r and 1/2 r)"
     )

@@ -28,7 +28,21 @@ from peft_elastic.cli import main
 from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
 
 
-TRAIN = ["--r", "4", "--ranks", "4", "3", "2", "--targets", "q_proj", "down_proj", "--lr", "0.01", "--dropout", "0"]
+TRAIN = [
+    "--max-rank",
+    "4",
+    "--ranks",
+    "4",
+    "3",
+    "2",
+    "--targets",
+    "q_proj",
+    "down_proj",
+    "--lr",
+    "0.01",
+    "--dropout",
+    "0",
+]
 TRAIN += ["--steps", "8", "--device", "cpu", "--elastic-width", "mlp=1.0,0.5", "--importance", "activation"]
 TRAIN += ["--strategy", "sandwich"]
 
@@ -129,7 +143,7 @@ def test_train_under_torchrun(folder, alone, tmp_path):
         "--nproc-per-node",
         "2",
         "-m",
-        "peft_elastic",
+        "peft_elastic.cli",
     ]
     words += command(folder, tmp_path / "two", "--batch-size", "4")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
