@@ -147,7 +147,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--select", action="store_true", help="make it the active subnet of the adapter, a local folder"
     )
     _data.add_data_arguments(parser, "evaluate on")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, several_processes=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,7 +165,6 @@ def run(args: argparse.Namespace) -> int:
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
     base = _common.base_model_name(args.model, args.adapter)
-    ranks.join(args.device)
     examples = _data.read_examples(args, args.samples)
     tokenizer = _common.load_tokenizer(base)
     load = _Load(base, args.adapter, args.dtype, args.device)
@@ -179,8 +178,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "`--metric accuracy` needs labels of a few kinds, or a column 'choices'; this data has neither."
         )
-    if ranks.is_main():
-        print(f"{len(examples)} validation examples; {model.search_space}")
+    print(f"{len(examples)} validation examples; {model.search_space}")
     latency = None
     if args.cost == "latency" or "latency" in constraints:
         if ranks.is_main():  # the others would disturb it
@@ -205,7 +203,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if ranks.is_main():
         _write(args, model, base, result, budget)
-    ranks.leave()
     return 0
 
 

@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic train --model dense --dataset train.jsonl --elastic-width heads=1.0,0.75 mlp=1.0,0.75,0.5 \\\n"
         "      --elastic-depth 4-20 --strategy sandwich --distillation max --out adapter\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption\n"
-        "  torchrun --nproc-per-node 4 -m peft_elastic.cli train --model pruned --dataset train.jsonl --out adapter",
+        "  torchrun --nproc-per-node 4 -m peft_elastic train --model pruned --dataset train.jsonl --out adapter",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)

@@ -143,7 +143,7 @@ def test_train_under_torchrun(folder, alone, tmp_path):
         "--nproc-per-node",
         "2",
         "-m",
-        "peft_elastic.cli",
+        "peft_elastic",
     ]
     words += command(folder, tmp_path / "two", "--batch-size", "4")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`python -m peft_elastic.cli`, for launchers that start modules, such as torchrun."""
+"""`python -m peft_elastic`, for launchers that start modules, such as torchrun."""
 
 import sys
 
-from peft_elastic.cli.main import main
+from .cli.main import main
 
 
 if __name__ == "__main__":
