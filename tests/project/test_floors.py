@@ -33,6 +33,7 @@ FLOORS = [
     {"search", "deploy"},
     {"tuners"},
     {"cli"},
+    {"__main__"},
 ]
 ALIASES = {"utils"}  # deprecated names; they import what they name when it is asked for
 
