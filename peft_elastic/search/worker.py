@@ -164,9 +164,6 @@ class _Station:
             raise _Unlike(identity)
 
 
-_lock = (
-    threading.Lock()
-)  # of the threads of a worker that has several; they would share the generators of random numbers
 _station: _Station | None = None
 
 
