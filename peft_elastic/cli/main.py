@@ -138,7 +138,7 @@ def _run_with_others(args: argparse.Namespace) -> int:
     """Run a command in one of several processes.
 
     Raises:
-        ValueError: if the command is one for a single process, or `--device` is one GPU for all.
+        ValueError: if the command is one for a single process, `--device` is one GPU for all, or `--workers` asks for more processes.
     """
     number = ranks.world_size()
     if not getattr(args, "several_processes", False):
@@ -150,6 +150,10 @@ def _run_with_others(args: argparse.Namespace) -> int:
     if device is not None and ":" in device:
         raise ValueError(
             f"`--device` {device!r} is one device for all {number} processes: leave it out, and each takes the GPU of its local rank."
+        )
+    if getattr(args, "workers", None) is not None:
+        raise ValueError(
+            f"`--workers` is for a run of one process: the {number} that a launcher such as torchrun has started share the work already."
         )
     # the launcher ends the processes that are left when one has failed; they then clean up as after Ctrl-C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

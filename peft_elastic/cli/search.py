@@ -158,10 +158,6 @@ def run(args: argparse.Namespace) -> int:
     workload = parse_workload(args.latency_of)
     if args.worker_threads is not None and args.workers is None:
         raise ValueError("`--worker-threads` goes with `--workers`.")
-    if args.workers is not None and ranks.world_size() > 1:
-        raise ValueError(
-            "`--workers` is for a single process; under a launcher each process evaluates a share already."
-        )
     if args.select and not Path(args.adapter).is_dir():
         raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
     base = _common.base_model_name(args.model, args.adapter)

@@ -484,7 +484,7 @@ def test_options_of_a_search_in_parallel(folder, adapter, tmp_path, capsys, monk
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert run(*command, "--workers", "2") == 2
-    assert "`--workers` is for a single process" in capsys.readouterr().err
+    assert "`--workers` is for a run of one process" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 
