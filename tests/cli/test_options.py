@@ -61,7 +61,7 @@ API |= {
 }
 # (command, option) -> where the API has another default, and why.
 DELIBERATE = {
-    ("train", "--r"): (ElasticLoraConfig, "r", "the setting of the Shears paper"),
+    ("train", "--max-rank"): (ElasticLoraConfig, "r", "the setting of the Shears paper"),
     ("train", "--alpha"): (ElasticLoraConfig, "lora_alpha", "twice the rank, as in the Shears paper"),
     ("train", "--dropout"): (ElasticLoraConfig, "lora_dropout", "the setting of the Shears paper"),
     ("train", "--targets"): (ElasticLoraConfig, "target_modules", "peft knows targets of some architectures alone"),
@@ -77,11 +77,11 @@ OWN = {
     "": ("--help", "--traceback", "--model", "--dtype", "--device", "--out", "--adapter", "--subnet", "--seed")
     + ("--dataset", "--split", "--samples", "--template", "--max-length", "--batch-size"),
     "quickstart": ("--fresh", "--smoke", "--width"),
-    "prune": ("--structured", "--plan-only"),
-    "quantize": ("--method",),
+    "prune": ("--structured", "--plan-only", "--stream", "--activations-on-disk"),
+    "quantize": ("--method", "--stream", "--activations-on-disk"),
     "train": ("--resume", "--sparse-adapter", "--calibration"),
     "search": ("--cost", "--latency-of", "--select"),
-    "merge": ("--gptq",),
+    "merge": ("--gptq", "--stream"),
     "bench": ("--shapes", "--tokens"),
     "info": ("--json",),
 }
