@@ -603,7 +603,7 @@ def test_explanation_before_and_after(steps):
         warnings.simplefilter("error", UserWarning)
         run(optimize_generation(model := make()), prompt(), use_cache=False)
     assert explain_generation(model).own == {"use_cache is False": 12}
-    assert explain_generation(nn.Linear(2, 2)).obstacles[0].startswith("`model` (Linear) has no decoder")
+    assert explain_generation(nn.Linear(2, 2)).obstacles[0].endswith("of transformers, got Linear.")
     assert "'eager'" in explain_generation(make(attn_implementation="eager")).obstacles[0]
 
 
