@@ -123,8 +123,9 @@ class BlockWalker:
 
             yield from self._visit(block, feed)
             for index, calls in enumerate(captured):
-                leaves = pytree.tree_leaves(run(step, index))
-                outputs[index] = [] if block is blocks[-1] else self._parked(index, leaves)
+                outputs[index] = []
+                if block is not blocks[-1]:
+                    outputs[index] = self._parked(index, pytree.tree_leaves(run(step, index)))
                 calls[step].leaves.clear()  # frees the inputs
 
     def _parked(self, index: int, leaves: list[Any]) -> list[Any]:

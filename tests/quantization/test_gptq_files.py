@@ -614,7 +614,7 @@ def test_json_that_is_damaged(name, text, folder):
         ),
         ({"is_marlin_format": True}, "checkpoint_format must be .*got 'marlin'"),
         ({"format": "gptq_v3"}, "checkpoint_format must be .*got 'gptq_v3'"),
-        *(({"quant_method": method}, "quant_method is") for method in (5, "awq", ["gptq"], {"a": "gptq"})),
+        *(({"quant_method": method}, "quant_method must be") for method in (5, "awq", ["gptq"], {"a": "gptq"})),
         *(({"dynamic": dynamic}, "dynamic must be") for dynamic in (5, "x", [1], {"a": 1}, {"a": None})),
         ({"dynamic": {"(" * 5000: {}}}, "dynamic has"),
         ({"dynamic": {"a{99999999999}": {}}}, "dynamic has"),
@@ -662,7 +662,11 @@ Q = "model.layers.0.self_attn.q_proj"
         (f"{Q}.qweight", torch.zeros(32, 4, dtype=torch.int32), rf"{Q}.qweight is \(32, 4\)"),
         ("model.layers.2.mlp.up_proj.qweight", torch.zeros(4, 48, dtype=torch.int32), "no linear layer of this name"),
         ("model.norm.weight", torch.ones(32, dtype=torch.int32), "model.norm.weight must be .*, got torch.int32"),
-        ("model.norm.weight", torch.ones(32).to(torch.float8_e4m3fn), "model.norm.weight is torch.float8_e4m3fn"),
+        (
+            "model.norm.weight",
+            torch.ones(32).to(torch.float8_e4m3fn),
+            "model.norm.weight must be .*got torch.float8_e4m3fn",
+        ),
         (
             "model.norm.weight",
             torch.ones(5),
