@@ -123,9 +123,8 @@ class BlockWalker:
 
             yield from self._visit(block, feed)
             for index, calls in enumerate(captured):
-                outputs[index] = []
-                if block is not blocks[-1]:
-                    outputs[index] = self._parked(index, pytree.tree_leaves(run(step, index)))
+                is_last = block is blocks[-1]
+                outputs[index] = [] if is_last else self._parked(index, pytree.tree_leaves(run(step, index)))
                 calls[step].leaves.clear()  # frees the inputs
 
     def _parked(self, index: int, leaves: list[Any]) -> list[Any]:
