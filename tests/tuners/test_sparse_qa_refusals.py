@@ -40,8 +40,14 @@ from peft_elastic.quantization import QuantizedLinear, fit_grid
 BAD_CONFIGS = {
     "bits": ({"quantization_aware": True, "bits": 3}, r"`bits` must be 2, 4 or 8, got 3"),
     "bits are no flag": ({"quantization_aware": True, "bits": True}, "`bits` must be 2, 4 or 8, got True"),
-    "no group": ({"quantization_aware": True, "group_size": 0}, "`group_size` must be a whole number of inputs, .*got 0"),
-    "half a group": ({"quantization_aware": True, "group_size": 16.0}, "`group_size` must be a whole number of inputs, .*got 16.0"),
+    "no group": (
+        {"quantization_aware": True, "group_size": 0},
+        "`group_size` must be a whole number of inputs, .*got 0",
+    ),
+    "half a group": (
+        {"quantization_aware": True, "group_size": 16.0},
+        "`group_size` must be a whole number of inputs, .*got 16.0",
+    ),
     "symmetric": ({"quantization_aware": True, "symmetric": 1}, "`symmetric` must be True or False, got 1"),
     "clipping": (
         {"quantization_aware": True, "clipping": "max"},
