@@ -115,6 +115,6 @@ wheel: $(INSTALLED)
 	PEFT_ELASTIC_REQUIRE_EXT=1 $(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) $(VENV_GPTQ) $(VENV_OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_GPTQ) $(VENV_OLDEST) $(VENV_ENGINES) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f peft_elastic/_C.*
 	find peft_elastic tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -23,9 +23,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from marked import main, put
+
 
 PAGE = Path(__file__).with_name("scaling.md")
-BEGIN, END = "<!-- on paper: written by docs/on_paper.py -->", "<!-- end of on paper -->"
 GB = 1e9
 
 
@@ -184,18 +185,9 @@ def tables() -> str:
 
 
 def page(text: str) -> str:
-    """The page with its tables as they should be."""
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{PAGE.name} lacks {BEGIN} or {END}.")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
-
-
-def main() -> int:
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
+    """The page as it should be."""
+    return put(PAGE, text, "on paper", tables())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PAGE, "on paper", tables()))

@@ -18,11 +18,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from marked import main, put
+
 from peft_elastic.layers.backends import ABILITIES, BACKENDS
 
 
 PAGE = Path(__file__).with_name("compatibility.md")
-BEGIN, END = "<!-- backends: written by docs/tables.py -->", "<!-- end of backends -->"
 
 
 def backends() -> str:
@@ -43,18 +44,9 @@ def backends() -> str:
 
 
 def page(text: str) -> str:
-    """The page with its table as it should be."""
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{PAGE.name} lacks {BEGIN} or {END}.")
-    return f"{before}{BEGIN}\n{backends()}\n{END}{after}"
-
-
-def main() -> int:
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
+    """The page as it should be."""
+    return put(PAGE, text, "backends", backends())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PAGE, "backends", backends()))

@@ -232,7 +232,7 @@ def read_shards(folder: str | os.PathLike[str]) -> Shards:
             if name in tensors:
                 raise ValueError(f"{name} is in {tensors[name].file.name} and in {file}; it must be in one of them.")
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} in {file} is {entry['dtype']}; allowed are {', '.join(DTYPES)}.")
+                raise ValueError(f"{name} in {file} must be one of {', '.join(DTYPES)}, got {entry['dtype']}.")
             first, last = entry["data_offsets"]
             tensors[name] = Stored(folder / file, begin + first, last - first, entry["dtype"], tuple(entry["shape"]))
     for name, file in claimed.items():

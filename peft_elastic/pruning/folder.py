@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from ..common.safetensors_files import NAMES_OF_DTYPES
-from ..structure.calibration import calibration_batches
-from ..structure.folder_run import FolderRun, digest_of_batches
+from ..structure.calibration import calibration_batches, digest_of_batches
+from ..structure.folder_run import FolderRun
 from ..structure.modules import routers, weight_matrix, zero_fraction
 from ..structure.selection import check_finite, select_layers, warn_of_fused_experts
 from .config import PruningConfig
@@ -124,8 +124,7 @@ def prune_folder(
     start = time.perf_counter()
     with run.working(new, {name: [key] for name, key in keys.items()}, before=look_at, after=written):
         tokens = method.run(model, layers, config, batches, progress)
-        by_name = {row["name"]: row for row in run.rows}
-        rows = [by_name[name] for name in layers]
+        rows = run.rows_of(layers)
         report = PruningReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens, left_out)
         run.finish()
     return report

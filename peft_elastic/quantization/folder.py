@@ -31,8 +31,8 @@ from ..layers.gptq_format import FORMATS, check_packable, pack_gptq, packed_shap
 from ..layers.grid import Grid
 from ..layers.ordinary import ordinary_linear
 from ..layers.quantized_linear import QuantizedLinear
-from ..structure.calibration import calibration_batches
-from ..structure.folder_run import FolderRun, digest_of_batches
+from ..structure.calibration import calibration_batches, digest_of_batches
+from ..structure.folder_run import FolderRun
 from ..structure.modules import replace_layers, routers, weight_matrix
 from ..structure.residence import StoredResidence
 from ..structure.selection import check_finite, select_layers, warn_of_fused_experts
@@ -114,11 +114,9 @@ def quantize_folder(
     new: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, layer in layers.items():
         outputs, inputs = weight_matrix(layer).shape
-        check_packable(name, outputs, inputs, config.bits)
         sizes[name] = outputs, inputs
         groups = 1 if config.group_size == -1 else inputs // config.group_size
-        shapes = packed_shapes(outputs, inputs, config.bits, groups)
-        new[name] = {f"{_prefix(keys[name])}.{key}": (_DTYPES_ON_DISK[key], shape) for key, shape in shapes.items()}
+        new[name] = packed_tensors(name, keys[name], outputs, inputs, config.bits, groups)
     if config.target_modules is None:
         warn_of_fused_experts(model, "quantised")
     left_out = [name for name in routers(model) if name not in layers]
@@ -137,8 +135,7 @@ def quantize_folder(
         for name, layer in unit.items():
             quantized = model.get_submodule(name)
             assert isinstance(quantized, QuantizedLinear)
-            packed = pack_gptq(name, quantized.quantized(), checkpoint_format)
-            tensors |= {f"{_prefix(keys[name])}.{key}": tensor for key, tensor in packed.items()}
+            tensors |= packed(name, keys[name], quantized, checkpoint_format)
             rounded = quantized.grid.round(quantized.weight.detach())
             _stand_in(model, residence, quantized, layer, rounded)
         return tensors, []
@@ -165,8 +162,7 @@ def quantize_folder(
             _stand_in(model, residence, layers[name], layers[name], None)
             layers[name] = model.get_submodule(name)
         _, tokens = method.run(model, layers, config, batches, progress)
-        by_name = {row["name"]: row for row in run.rows}
-        rows = [by_name[name] for name in layers]
+        rows = run.rows_of(layers)
         report = QuantizationReport(config.method, asdict(config), rows, time.perf_counter() - start, tokens, left_out)
         run.finish(
             {QUANTIZE_CONFIG_FILE: json.dumps(description, indent=2) + "\n"}, {"quantization_config": description}
@@ -174,8 +170,28 @@ def quantize_folder(
     return report
 
 
-def _prefix(key: str) -> str:
-    return key.rpartition(".")[0]
+def packed_tensors(
+    name: str, key: str, outputs: int, inputs: int, bits: int, groups: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What takes the place of a weight (outputs, inputs) in a GPTQ checkpoint: (dtype of safetensors, shape) by the names on disk.
+
+    Args:
+        name: of the layer, for messages.
+        key: of the weight on disk.
+        bits, groups: of the layer.
+
+    Raises:
+        ValueError: the layer cannot be packed.
+    """
+    check_packable(name, outputs, inputs, bits)
+    shapes = packed_shapes(outputs, inputs, bits, groups)
+    return {f"{key.rpartition('.')[0]}.{kind}": (_DTYPES_ON_DISK[kind], shape) for kind, shape in shapes.items()}
+
+
+def packed(name: str, key: str, layer: QuantizedLinear, checkpoint_format: str) -> dict[str, torch.Tensor]:
+    """The tensors that `packed_tensors` announces, of a layer."""
+    found = pack_gptq(name, layer.quantized(), checkpoint_format)
+    return {f"{key.rpartition('.')[0]}.{kind}": tensor for kind, tensor in found.items()}
 
 
 def _stand_in(

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,20 @@ def _main_input(batch: dict[str, Any]) -> str:
     if not tensors:
         raise ValueError(f"calibration: a batch with the keys {sorted(batch)} holds no tensor.")
     return next((key for key in _MAIN_INPUTS if key in tensors), tensors[0])
+
+
+def digest_of_batches(batches: list[dict[str, Any]]) -> str:
+    """What tells calibration data from other data, wherever it is and of whatever dtype. It is in journals on disk."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().double().numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

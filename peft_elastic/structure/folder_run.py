@@ -16,13 +16,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,10 +177,10 @@ class FolderRun(Work):
         """The layers that are done, by earlier runs too."""
         return self._done
 
-    @property
-    def rows(self) -> list[Any]:
-        """Those of all units that are done, of earlier runs too."""
-        return [row for unit in self._journal.rows for row in unit["rows"]]
+    def rows_of(self, layers: Iterable[str]) -> list[Any]:
+        """Those of layers that are done, by earlier runs too, in this order."""
+        by_name = {row["name"]: row for unit in self._journal.rows for row in unit["rows"]}
+        return [by_name[name] for name in layers]
 
     def _plan(self) -> dict[str, tuple[ShardFile, dict[str, Stored | None]]]:
         """The files to write, each with its tensors, and where those come from that stay as they are."""
@@ -337,19 +336,6 @@ def check_output(source: str | os.PathLike[str], output: Path) -> None:
                 f"`output` {os.fspath(output)!r} exists already, and is no unfinished run of this kind; choose another folder or "
                 "remove it."
             )
-
-
-def digest_of_batches(batches: list[dict[str, Any]]) -> str:
-    """What tells calibration data from other data."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for key, value in sorted(batch.items()):
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(f"{key} {value!r}".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -119,7 +119,6 @@ class StoredModel:
             raise ValueError(f"{name} is missing in the files of {where!r}.")
         for message in found.get("error_msgs") or ():
             raise ValueError(f"the model in {where!r} cannot be read: {message}")
-        self.unused = sorted(found["unexpected_keys"])
         _make_buffers(model)
         return model.eval()
 
@@ -233,9 +232,6 @@ def _make_buffers(model: PreTrainedModel) -> None:
         torch.set_default_dtype(dtype)
     for name, module, key in computed:
         module._buffers[key] = twin.get_submodule(name)._buffers[key]
-
-
-Reader = Callable[[Iterable[str]], dict[str, torch.Tensor]]
 
 
 def stored_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str, str]]]]:

@@ -36,10 +36,10 @@ from ..common.progress import progress_bar
 from ..common.safetensors_files import NAMES_OF_DTYPES
 from ..layers.backends import find_linear_backend
 from ..layers.backends.float import FLOAT
-from ..layers.gptq_format import check_packable, pack_gptq, packed_shapes
 from ..layers.grid import Grid
 from ..layers.quantized_linear import QuantizedLinear
 from ..quantization.checkpoint import describe
+from ..quantization.folder import packed, packed_tensors
 from ..quantization.gptq_settings import QUANTIZE_CONFIG_FILE
 from ..structure.folder_run import FolderRun
 from ..structure.modules import weight_matrix, zero_fraction
@@ -132,11 +132,7 @@ def merge_folder(
                 )
             new[name] = {keys[name]: (NAMES_OF_DTYPES[weight.dtype], tuple(weight.shape))}
             continue
-        check_packable(name, outputs, inputs, grids[name].bits)
-        shapes = packed_shapes(outputs, inputs, grids[name].bits, grids[name].scales.shape[1])
-        dtypes = {"scales": "F16"}
-        prefix = keys[name].rpartition(".")[0]
-        new[name] = {f"{prefix}.{key}": (dtypes.get(key, "I32"), shape) for key, shape in shapes.items()}
+        new[name] = packed_tensors(name, keys[name], outputs, inputs, grids[name].bits, grids[name].scales.shape[1])
     description = describe(run.model, described, checkpoint_format) if gptq else None  # type: ignore[arg-type]
 
     before: dict[str, float] = {}
@@ -154,8 +150,7 @@ def merge_folder(
             row = {"name": name, "shape": list(weight_matrix(merged).shape)}
             rows.append(row | {"sparsity_before": before[name], "sparsity_after": zero_fraction(merged)})
             if gptq:
-                packed = pack_gptq(name, merged.quantized(), checkpoint_format)
-                tensors |= {f"{keys[name].rpartition('.')[0]}.{key}": tensor for key, tensor in packed.items()}
+                tensors |= packed(name, keys[name], merged, checkpoint_format)
             else:
                 is_conv1d = isinstance(merged, QuantizedLinear) and merged.conv1d
                 tensors[keys[name]] = weight.T if is_conv1d else weight
@@ -164,8 +159,7 @@ def merge_folder(
     with run.working(new, {name: [key] for name, key in keys.items()}, before=look_at, after=written):
         for _ in progress_bar(LayerWalker(run.model, layers), desc="merge", unit="block", disable=not progress):
             pass  # each is merged when it is left
-        by_name = {row["name"]: row for row in run.rows}
-        rows = [by_name[name] for name in layers]
+        rows = run.rows_of(layers)
         if description is None:
             run.finish()
         else:

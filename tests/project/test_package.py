@@ -422,6 +422,7 @@ def test_a_reader_that_has_gone(monkeypatch, capfd):
 
 @pytest.mark.parametrize(("script", "page"), [("tables", "compatibility.md"), ("on_paper", "scaling.md")])
 def test_tables_in_the_docs_are_up_to_date(script, page, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "docs")
     spec = importlib.util.spec_from_file_location(script, REPOSITORY / "docs" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, script, module)  # dataclasses look for it

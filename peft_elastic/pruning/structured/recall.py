@@ -26,6 +26,7 @@ from torch import nn
 from ...common.documents import COUNT, NUMBER, TEXT, MapOf, Nullable, Record
 from ...common.journal import Journal
 from ...cost.timing import clock
+from ...structure.calibration import digest_of_batches
 from .metric import Measurement, Metric
 from .units import State
 
@@ -46,7 +47,7 @@ def open_journal(folder: Path, model: nn.Module, batches: list[dict[str, Any]] |
         "format": _FORMAT,
         "version": _VERSION,
         "model": _digest_of_model(model),
-        "calibration": None if batches is None else _digest_of_batches(batches),
+        "calibration": None if batches is None else digest_of_batches(batches),
         "metric": metric,
     }
     return Journal(folder / "evaluations.jsonl", header, "pruning", _ROW)
@@ -95,17 +96,4 @@ def _digest_of_model(model: nn.Module) -> str:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
         digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_batches(batches: list[dict[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            digest.update(name.encode())
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().double().numpy().tobytes())
-            else:
-                digest.update(repr(value).encode())
     return digest.hexdigest()[:16]

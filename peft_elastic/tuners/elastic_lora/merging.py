@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -56,10 +56,21 @@ def check_merge_into(layer: LoraLayer, adapter_name: str, path: str) -> None:
         )
 
 
-def check_layers_here(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
-    """Raise a ValueError if an engine has spread a layer, or its adapter, over several processes."""
-    for path, layer in layers.items():
-        check_here(path, (*layer.get_base_layer()._parameters.values(), *full_weights(layer, adapter_name)))
+def check_merges(
+    state: ElasticState, adapter_names: Sequence[str], check_into: Callable[[LoraLayer, str, str], None]
+) -> None:
+    """Raise a ValueError if one of these adapters cannot be merged; `check_into` says so of (layer, adapter, path)."""
+    check_layers_here(state, adapter_names)
+    for name in adapter_names:
+        for path, layer in state.adapters[name].layers.items() if name in state.adapters else ():
+            check_into(layer, name, path)
+
+
+def check_layers_here(state: ElasticState, adapter_names: Sequence[str]) -> None:
+    """Raise a ValueError if an engine has spread a layer, or one of these adapters on it, over several processes."""
+    for name in adapter_names:
+        for path, layer in state.adapters[name].layers.items() if name in state.adapters else ():
+            check_here(path, (*layer.get_base_layer()._parameters.values(), *full_weights(layer, name)))
 
 
 def check_in_memory(layer: LoraLayer, adapter_name: str, path: str) -> None:

@@ -319,7 +319,7 @@ class ElasticLoraModel(LoraModel):
         adapter_name = self._resolve_adapter(adapter_name)
         layers = self._state.layers(adapter_name)
         base.check_exportable(self._state, adapter_name)
-        merging.check_layers_here(layers, adapter_name)
+        merging.check_layers_here(self._state, [adapter_name])
         with base.whole_base(self._state, self.model, self._configs):
             export_lora(self.model, self.peft_config[adapter_name], adapter_name, save_directory, layers, pad)
 
@@ -332,11 +332,8 @@ class ElasticLoraModel(LoraModel):
     def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> dict[LoraLayer, LoraLayer]:
         """Raise a ValueError if merging these adapters, or the active ones, would change what the model computes. See
         `check_tied_weights` for what is returned."""
-        for name in active_adapters(self.model, self._configs) if adapter_names is None else adapter_names:
-            if name in self._state.adapters:
-                merging.check_layers_here(self._state.adapters[name].layers, name)
-                for path, layer in self._state.adapters[name].layers.items():
-                    self._check_merge_into(layer, name, path)
+        names = active_adapters(self.model, self._configs) if adapter_names is None else adapter_names
+        merging.check_merges(self._state, names, self._check_merge_into)
         return check_tied_weights(self.model, adapter_names)
 
     def _check_merge_into(self, layer: LoraLayer, adapter_name: str, path: str) -> None:
@@ -406,8 +403,7 @@ class ElasticLoraModel(LoraModel):
         Raises:
             ValueError: as `set_subnet` and `merge_and_unload`.
         """
-        for name in active_adapters(self.model, self._configs):
-            merging.check_layers_here(self._state.layers(name), name)
+        merging.check_layers_here(self._state, active_adapters(self.model, self._configs))
         copied = copy.deepcopy(self)
         if subnet is None:
             copied.restore_subnet()
