@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
@@ -256,7 +257,7 @@ def parse_groups(words: Sequence[str]) -> str | list[list[str]]:
     return [[name for name in word.split(",") if name] for word in words]
 
 
-def parse_width(words: Sequence[str] | None) -> dict[str, list[int | float]] | None:
+def parse_width(words: Sequence[str] | None) -> dict[str, Any] | None:
     """Make `elastic_width` of an `ElasticLoraConfig` from the words of the command line, `heads=1.0,0.5`.
 
     Raises:

@@ -21,12 +21,13 @@ from typing import Any
 
 from torch import nn
 
+from ..common.checks import is_whole, wrong
 from ..common.names import has_suffix
 from ..supernet.space import Choice, LayerShape, choice_key
 from .features import layer_at, layer_sizes
 from .modules import linear_layers
 from .narrow import check_narrowable, check_skippable, set_skipped, set_width
-from .parts import Block, Width
+from .parts import KINDS, Block, Width
 from .reading import Reading
 
 
@@ -34,23 +35,68 @@ PARTS = ("attention", "mlp")
 # Fractions of MLP channels are rounded to this many, where the whole number is a multiple of it.
 _CHANNELS = 8
 
+Options = Sequence[int | float]
 
-def check_width_options(kind: str, options: Any) -> None:
-    """ValueError unless these are fractions in (0, 1], or whole numbers."""
+
+def checked_width(elastic_width: Any) -> dict[str, Any] | None:
+    """`elastic_width` of a configuration as it is kept: options from large to small, each once.
+
+    Raises:
+        ValueError: unless it is None or a dict from "heads", "mlp" to a list of fractions in (0, 1] or whole numbers, or to a dict
+            of such lists by the path of a block.
+    """
+    if elastic_width is None:
+        return None
+    if not isinstance(elastic_width, Mapping) or not elastic_width or set(elastic_width) - set(KINDS):
+        raise wrong("elastic_width", f"a dict with the keys {list(KINDS)} or one of them", elastic_width)
+    checked: dict[str, Any] = {}
+    for kind, options in elastic_width.items():
+        if not isinstance(options, Mapping):
+            checked[kind] = _checked_options(f"elastic_width[{kind!r}]", options)
+            continue
+        if not options or not all(isinstance(path, str) and path for path in options):
+            raise wrong(f"elastic_width[{kind!r}]", "a list, or a dict from the path of a block to one", options)
+        checked[kind] = {
+            path: _checked_options(f"elastic_width[{kind!r}][{path!r}]", values) for path, values in options.items()
+        }
+    return checked
+
+
+def checked_depth(elastic_depth: Any) -> list[int | str] | None:
+    """`elastic_depth` of a configuration as it is kept, a list.
+
+    Raises:
+        ValueError: unless it is None, a number or a name of blocks, or some of them.
+    """
+    if elastic_depth is None:
+        return None
+    entries = list(elastic_depth) if isinstance(elastic_depth, (list, tuple, range)) else [elastic_depth]
+    if not entries:
+        raise wrong("elastic_depth", "at least one block, or None for a fixed depth", elastic_depth)
+    if any(not is_whole(entry) and (not isinstance(entry, str) or not entry) for entry in entries):
+        raise wrong(
+            "elastic_depth",
+            "'all', numbers of blocks, '4-8' or paths of blocks, each with '.attention' or '.mlp' behind it or not",
+            elastic_depth,
+        )
+    return entries
+
+
+def _checked_options(name: str, options: Any) -> list[int | float]:
     numbers = isinstance(options, (list, tuple)) and all(
         isinstance(value, (int, float)) and not isinstance(value, bool) for value in options
     )
     if not numbers or not options:
-        raise ValueError(f"`elastic_width[{kind!r}]` must be a list of fractions or whole numbers, got {options!r}.")
+        raise wrong(name, "a list of fractions or whole numbers", options)
     whole = all(isinstance(value, int) for value in options)
     if not all(value > 0 and (whole or value <= 1) for value in options):  # NaN is neither
-        allowed = "whole numbers from 1" if whole else "fractions above 0, at most 1"
-        raise ValueError(f"`elastic_width[{kind!r}]` must be {allowed}, got {list(options)!r}.")
+        raise wrong(name, "whole numbers from 1" if whole else "fractions above 0, at most 1", list(options))
+    return sorted(set(options), reverse=True)
 
 
 def structural_choices(
     structure: Reading,
-    elastic_width: Mapping[str, Sequence[int | float]] | None,
+    elastic_width: Mapping[str, Options | Mapping[str, Options]] | None,
     elastic_depth: Sequence[int | str] | None,
 ) -> list[Choice]:
     """The choices that a configuration asks for: kinds "heads", "mlp" and "depth", named after blocks and their parts.
@@ -64,10 +110,10 @@ def structural_choices(
         # blocks of another kind may stand between those with a width, but not one that could not be read
         if not widths or any(kind in block.problems for block in structure.blocks):
             raise ValueError(f"`elastic_width[{kind!r}]`: {_why_not(structure, kind)}")
-        for width in widths:
-            values = sorted({_value_of(width, option, options) for option in options}, reverse=True)
+        for width, values in _options_of_widths(kind, widths, options):
+            numbers = sorted({_value_of(width, option, values) for option in values}, reverse=True)
             modules = tuple(dict.fromkeys(slot.path for slot in width.slots))
-            choices.append(Choice(kind, width.name, tuple(values), modules))
+            choices.append(Choice(kind, width.name, tuple(numbers), modules))
     skippable = {key: part for entry in elastic_depth or () for key, part in _read_depth(structure, entry).items()}
     for block in structure.blocks:
         for name in (block.path, *(f"{block.path}.{part}" for part in PARTS)):
@@ -203,6 +249,27 @@ def _shapes_of_block(
     return shapes
 
 
+def _options_of_widths(
+    kind: str, widths: Sequence[Width], options: Options | Mapping[str, Options]
+) -> list[tuple[Width, Options]]:
+    """What is open to each width: the same to all of them, or what is said of their blocks; the others are fixed."""
+    if not isinstance(options, Mapping):
+        return [(width, options) for width in widths]
+    found: dict[str, Options] = {}
+    for path, values in options.items():
+        named = [width.name for width in widths if has_suffix(width.name, path)]
+        if len(named) != 1:
+            what = "is no block" if not named else f"is any of {named[:3]}"
+            raise ValueError(
+                f"`elastic_width[{kind!r}]` has {path!r}, which {what} of the model with elastic {kind}; there are "
+                f"{_shown([width.name for width in widths])}."
+            )
+        if named[0] in found:
+            raise ValueError(f"`elastic_width[{kind!r}]` has {named[0]!r} twice, also as {path!r}.")
+        found[named[0]] = values
+    return [(width, found[width.name]) for width in widths if width.name in found]
+
+
 def _value_of(width: Width, option: int | float, options: Sequence[int | float]) -> int:
     if all(isinstance(value, int) for value in options):
         if option > width.full or option % width.unit:
@@ -262,7 +329,10 @@ def _read_depth(structure: Reading, entry: int | str) -> dict[str, str]:
 
 
 def _paths(structure: Reading) -> str:
-    paths = [block.path for block in structure.blocks]
+    return _shown([block.path for block in structure.blocks])
+
+
+def _shown(paths: Sequence[str]) -> str:
     return ", ".join(map(repr, paths[:3])) + (f", ... {paths[-1]!r}" if len(paths) > 3 else "")
 
 

@@ -680,3 +680,42 @@ def test_the_summary_counts_the_base(capsys):
     assert f"{active} of {total} base parameters in elastic blocks" in model.subnet_summary().describe()
     model.print_trainable_parameters()
     assert "base parameters in elastic blocks" in capsys.readouterr().out
+
+
+def test_options_may_differ_from_block_to_block():
+    config = ElasticLoraConfig(
+        r=4,
+        target_modules="all-linear",
+        elastic_width={"mlp": {"layers.0": [0.5, 1.0], "model.layers.1": [12, 24]}, "heads": {"layers.1": [1.0, 0.5]}},
+        importance="none",
+    )
+    model = get_peft_model(tiny_llama(intermediate_size=24), config)
+    options = {choice.key: choice.options for choice in model.search_space if choice.kind != "rank"}
+    assert options == {
+        "heads:model.layers.1": (4, 2),
+        "mlp:model.layers.0": (24, 16),  # 12 is no multiple of 8
+        "mlp:model.layers.1": (24, 12),
+    }
+    again = ElasticLoraConfig(**json.loads(json.dumps(config.to_dict())))
+    assert again.elastic_width == config.elastic_width
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        ({"layers.7": [1.0]}, r"elastic_width\['mlp'\]` has 'layers.7', which is no block of the model with elastic mlp; there are"),
+        ({"": [1.0]}, r"elastic_width\['mlp'\]` must be a list, or a dict from the path of a block"),
+        ({}, r"elastic_width\['mlp'\]` must be a list, or a dict from the path of a block"),
+        ({"layers.0": []}, r"elastic_width\['mlp'\]\['layers.0'\]` must be a list of fractions or whole numbers, got \[\]"),
+        ({"layers.0": [1.5]}, r"elastic_width\['mlp'\]\['layers.0'\]` must be fractions above 0, at most 1"),
+        ({"layers.0": [1.0], "model.layers.0": [0.5]}, r"has 'model.layers.0' twice, also as 'model.layers.0'"),
+        ({"layers.0": [9999]}, r"elastic_width\['mlp'\]` has 9999, but 'model.layers.0' has"),
+    ],
+)  # fmt: skip
+def test_options_of_blocks_are_checked(width, message):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(
+            model, ElasticLoraConfig(target_modules="all-linear", elastic_width={"mlp": width}, importance="none")
+        )
+    assert not hasattr(model, "peft_config")

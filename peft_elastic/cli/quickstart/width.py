@@ -28,7 +28,7 @@ from .base import Quickstart
 
 
 # Shares of heads and channels. Of nine heads in groups of three, two thirds.
-_WIDTH = {"heads": [1.0, 2 / 3], "mlp": [1.0, 0.875, 0.75, 0.625]}
+_WIDTH: dict[str, Any] = {"heads": [1.0, 2 / 3], "mlp": [1.0, 0.875, 0.75, 0.625]}
 
 
 class WidthQuickstart(Quickstart):

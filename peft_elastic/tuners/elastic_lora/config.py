@@ -27,8 +27,7 @@ from ...common.checks import check_bool, check_choice, check_whole, is_whole, wr
 from ...common.documents import read_json
 from ...common.writing import atomic_write_text
 from ...structure.importance import IMPORTANCES
-from ...structure.parts import KINDS
-from ...structure.space import check_width_options
+from ...structure.space import checked_depth, checked_width
 
 
 # The variants of LoRA that work on any leading part of A and B. The others keep state of their own for each rank
@@ -57,11 +56,12 @@ class ElasticLoraConfig(LoraConfig):
             share one. A list of lists of module names ties the named modules within each transformer block, for example
             `[["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"]]`; a targeted module that is in
             no list keeps a rank of its own.
-        elastic_width (`dict[str, list]`, *optional*):
+        elastic_width (`dict[str, list | dict[str, list]]`, *optional*):
             The widths that each transformer block of the base may take (LoNAS, https://aclanthology.org/2024.lrec-main.940):
             `{"heads": [1.0, 0.75, 0.5], "mlp": [1.0, 0.875, 0.75, 0.5]}`, one of the two or both. Fractions of the heads
             or MLP channels of the block, or whole numbers of them. Heads move in whole key-value groups: a fraction is
-            rounded to the nearest one, and to the nearest multiple of 8 channels. The first heads and channels are kept, so
+            rounded to the nearest one, and to the nearest multiple of 8 channels. A dict of lists by the path of the block, `{"mlp":
+            {"layers.0": [1.0, 0.5], "layers.7": [0.75]}}`, has options of their own for some blocks; the others keep their width. The first heads and channels are kept, so
             they must be sorted by importance. Architectures are known by `peft_elastic.structure.register_layout`.
         elastic_depth (`"all"`, `int`, `str` or a list or `range` of them, *optional*):
             The transformer blocks that may be skipped: their numbers, `"4-8"`, paths inside the base model, or `"all"` of them
@@ -97,11 +97,11 @@ class ElasticLoraConfig(LoraConfig):
             "within each transformer block."
         },
     )
-    elastic_width: Optional[dict[str, list[Union[int, float]]]] = field(
+    elastic_width: Optional[dict[str, Union[list[Union[int, float]], dict[str, list[Union[int, float]]]]]] = field(
         default=None,
         metadata={
             "help": "The widths of a transformer block, {'heads': [1.0, 0.75], 'mlp': [1.0, 0.75, 0.5]}: fractions, or whole "
-            "numbers of heads and channels."
+            "numbers of heads and channels; or a dict of such lists by the path of the block."
         },
     )
     elastic_depth: Optional[Union[str, int, list[Union[int, str]]]] = field(
@@ -202,25 +202,8 @@ class ElasticLoraConfig(LoraConfig):
         self.rank_groups = [list(group) for group in groups]
 
     def _check_structure(self) -> None:
-        width = self.elastic_width
-        if width is not None:
-            if not isinstance(width, dict) or not width or set(width) - set(KINDS):
-                raise wrong("elastic_width", f"a dict with the keys {list(KINDS)} or one of them", width)
-            for kind, options in width.items():
-                check_width_options(kind, options)
-            self.elastic_width = {kind: sorted(set(options), reverse=True) for kind, options in width.items()}
-        depth = self.elastic_depth
-        if depth is not None:
-            entries = list(depth) if isinstance(depth, (list, tuple, range)) else [depth]
-            if not entries:
-                raise wrong("elastic_depth", "at least one block, or None for a fixed depth", depth)
-            if any(not is_whole(entry) and (not isinstance(entry, str) or not entry) for entry in entries):
-                raise wrong(
-                    "elastic_depth",
-                    "'all', numbers of blocks, '4-8' or paths of blocks, each with '.attention' or '.mlp' behind it or not",
-                    depth,
-                )
-            self.elastic_depth = entries
+        self.elastic_width = checked_width(self.elastic_width)
+        self.elastic_depth = checked_depth(self.elastic_depth)
         check_choice("importance", self.importance, IMPORTANCES)
         check_bool("sorted_base", self.sorted_base)
         if self.is_structural:
