@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         restore_generation,
         sparsify_linears,
     )
+    from .elastic_model import ElasticConfig, ElasticModel, get_elastic_model
     from .layers.quantized_linear import QuantizedLinear
     from .layers.sparse_linear import SparseLinear
     from .pruning import MagnitudeConfig, PruningReport, SparseGPTConfig, WandaConfig
@@ -77,8 +78,10 @@ __all__ = [
     "BalancedSampler",
     "BlockPrunerConfig",
     "Choice",
+    "ElasticConfig",
     "ElasticLoraConfig",
     "ElasticLoraModel",
+    "ElasticModel",
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "GPTQConfig",
@@ -110,6 +113,7 @@ __all__ = [
     "__version__",
     "densify_linears",
     "explain_generation",
+    "get_elastic_model",
     "load_gptq",
     "merge_and_requantize",
     "merge_folder",
@@ -139,6 +143,7 @@ __getattr__, __dir__ = lazy_package(
             "restore_generation",
             "sparsify_linears",
         ),
+        ".elastic_model": ("ElasticConfig", "ElasticModel", "get_elastic_model"),
         ".layers.quantized_linear": ("QuantizedLinear",),
         ".layers.sparse_linear": ("SparseLinear",),
         ".pruning": ("MagnitudeConfig", "PruningReport", "SparseGPTConfig", "WandaConfig"),

@@ -33,7 +33,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layers.narrowed import active_ranges
-from ..supernet.space import choice_key
+from ..supernet.space import Choice, choice_key
 from .blocks import Structure
 from .comparing import difference_of, mismatch
 from .configurations import build_whole, candidates, read_again
@@ -110,6 +110,15 @@ def undescribable(model: nn.Module, values: Mapping[str, int]) -> dict[str, str]
             alone = {key: _why_not(model, {key: value}) for key, value in some.items()}
             reasons |= {key: why for key, why in alone.items() if why} or dict.fromkeys(some, of_all)
     return reasons
+
+
+def check_describable(model: nn.Module, choices: Sequence[Choice]) -> None:
+    """ValueError if a subnet of these choices of width and depth could be saved, but not loaded, as no configuration describes it."""
+    smallest = {choice.key: min(choice.options) for choice in choices if len(choice.options) > 1}
+    for key, why in undescribable(model, smallest).items():
+        kind, _, name = key.partition(":")
+        field = "elastic_depth" if kind == "depth" else f"elastic_width[{kind!r}]"
+        raise ValueError(f"`{field}`: a subnet with less of {name!r} could not be saved and loaded. {why}")
 
 
 def _why_not(model: nn.Module, values: Mapping[str, int]) -> str:

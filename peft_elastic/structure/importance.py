@@ -36,6 +36,7 @@ from .features import layer_at, layer_sizes, permute
 from .inputs import InputCollector, is_encoder_decoder, is_language_model, own_labels
 from .narrow import is_narrowed
 from .parts import KINDS, Slot, Width
+from .reading import Reading
 from .sequential import BlockWalker
 
 
@@ -161,6 +162,26 @@ def check_sortable(model: nn.Module, widths: list[Width]) -> None:
                 raise ValueError(f"`importance`: {slot.path!r} is of type {type(layer).__name__}, {obstacle}")
             if layer.get_parameter("weight").is_meta:
                 raise ValueError(f"`importance`: the weight of {slot.path!r} is not in memory.")
+
+
+def check_order(model: nn.Module, structure: Reading, importance: str, subnet: Mapping[str, int]) -> None:
+    """ValueError if a subnet keeps the first heads or channels of a model in which those are any.
+
+    Args:
+        model: the base model.
+        structure: of `model`.
+        importance: of the configuration; "none" for a model that somebody has sorted already.
+        subnet: the values of its structural choices, and others.
+    """
+    if importance == "none" or noted_orders(model):
+        return
+    narrow = [width.key for width in structure.widths if subnet.get(width.key, width.full) != width.full]
+    if narrow:
+        raise ValueError(
+            f"{narrow[0]!r} would keep the first of heads or channels that are not sorted by importance, which destroys the "
+            f"model. Call `model.sort_by_importance(calibration)` first (`importance={importance!r}`), or set "
+            "`importance='none'` if the base is sorted already."
+        )
 
 
 def apply_orders(model: nn.Module, widths: list[Width], orders: Mapping[str, torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ narrowed consists of the very modules that it came with.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
@@ -136,6 +137,19 @@ def check_skippable(model: nn.Module, blocks: Iterable[Block], values: Mapping[s
                         f"{path!r} cannot be skipped: somebody has given this one module a forward of its own (Liger kernels do, "
                         "`use_liger_kernel`). Leave that out, or the depth fixed."
                     )
+
+
+def check_units(model: nn.Module, widths: Iterable[Width]) -> None:
+    """Raise a ValueError if FSDP2 shards layers that are to be narrowed on their own: it has given them classes of its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for path in (slot.path for width in widths for slot in width.slots):
+        if isinstance(layer_at(model, path), fsdp.FSDPModule):
+            raise ValueError(
+                f"`fully_shard` was called on {path!r} itself, which cannot be narrowed then. Call it on the transformer blocks "
+                "(`transformer_layer_cls_to_wrap` in accelerate's and Trainer's configuration), and not on the linear layers in them."
+            )
 
 
 def cache_layers(model: nn.Module, block: Block, path: str) -> tuple[int, ...]:

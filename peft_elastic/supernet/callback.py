@@ -27,6 +27,7 @@ from .host import ElasticHost, get_elastic_host
 from .samplers import StepSampler, SubnetSampler, sampler_of
 from .space import SearchSpace, Subnet
 from .stages import Stage, StagePlan, check_stages
+from .summary import describe_parameters, name_of, trained_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class SubnetSamplingCallback(TrainerCallback):
     (`num_iterations`, `steps_per_generation`), it is that of the first of them, as they compare probabilities of tokens
     then and now. Between steps the chosen subnet (`model.set_subnet`, or `eval_subnet` here) is
     active: it is the one that gets evaluated and saved. The log says which one an evaluation ran, and so do
-    `eval_subnet` and `eval_subnet_parameters` (active adapter parameters) in `trainer.state.log_history`.
+    `eval_subnet` and `eval_subnet_parameters` (active parameters, of the adapter if there is one) in `trainer.state.log_history`.
 
     Args:
         strategy (`"uniform"`, `"balanced"` or a `SubnetSampler`, defaults to `"uniform"`):
@@ -58,7 +59,7 @@ class SubnetSamplingCallback(TrainerCallback):
 
     Raises:
         ValueError: for an unknown strategy, one that trains several subnets in a step (see `ElasticTrainer`), a bad seed
-            or bad stages; when training starts, for a model without an elastic adapter, an `eval_subnet` that does not
+            or bad stages; when training starts, for a model that is not elastic, an `eval_subnet` that does not
             belong to its search space, stages that do not fit the space or the training arguments, or PPO; and where the processes
             of a distributed run would train different subnets.
     """
@@ -204,9 +205,8 @@ class SubnetSamplingCallback(TrainerCallback):
         """Name the active subnet in the log, as a warning (which is what transformers shows by default) where it is news."""
         host = get_elastic_host(model)
         space, subnet = host.search_space, host.active_subnet
-        name = next((name for name in ("max", "min", "heuristic") if subnet == getattr(space, name)), "custom")
-        parameters = space.count_parameters(subnet)
-        message = f"{action} the {name} subnet ({parameters:,d} of {space.count_parameters(space.max):,d} adapter parameters)."
+        name, parameters = name_of(space, subnet), trained_parameters(space, subnet)
+        message = f"{action} the {name} subnet ({describe_parameters(space, subnet)})."
         if state.is_world_process_zero:
             logger.log(logging.INFO if message == self._reported else logging.WARNING, message)
         self._reported = message

@@ -30,18 +30,18 @@ HOST_ATTRIBUTE = "_peft_elastic_host"
 
 @runtime_checkable
 class ElasticHost(Protocol):
-    """A model whose active subnet can be chosen: a `PeftModel` with an elastic adapter, or its tuner."""
+    """A model whose active subnet can be chosen: a `PeftModel` with an elastic adapter, its tuner, or an `ElasticModel`."""
 
     @property
     def search_space(self) -> SearchSpace:
-        """The choices of the active adapter."""
+        """The choices of the model, or of its active adapter."""
 
     @property
     def active_subnet(self) -> Subnet:
         """What the layers compute now."""
 
     def set_subnet(self, subnet: Subnet | Mapping[str, int] | str) -> None:
-        """Choose the subnet to use from now on, also in training mode; it is saved with the adapter."""
+        """Choose the subnet to use from now on, also in training mode; it is saved with the adapter or the model."""
 
     def sample_subnet(self, subnet: Subnet) -> None:
         """Activate a subnet for training; `model.eval()` brings back the chosen one."""
@@ -54,11 +54,11 @@ def get_elastic_host(model: Any) -> ElasticHost:
     """The object that controls the subnet of `model`.
 
     Args:
-        model: a `PeftModel`, a tuner, or a transformers model that got its elastic adapter from `model.add_adapter` or
-            `model.load_adapter`; wrapped by DDP, FSDP or `torch.compile` or not.
+        model: what `get_elastic_model` returned, a `PeftModel`, a tuner, or a transformers model that got its elastic adapter from
+            `model.add_adapter` or `model.load_adapter`; wrapped by DDP, FSDP or `torch.compile` or not.
 
     Raises:
-        ValueError: if the model has no elastic adapter.
+        ValueError: if the model is not elastic.
     """
     inner = model
     # DDP keeps its model under `module` and, unlike the other wrappers, does not pass on other attributes
@@ -66,7 +66,7 @@ def get_elastic_host(model: Any) -> ElasticHost:
         inner = getattr(inner, "module", None)
     if host is None:
         raise ValueError(
-            f"`model` ({type(model).__name__}) has no elastic adapter. Add one with "
-            "`get_peft_model(model, ElasticLoraConfig(...))`."
+            f"`model` ({type(model).__name__}) has no elastic adapter and is not elastic itself. Add an adapter with "
+            "`get_peft_model(model, ElasticLoraConfig(...))`, or call `get_elastic_model(model, ElasticConfig(...))`."
         )
     return host

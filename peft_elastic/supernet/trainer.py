@@ -86,7 +86,7 @@ class ElasticTrainerMixin(_Trainer):
         seed, eval_subnet, stages: as in [`SubnetSamplingCallback`].
 
     Raises:
-        ValueError: for a bad argument, a model without an elastic adapter, or a `SubnetSamplingCallback` among the
+        ValueError: for a bad argument, a model that is not elastic, or a `SubnetSamplingCallback` among the
             callbacks; when training starts, as in `SubnetSamplingCallback`; in the first step, if `distillation` does not
             fit the strategy, the model's outputs or the teacher's, before any weight has changed.
     """
@@ -147,7 +147,7 @@ class ElasticTrainerMixin(_Trainer):
         if any(id(weight) in weights for weight in teacher.parameters()):
             raise ValueError(
                 "`distillation` is a model that shares weights with the trained one, so it would change with it. Use 'max' "
-                "to distill from the largest subnet, or a copy (`copy.deepcopy`) made before the adapter was added."
+                "to distill from the largest subnet, or a copy (`copy.deepcopy`) made before it became elastic."
             )
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)

@@ -31,7 +31,7 @@ FLOORS = [
     {"cost"},
     {"pruning", "quantization"},
     {"search", "deploy"},
-    {"tuners"},
+    {"tuners", "elastic_model"},
     {"cli"},
     {"__main__"},
 ]

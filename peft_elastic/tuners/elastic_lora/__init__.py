@@ -14,11 +14,11 @@
 """Elastic LoRA (peft type ELASTIC_LORA): LoRA whose rank can be chosen, module by module, after training.
 Importing this folder registers the type with peft, and a hook of torch that tells of new PeftModels."""
 
+from ...supernet.summary import SubnetSummary
 from ..register import register_tuner
 from .config import ElasticLoraConfig
 from .model import ElasticLoraModel
 from .peft_model import watch_peft_models
-from .subnets import SubnetSummary
 
 
 __all__ = ["ElasticLoraConfig", "ElasticLoraModel", "SubnetSummary"]

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -30,9 +29,8 @@ from ...common.parameters import check_here
 from ...layers.backends.bitsandbytes import unpack
 from ...layers.narrowed import active_ranges
 from ...structure.blocks import Structure
-from ...structure.description import undescribable
-from ...structure.features import layer_at
-from ...structure.importance import check_sortable, noted_orders, sort_by_importance
+from ...structure.description import check_describable
+from ...structure.importance import check_order, check_sortable, noted_orders, sort_by_importance
 from ...structure.modules import module_at
 from ...structure.parts import KINDS
 from ...structure.space import activate, check_narrowable_layers, structural_choices
@@ -84,11 +82,7 @@ def choices_of_base(
                     "and channels as they are; use 'none'."
                 )
         check_sortable(model, [width for width in structure.widths if width.kind in config.elastic_width])
-    smallest = {choice.key: min(choice.options) for choice in choices if len(choice.options) > 1}
-    for key, why in undescribable(model, smallest).items():
-        kind, _, name = key.partition(":")
-        field = "elastic_depth" if kind == "depth" else f"elastic_width[{kind!r}]"
-        raise ValueError(f"`{field}`: a subnet with less of {name!r} could not be saved and loaded. {why}")
+    check_describable(model, choices)
     return choices
 
 
@@ -181,18 +175,6 @@ def check_batch(
             raise ValueError(
                 f"`adapter_names`: all adapters of a batch compute with one base, and that of {name!r} has another width "
                 "or depth than the active one. Activate subnets with the same, or run it in a batch of its own."
-            )
-
-
-def check_units(model: nn.Module, structure: Structure) -> None:
-    """Raise a ValueError if FSDP2 shards layers that are to be narrowed on their own: it has given them classes of its own."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    paths = (slot.path for width in structure.widths for slot in width.slots) if fsdp is not None else ()
-    for path in paths:
-        if isinstance(layer_at(model, path), fsdp.FSDPModule):
-            raise ValueError(
-                f"`fully_shard` was called on {path!r} itself, which cannot be narrowed then. Call it on the transformer blocks "
-                "(`transformer_layer_cls_to_wrap` in accelerate's and Trainer's configuration), and not on the linear layers in them."
             )
 
 
@@ -319,18 +301,6 @@ def _demand_order(module: nn.Module, args: Any) -> None:
 
 def check_sorted(adapter: ElasticAdapter, model: nn.Module, config: ElasticLoraConfig, subnet: Subnet) -> None:
     """Raise a ValueError if the subnet keeps the first heads or channels of a base in which those are any."""
-    if not config.elastic_width or config.sorted_base or config.importance == "none" or noted_orders(model):
-        return
-    structure = adapter.structure
-    assert structure is not None
-    narrow = [
-        choice.key
-        for choice in adapter.space
-        if choice.kind in KINDS and subnet[choice.key] != structure.width(choice.key).full
-    ]
-    if narrow:
-        raise ValueError(
-            f"{narrow[0]!r} would keep the first of heads or channels that are not sorted by importance, which destroys the "
-            f"model. Call `model.sort_by_importance(calibration)` first (`importance={config.importance!r}`), or set "
-            "`importance='none'` if the base is sorted already."
-        )
+    if config.elastic_width and not config.sorted_base:
+        assert adapter.structure is not None
+        check_order(model, adapter.structure, config.importance, subnet)

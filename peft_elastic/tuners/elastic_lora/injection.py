@@ -127,6 +127,11 @@ def end_plan(state: ElasticState) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Raise a ValueError if no elastic adapter fits this model."""
+    if getattr(model, HOST_ATTRIBUTE, None) is model:
+        raise ValueError(
+            "The model is elastic itself (`get_elastic_model`), so it cannot get elastic adapters. Extract a subnet first "
+            "(`model.extract_subnet()`), or make it an ordinary model again (`model.unload()`)."
+        )
     if getattr(model, "_tp_size", None) not in (None, 1):
         raise ValueError("Tensor-parallel models cannot get elastic adapters. Use `LoraConfig`.")
 

@@ -24,11 +24,9 @@ from typing import Any, Optional
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ...common.checks import check_choice
 from ...common.parameters import check_here, check_parameters
 from ...layers.backends import find_backend
 from ...layers.backends.bitsandbytes import allow_packing
-from ...layers.values import ROUNDED
 from ...structure.description import extract_described
 from ...structure.importance import reorder
 from ...structure.narrow import is_narrowed
@@ -154,33 +152,6 @@ def clean_up(state: ElasticState, model: nn.Module, merged: bool) -> None:
     if not merged:
         reorder(model, state.own_orders)
     untag_model(state, model)
-
-
-# -- sparse layers after a merge -----------------------------------------------------------------------------------
-
-
-def can_be_sparse(model: nn.Module, sparse_kernel: Any, sparse_dtype: str) -> bool:
-    """Whether sparse layers are wanted in this model after a merge, and possible. See `ElasticLoraModel.merge_and_unload`.
-
-    Raises:
-        ValueError: on a wrong argument, or if they are demanded and not possible.
-    """
-    from ...deploy.sparsify import find_obstacle
-
-    check_choice("sparse_kernel", sparse_kernel, ("auto", True, False))
-    check_choice("sparse_dtype", sparse_dtype, ROUNDED)
-    obstacle = find_obstacle(model)
-    if sparse_kernel is True and obstacle:
-        raise ValueError(f"`sparse_kernel=True` cannot work on this model: {obstacle}.")
-    return bool(sparse_kernel) and not obstacle
-
-
-def make_sparse(model: nn.Module, sparse_kernel: Any, sparse_dtype: str, progressbar: bool) -> None:
-    """Swap in sparse layers: everywhere where they were demanded, and else where they are faster."""
-    from ...deploy.sparsify import sparsify_linears
-
-    when = "always" if sparse_kernel is True else "faster"
-    logger.info("%s", sparsify_linears(model, sparse_dtype, when=when, progressbar=progressbar))
 
 
 # -- adapters into each other --------------------------------------------------------------------------------------

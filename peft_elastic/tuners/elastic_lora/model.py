@@ -41,12 +41,12 @@ from torch import nn
 
 from ...supernet.host import HOST_ATTRIBUTE
 from ...supernet.space import SearchSpace, Subnet
+from ...supernet.summary import SubnetSummary
 from ..tied_weights import check_tied_weights, merged_once
 from . import base, injection, merging, saving, subnets
 from .config import ElasticLoraConfig
 from .export import export_lora
 from .state import ElasticState, Plan, active_adapters
-from .subnets import SubnetSummary
 
 
 class ElasticLoraModel(LoraModel):
@@ -376,10 +376,12 @@ class ElasticLoraModel(LoraModel):
         Raises:
             ValueError: on a wrong argument, before anything is merged.
         """
-        swap = merging.can_be_sparse(self.model, sparse_kernel, sparse_dtype)
+        from ...deploy.merged import can_be_sparse, make_sparse
+
+        swap = can_be_sparse(self.model, sparse_kernel, sparse_dtype)
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if swap:
-            merging.make_sparse(model, sparse_kernel, sparse_dtype, progressbar)
+            make_sparse(model, sparse_kernel, sparse_dtype, progressbar)
         return model
 
     def extract_subnet(

@@ -18,78 +18,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Optional
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...structure.blocks import Structure
-from ...structure.narrow import check_skippable
+from ...structure.narrow import check_skippable, check_units
 from ...structure.space import check_depth, layer_shapes, structural_choices
 from ...supernet.groups import find_blocks, group_modules, plain_path
 from ...supernet.space import Choice, SearchSpace, Subnet
-from .base import apply_structure, check_sorted, check_together, check_units, choices_of_base, follow_from_now_on
+from .base import apply_structure, check_sorted, check_together, choices_of_base, follow_from_now_on
 from .config import ElasticLoraConfig
 from .layer import full_weights, get_rank, rank_multiple, set_rank
 from .optimizers import watch_optimizers
 from .state import ElasticAdapter, ElasticState, Plan, active_adapters, elastic_configs, find_layers
-
-
-@dataclass(frozen=True)
-class SubnetSummary:
-    """What is active in an elastic adapter; printing it gives a table.
-
-    Args:
-        adapter_name (`str`): the adapter.
-        subnet (`Subnet`): the active subnet.
-        space (`SearchSpace`): the space it comes from.
-    """
-
-    adapter_name: str
-    subnet: Subnet
-    space: SearchSpace
-
-    @property
-    def active_parameters(self) -> int:
-        """Adapter parameters the active subnet uses (A and B matrices)."""
-        return self.space.count_parameters(self.subnet)
-
-    @property
-    def total_parameters(self) -> int:
-        """Adapter parameters of the whole super-adapter (A and B matrices)."""
-        return self.space.count_parameters(self.space.max)
-
-    @property
-    def name(self) -> str:
-        """`"max"`, `"min"`, `"heuristic"` or `"custom"`."""
-        for name in ("max", "min", "heuristic"):
-            if self.subnet == getattr(self.space, name):
-                return name
-        return "custom"
-
-    def describe(self) -> str:
-        """One line: name, active and total parameters of the adapter and, where width or depth change them, of those blocks."""
-        share = 100 * self.active_parameters / max(1, self.total_parameters)
-        text = (
-            f"active subnet of adapter {self.adapter_name!r}: {self.name} "
-            f"({self.active_parameters:,d} of {self.total_parameters:,d} adapter parameters, {share:.1f}%"
-        )
-        if self.space.layers:
-            active, total = (self.space.count_base_parameters(s) for s in (self.subnet, self.space.max))
-            text += (
-                f"; {active:,d} of {total:,d} base parameters in elastic blocks, {100 * active / max(1, total):.1f}%"
-            )
-        return f"{text})"
-
-    def __str__(self) -> str:
-        width = max(len(choice.key) for choice in self.space)
-        rows = [
-            f"{choice.key:<{width}}  {self.subnet[choice.key]:>6}  of {list(choice.options)}" for choice in self.space
-        ]
-        return "\n".join([self.describe(), *rows])
-
-    __repr__ = __str__
 
 
 # -- what can be chosen --------------------------------------------------------------------------------------------
@@ -290,7 +233,7 @@ def activate(
         if adapter.structure is not None:
             check_skippable(model, adapter.structure.blocks, values)
             if taken:
-                check_units(model, adapter.structure)
+                check_units(model, adapter.structure.widths)
     for choice in adapter.space:
         for name in choice.modules if choice.kind == "rank" else ():
             set_rank(layers[name], adapter_name, subnet[choice.key], when_loaded=when_loaded)

@@ -1,0 +1,443 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models whose own weights are a super-network: an ordinary model of another class, with the methods of an `ElasticHost` in front."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..common.checks import wrong
+from ..common.parameters import check_here
+from ..layers.narrowed import change_class
+from ..structure.blocks import Structure
+from ..structure.description import check_describable, extract_described
+from ..structure.importance import check_order, check_sortable, sort_by_importance
+from ..structure.narrow import check_units
+from ..structure.parts import KINDS
+from ..structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
+from ..supernet.host import HOST_ATTRIBUTE
+from ..supernet.space import Choice, SearchSpace, Subnet
+from ..supernet.summary import SubnetSummary
+from . import saving
+from .config import ElasticConfig
+
+
+_STATE = "_elastic_state"
+
+
+@dataclass(eq=False)
+class _State:
+    """What an elastic model knows."""
+
+    config: ElasticConfig
+    structure: Structure
+    space: SearchSpace
+    active: Subnet
+    # None: the largest
+    chosen: Optional[Subnet] = None
+    # whether a training step has activated another than the chosen one
+    sampled: bool = False
+    # what was active when evaluation mode interrupted a training step, and is again in training mode
+    suspended: Optional[Subnet] = None
+
+
+class ElasticModel(nn.Module):
+    """
+    A model whose own weights are a super-network: what `get_elastic_model` makes of a model is an instance of this class and of
+    the one that it had.
+
+    All subnets share the weights: one of w heads or channels of a block computes with the first w of them, and one without a block
+    passes its input on (Once-for-All, https://arxiv.org/abs/1908.09791; EFTNAS, LREC-COLING 2024). Between training steps, and
+    in evaluation mode, the model computes as the chosen subnet.
+
+    **Attributes**:
+        - **search_space** (`SearchSpace`): what can be chosen.
+        - **active_subnet** (`Subnet`): what the model computes now.
+        - **elastic_config** (`ElasticConfig`): what it was made with; not to be changed.
+    """
+
+    # of the model as it was
+    plain_class: type[nn.Module]
+
+    @property
+    def elastic_config(self) -> ElasticConfig:
+        return self._own.config
+
+    @property
+    def _own(self) -> _State:
+        return self.__dict__[_STATE]
+
+    # -- search space and subnets ------------------------------------------------------------------------------------
+
+    @property
+    def search_space(self) -> SearchSpace:
+        """The choices: kinds "heads", "mlp" and "depth"."""
+        return self._own.space
+
+    @property
+    def active_subnet(self) -> Subnet:
+        """What the model computes now."""
+        return self._own.active
+
+    def set_subnet(self, subnet: Subnet | Mapping[str, int] | str) -> None:
+        """Choose the subnet that the model computes from now on. The choice is saved with the model.
+
+        Args:
+            subnet (`Subnet`, `Mapping[str, int]` or `str`):
+                A subnet of `search_space`, a dict from choice key to value, or `"max"`, `"min"`, `"heuristic"`.
+
+        Raises:
+            ValueError: if the subnet does not belong to the search space, or is narrower than a model that is not sorted yet.
+        """
+        own = self._own
+        checked = own.space.subnet(subnet)
+        self._activate(checked)
+        own.chosen, own.sampled, own.suspended = checked, False, None
+
+    def sample_subnet(self, subnet: Subnet | Mapping[str, int] | str) -> None:
+        """Activate a subnet for a training step, without choosing it: saving and `restore_subnet()` go by the chosen one, and so
+        does evaluation mode, after which `model.train()` goes on with the step.
+
+        Args:
+            subnet: as in `set_subnet`.
+
+        Raises:
+            ValueError: as `set_subnet`, and if no block of a stack would be left.
+        """
+        own = self._own
+        checked = own.space.subnet(subnet)
+        check_depth(own.structure, checked)
+        self._activate(checked)
+        own.sampled, own.suspended = True, None
+
+    def restore_subnet(self) -> None:
+        """Activate the chosen subnet again (see `set_subnet`; the largest one if none was chosen)."""
+        own = self._own
+        self._activate(own.space.max if own.chosen is None else own.chosen)
+        own.sampled, own.suspended = False, None
+
+    def subnet_summary(self) -> SubnetSummary:
+        """Sum up what is active, as a table when printed."""
+        return SubnetSummary(None, self.active_subnet, self.search_space)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        own = self._own
+        if not mode and own.sampled:
+            sampled = own.active
+            self.restore_subnet()
+            own.suspended = sampled
+        elif mode and own.suspended is not None:
+            self.sample_subnet(own.suspended)
+        return self
+
+    def _activate(self, subnet: Subnet) -> None:
+        own = self._own
+        check_order(self, own.structure, own.config.importance, subnet)
+        if subnet != own.space.max:
+            check_units(self, own.structure.widths)
+        activate(self, own.structure, subnet)
+        own.active = subnet
+
+    # -- order -------------------------------------------------------------------------------------------------------
+
+    def sort_by_importance(
+        self,
+        calibration: Any = None,
+        importance: Optional[str | Mapping[str, torch.Tensor]] = None,
+        *,
+        max_samples: Optional[int] = None,
+        progress: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """Sort the heads and MLP channels that are elastic by falling importance. It does not change what the largest subnet
+        computes; call it once, before the training and before an optimizer is made, whose state would not move along.
+
+        Args:
+            calibration: an iterable of batches, for `"activation"` and `"gradient"`.
+            importance (*optional*): as in `peft_elastic.sort_by_importance`; defaults to that of the configuration.
+            max_samples (`int`, *optional*): number of calibration sequences to use.
+            progress (`bool`): show a progress bar.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the scores in the new order.
+
+        Raises:
+            ValueError: as `peft_elastic.sort_by_importance`, and if no width is elastic.
+        """
+        own = self._own
+        if not own.config.elastic_width:
+            raise ValueError("`elastic_width` is not set, so there is nothing to sort for.")
+        before = own.active
+        activate(self, own.structure, own.space.max)
+        try:
+            return sort_by_importance(
+                self,
+                own.config.importance if importance is None else importance,
+                calibration,
+                kinds=tuple(own.config.elastic_width),
+                max_samples=max_samples,
+                progress=progress,
+            )
+        finally:
+            activate(self, own.structure, before)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The parameters that are trained, for an optimizer: norms and biases without weight decay, as transformers' Trainer
+        groups them by itself.
+
+        Args:
+            weight_decay (`float`): of the other parameters.
+
+        Returns:
+            `list[dict]`: two groups, `{"params": [...], "weight_decay": ...}`.
+        """
+        decayed: dict[int, nn.Parameter] = {}  # by identity: tied ones stand in several modules
+        others: dict[int, nn.Parameter] = {}
+        for module in self.modules():
+            is_norm = "norm" in type(module).__name__.lower()
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    (others if is_norm or name.endswith("bias") else decayed)[id(parameter)] = parameter
+        return [
+            {"params": list(decayed.values()), "weight_decay": weight_decay},
+            {"params": list(others.values()), "weight_decay": 0.0},
+        ]
+
+    # -- search ------------------------------------------------------------------------------------------------------
+
+    def search_subnet(self, *args: Any, **kwargs: Any) -> Any:
+        """`peft_elastic.search_subnet` of this model."""
+        from ..search import search_subnet
+
+        return search_subnet(self, *args, **kwargs)
+
+    # -- out ---------------------------------------------------------------------------------------------------------
+
+    def extract_subnet(
+        self,
+        subnet: Optional[Subnet | Mapping[str, int] | str] = None,
+        *,
+        sparse_kernel: str | bool = "auto",
+        sparse_dtype: str = "bf16",
+    ) -> nn.Module:
+        """Copy what belongs to a subnet, while the super-network stays as it is.
+
+        Args:
+            subnet (`Subnet`, `Mapping[str, int]` or `str`, *optional*): as in `set_subnet`; the chosen one by default.
+            sparse_kernel (`str` or `bool`): "auto" calls `peft_elastic.sparsify_linears` if the model is on the CPU and the C++
+                extension is there, which swaps the layers that are measured to be faster; True swaps every layer with 30% zeros or
+                more and raises where it cannot; False leaves the model dense.
+            sparse_dtype (`str`): "bf16" or "int8", of the values of the sparse layers.
+
+        Returns:
+            `nn.Module`: a smaller ordinary model, of the class that the model had. Saved with `save_pretrained`, it loads with
+            `from_pretrained`: of a subnet whose blocks are all alike without this package, otherwise after `import peft_elastic`.
+
+        Raises:
+            ValueError: as `set_subnet`, and on a wrong argument.
+        """
+        from ..deploy.merged import can_be_sparse, make_sparse
+
+        own = self._own
+        chosen = own.chosen or own.space.max
+        checked = chosen if subnet is None else own.space.subnet(subnet)
+        check_order(self, own.structure, own.config.importance, checked)
+        check_here("the model", self.parameters())
+        swap = can_be_sparse(self, sparse_kernel, sparse_dtype)
+        copied = copy.deepcopy(self)
+        copied._activate(checked)
+        model = copied._as_plain()
+        extract_described(model)
+        if swap:
+            make_sparse(model, sparse_kernel, sparse_dtype, False)
+        return model
+
+    def unload(self) -> nn.Module:
+        """Make this the ordinary model again that it was, whole, with the weights and in the order that it has now.
+
+        Returns:
+            `nn.Module`: this very object.
+        """
+        self.restore_subnet()
+        activate(self, self._own.structure, self._own.space.max)
+        return self._as_plain()
+
+    def _as_plain(self) -> nn.Module:
+        change_class(self, self.plain_class)
+        del self.__dict__[_STATE]
+        return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the largest subnet as an ordinary checkpoint, in its order, which transformers loads without this package, and
+        beside it `elastic_model.json`, with which `ElasticModel.from_pretrained` makes the super-network of it again. Arguments are
+        those of the model's own `save_pretrained`.
+
+        Raises:
+            ValueError: if the model is none of transformers.
+        """
+        if not isinstance(self, PreTrainedModel):
+            raise ValueError(
+                f"`save_pretrained` is for models of transformers, got {self.plain_class.__name__}: save `state_dict()`."
+            )
+        is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
+        if is_main and not os.path.isfile(save_directory):
+            saving.remove(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if is_main:
+            own = self._own
+            saving.write(save_directory, self, own.config, own.space, own.chosen)
+        if push:  # writes a folder of its own, by this method
+            hub = {name: kwargs[name] for name in ("commit_message", "private", "token", "revision") if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *args: Any, model_class: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load a super-network that `save_pretrained` has written, with its chosen subnet.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): the folder, or a repository of the hub.
+            model_class (*optional*): the class to load the model with, or an Auto class; by default the one it was saved from.
+            *args, **kwargs: of its `from_pretrained`.
+
+        Returns:
+            `ElasticModel`: in evaluation mode, as transformers' `from_pretrained`.
+
+        Raises:
+            ValueError: if it is none, is damaged, or the model does not have that search space.
+        """
+        if cls is not ElasticModel:
+            return cls.plain_class.from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[attr-defined]
+        hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        saved = saving.read(name_or_path, **{name: kwargs[name] for name in hub if name in kwargs})
+        config = ElasticConfig.from_dict(saved["config"])
+        model = (model_class or saving.class_of(saved)).from_pretrained(name_or_path, *args, **kwargs)
+        model = model[0] if isinstance(model, tuple) else model  # `output_loading_info`
+        saving.take_orders(model, saved)
+        structure, space = _read(model, config)
+        if space.fingerprint != saving.space_of(saved).fingerprint:
+            raise ValueError(
+                f"{saving.FILE} of {os.fspath(name_or_path)!r} has another search space than its model: one of the two was exchanged."
+            )
+        chosen = None if saved["active_subnet"] is None else space.subnet(saved["active_subnet"])
+        _make_elastic(model, _State(config, structure, space, space.max))
+        if chosen is not None:
+            model.set_subnet(chosen)
+        return model
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # copies and pickles are made from the plain class, which takes the state along
+        return _new_elastic, (self.plain_class,), self.__dict__
+
+
+# the model is its own host
+setattr(ElasticModel, HOST_ATTRIBUTE, property(lambda model: model))
+
+
+def get_elastic_model(model: nn.Module, config: ElasticConfig) -> Any:
+    """
+    Make a super-network of a model's own weights, the sibling of `peft.get_peft_model`.
+
+    Train it with `Trainer` and a `SubnetSamplingCallback`, or with `ElasticTrainer`; search it with `search_subnet`.
+
+    Args:
+        model (`nn.Module`): a model of transformers, or any with blocks of a known layout; it is changed in place, and computes what
+            it did.
+        config (`ElasticConfig`): what is elastic. The model keeps a copy.
+
+    Returns:
+        `ElasticModel`: the same object, which is of its own class still.
+
+    Raises:
+        ValueError: if the model has adapters or is elastic already, an option is not possible in it, or a subnet could be saved and
+            not loaded; nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise wrong("model", "a model (`nn.Module`)", model)
+    if not isinstance(config, ElasticConfig):
+        raise wrong("config", "an `ElasticConfig`", config)
+    if isinstance(model, ElasticModel):
+        raise ValueError("`model` is elastic already; `model.unload()` makes it an ordinary one.")
+    adapted = next((path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if adapted is not None or getattr(model, HOST_ATTRIBUTE, None) is not None:
+        raise ValueError(
+            f"`model` must have no adapters, got one in {adapted!r}: merge it (`merge_and_unload()`), or make the adapter elastic "
+            "(`ElasticLoraConfig`)."
+        )
+    config = copy.deepcopy(config)
+    config.check()
+    structure, space = _read(model, config)
+    check_describable(model, space.choices)
+    if config.elastic_width and config.importance == "magnitude":
+        widths = [width for width in structure.widths if width.kind in config.elastic_width]
+        check_sortable(model, widths)
+    _make_elastic(model, _State(config, structure, space, space.max))
+    if config.elastic_width and config.importance == "magnitude":
+        model.sort_by_importance(progress=False)  # type: ignore[operator]
+    return model
+
+
+def _read(model: nn.Module, config: ElasticConfig) -> tuple[Structure, SearchSpace]:
+    """The structure of a model, and the search space that a configuration makes of it.
+
+    Raises:
+        ValueError: if that is not possible.
+    """
+    check_here("the model", model.parameters())
+    structure = Structure(model)
+    choices = structural_choices(structure, config.elastic_width, config.depth_entries)
+    check_narrowable_layers(model, structure, choices)
+    _check_whole(structure, choices)
+    return structure, SearchSpace(choices, layer_shapes(model, structure, choices, {}))
+
+
+def _check_whole(structure: Structure, choices: list[Choice]) -> None:
+    """ValueError if the largest subnet would not be the model itself."""
+    for choice in choices:
+        if choice.kind in KINDS and choice.options[0] != structure.width(choice.key).full:
+            raise wrong(
+                f"elastic_width[{choice.kind!r}]",
+                f"options with the whole width, 1.0 or {structure.width(choice.key).full} for {choice.name!r}",
+                list(choice.options),
+            )
+
+
+def _make_elastic(model: nn.Module, state: _State) -> None:
+    model.__dict__[_STATE] = state
+    change_class(model, _elastic_class(type(model)))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _elastic_class(cls: type[nn.Module]) -> type[ElasticModel]:
+    # The name stays: transformers, accelerate and Trainer go by it.
+    members = {"plain_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (ElasticModel, cls), members)
+
+
+def _new_elastic(cls: type[nn.Module]) -> nn.Module:
+    elastic = _elastic_class(cls)  # type: ignore[arg-type]
+    return elastic.__new__(elastic)

@@ -1,0 +1,141 @@
+# Copyright 2026 The peft-elastic authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The file beside an ordinary checkpoint that makes a super-network of it again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import cached_file
+
+from ..common.documents import ANYTHING, COUNT, TEXT, Document, ListOf, MapOf, Nullable, Record
+from ..common.writing import atomic_write_text
+from ..structure.importance import is_stored_in, note_orders, noted_orders
+from ..supernet.space import SearchSpace, Subnet
+from .config import ElasticConfig
+
+
+FILE = "elastic_model.json"
+_DOCUMENT = Document(
+    "super-network",
+    "peft-elastic/elastic-model",
+    1,
+    Record(
+        model_class=TEXT,
+        config=MapOf(ANYTHING),
+        search_space=MapOf(ANYTHING),
+        orders=MapOf(ListOf(COUNT)),
+        active_subnet=Nullable(MapOf(COUNT)),
+    ),
+)
+
+
+def write(
+    folder: str | os.PathLike[str],
+    model: torch.nn.Module,
+    config: ElasticConfig,
+    space: SearchSpace,
+    chosen: Subnet | None,
+) -> None:
+    """Write the file, after the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        model: whose orders are noted.
+        config: what is elastic.
+        space: the choices.
+        chosen: the chosen subnet; None is the largest.
+    """
+    fields = {
+        "model_class": type(model).__name__,
+        "config": config.to_dict(),
+        "search_space": json.loads(space.to_json()),
+        "orders": {name: order.tolist() for name, order in noted_orders(model).items()},
+        "active_subnet": None if chosen is None else chosen.to_dict(),
+    }
+    atomic_write_text(Path(folder) / FILE, json.dumps(_DOCUMENT.wrap(fields), indent=1))
+
+
+def remove(folder: str | os.PathLike[str]) -> None:
+    """Remove the file before another checkpoint takes the place of the one beside it: interrupted, that would be of neither."""
+    (Path(folder) / FILE).unlink(missing_ok=True)
+
+
+def read(name_or_path: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    """Read the file of a folder, or of a repository of the hub.
+
+    Args:
+        name_or_path: the folder, or the name of the repository.
+        **kwargs: of `transformers.utils.cached_file`.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged.
+    """
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, kwargs.get("subfolder") or "", FILE)
+        found = path if os.path.isfile(path) else None
+    else:
+        found = cached_file(name_or_path, FILE, _raise_exceptions_for_missing_entries=False, **kwargs)
+    if found is None:
+        raise ValueError(
+            f"{os.fspath(name_or_path)!r} has no {FILE}: it is not a super-network that `save_pretrained` has written, or that was "
+            "interrupted. An ordinary model becomes one with `get_elastic_model(model, ElasticConfig(...))`."
+        )
+    return _DOCUMENT.read(found)
+
+
+def class_of(saved: dict[str, Any]) -> Any:
+    """The class of transformers that the checkpoint is of.
+
+    Raises:
+        ValueError: if transformers has no such class.
+    """
+    cls = getattr(transformers, saved["model_class"], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"`model_class` is needed: transformers {transformers.__version__} has no model {saved['model_class']!r}. Pass the class, or "
+            "an Auto class with `trust_remote_code=True`."
+        )
+    return cls
+
+
+def space_of(saved: dict[str, Any]) -> SearchSpace:
+    """The search space that the super-network had."""
+    return SearchSpace.from_json(json.dumps(saved["search_space"]))
+
+
+def take_orders(model: torch.nn.Module, saved: dict[str, Any]) -> None:
+    """Note the orders that the checkpoint of a model is in.
+
+    Raises:
+        ValueError: if they are none of its, or of another checkpoint.
+    """
+    orders = {name: torch.tensor(order, dtype=torch.int64) for name, order in saved["orders"].items()}
+    for name, order in orders.items():
+        if sorted(order.tolist()) != list(range(len(order))):
+            raise ValueError(f"{FILE}: the order of {name!r} is no permutation; the file is damaged.")
+    if orders and not is_stored_in(model, orders):
+        raise ValueError(
+            f"{FILE} says that heads and channels are sorted, and config.json does not: the two were not saved together."
+        )
+    if not orders and is_stored_in(model, orders):
+        raise ValueError(
+            f"config.json says that heads and channels are sorted, and {FILE} does not: the two were not saved together."
+        )
+    note_orders(model, orders)
