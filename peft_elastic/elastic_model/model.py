@@ -214,16 +214,19 @@ class ElasticModel(nn.Module):
         Returns:
             `list[dict]`: two groups, `{"params": [...], "weight_decay": ...}`.
         """
-        decayed: dict[int, nn.Parameter] = {}  # by identity: tied ones stand in several modules
-        others: dict[int, nn.Parameter] = {}
-        for module in self.modules():
-            is_norm = "norm" in type(module).__name__.lower()
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    (others if is_norm or name.endswith("bias") else decayed)[id(parameter)] = parameter
+        norms = {
+            id(parameter)
+            for module in self.modules()
+            if "norm" in type(module).__name__.lower()
+            for parameter in module._parameters.values()
+        }
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        others = [parameter for name, parameter in trained if "bias" in name or id(parameter) in norms]
+        left_out = {*map(id, others)}
+        decayed = [parameter for _, parameter in trained if id(parameter) not in left_out]
         return [
-            {"params": list(decayed.values()), "weight_decay": weight_decay},
-            {"params": list(others.values()), "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
 
     # -- search ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,7 @@ class ElasticTrainerMixin(_Trainer):
                 "`distillation` is a model that shares weights with the trained one, so it would change with it. Use 'max' "
                 "to distill from the largest subnet, or a copy (`copy.deepcopy`) made before it became elastic."
             )
+        _check_labels(teacher, self.model)
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self.args.device)
         teacher.eval()
@@ -290,6 +292,28 @@ class ElasticTrainerMixin(_Trainer):
 
 class ElasticTrainer(ElasticTrainerMixin, Trainer):
     """transformers' Trainer, training several subnets in each optimizer step. See [`ElasticTrainerMixin`]."""
+
+
+def _check_labels(teacher: nn.Module, model: nn.Module) -> None:
+    """ValueError if a teacher and the trained model are classifiers that mean different things by their classes."""
+    ours, theirs = (_labels_of(each) for each in (model, teacher))
+    if ours is None or theirs is None:
+        return
+    named = [labels for labels in (ours, theirs) if any(name != f"LABEL_{i}" for i, name in labels.items())]
+    if len(ours) != len(theirs) or (len(named) == 2 and named[0] != named[1]):
+        raise wrong("distillation", f"a model with the labels of the trained one, {ours}", theirs)
+
+
+def _labels_of(model: nn.Module) -> dict[int, str] | None:
+    """Number -> name of the classes of a classifier, which are not the names of the configuration alone: language models have them too."""
+    config = getattr(model, "config", None)
+    if not re.search("For(Sequence|Token|Image|Audio|Video)\\w*Classification$", _class_name(model)):
+        return None
+    return dict(getattr(config, "id2label", None) or {}) or None
+
+
+def _class_name(model: Any) -> str:
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
 def _shape(tensor: Any) -> str:

@@ -137,7 +137,9 @@ def test_sorting_at_a_narrow_subnet_sorts_the_whole():
 def test_the_class_is_still_the_own():
     model = elastic(tiny_bert())
     assert isinstance(model, ElasticModel)
-    assert type(model).__name__ == "BertForSequenceClassification" and issubclass(type(model), BertForSequenceClassification)
+    assert type(model).__name__ == "BertForSequenceClassification" and issubclass(
+        type(model), BertForSequenceClassification
+    )
     plain = model.unload()
     assert plain is model and not isinstance(model, ElasticModel) and not hasattr(model, "set_subnet")
 
