@@ -360,14 +360,13 @@ class ElasticLoraModel(LoraModel):
     ) -> nn.Module:
         """Merge the active subnet into the base model and unload the adapter; then swap in sparse layers where they pay.
 
-        Merging a dense LoRA update fills the zeros of the layers that it changes, and only layers that are still sparse
-        are swapped.
+        Merging a dense LoRA update fills the zeros of the layers that it changes; those that are still sparse are swapped.
 
         Args:
             progressbar, safe_merge, adapter_names: as in peft.
-            sparse_kernel (`str` or `bool`): "auto" calls `peft_elastic.sparsify_linears` if the model is on the CPU and the
-                C++ extension is there, which swaps the layers that are measured to be faster; True swaps every layer with
-                30% zeros or more and raises where it cannot; False leaves the model dense.
+            sparse_kernel (`str` or `bool`): "auto" calls `peft_elastic.sparsify_linears` if the model is on the CPU and the C++
+                extension is there, which swaps the layers that are measured to be faster; True swaps every layer with 30% zeros or more
+                and raises where it cannot; False does nothing.
             sparse_dtype (`str`): "bf16" or "int8", of the values of the sparse layers. Weights are rounded to it.
 
         Returns:
