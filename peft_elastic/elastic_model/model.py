@@ -229,6 +229,11 @@ class ElasticModel(nn.Module):
             {"params": others, "weight_decay": 0.0},
         ]
 
+    @property
+    def loader(self) -> Any:
+        """What makes such a model of a folder, in the workers of a search."""
+        return ElasticModel.from_pretrained
+
     # -- search ------------------------------------------------------------------------------------------------------
 
     def search_subnet(self, *args: Any, **kwargs: Any) -> Any:

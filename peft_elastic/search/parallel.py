@@ -75,8 +75,15 @@ class Parallel:
     threads: int
 
     @classmethod
-    def checked(cls, executor: Any, worker_model: Any, devices: Any, worker_threads: Any) -> Parallel | None:
-        """From what a user wrote; None if there is no executor.
+    def checked(
+        cls,
+        executor: Any,
+        worker_model: Any,
+        devices: Any,
+        worker_threads: Any,
+        load: Callable[[str], Any] | None = None,
+    ) -> Parallel | None:
+        """From what a user wrote, and what loads a saved model where that is no adapter; None if there is no executor.
 
         Raises:
             ValueError: if an argument is not allowed.
@@ -98,11 +105,11 @@ class Parallel:
                 executor,
             )
         if isinstance(worker_model, (str, os.PathLike)):
-            worker_model = worker.SavedModel(os.fspath(worker_model))
+            worker_model = worker.SavedModel(os.fspath(worker_model), load)
         if not callable(worker_model) or isinstance(worker_model, torch.nn.Module):
             raise wrong(
                 "worker_model",
-                "a function without arguments that makes a copy of `model`, or the folder of a saved adapter, for with `executor` "
+                "a function without arguments that makes a copy of `model`, or the folder of a saved one, for with `executor` "
                 "each worker has a copy of its own",
                 worker_model,
             )

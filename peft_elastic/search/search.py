@@ -28,7 +28,7 @@ import torch
 from ..common.progress import progress_bar
 from ..cost.latency import LatencyModel
 from ..supernet.context import subnet_restored
-from ..supernet.host import get_elastic_host
+from ..supernet.host import ElasticHost, get_elastic_host
 from ..supernet.space import SearchSpace, Subnet
 from .algorithms import ALGORITHMS, SearchAlgorithm
 from .constraints import Constraints, resolve_bounds
@@ -80,7 +80,7 @@ def search_subnet(
 
     Args:
         model (`nn.Module`):
-            A model with an elastic adapter; anything `get_elastic_host` accepts.
+            An `ElasticModel`, or a model with an elastic adapter; anything `get_elastic_host` accepts.
         evaluate (`Callable`):
             Called as `evaluate(model)` with this very object, in evaluation mode, under `torch.no_grad()` and with the
             subnet active. Returns a number or a dict of named numbers; all values of a dict are recorded. Use
@@ -134,7 +134,7 @@ def search_subnet(
             return the same result.
         worker_model (`Callable` or `str`, needed with an executor):
             A function without arguments that makes a copy of `model` in a worker, or the folder (or hub name) of a saved
-            adapter. It is called once in each worker, and the copy compared with `model`: space and every weight.
+            adapter or `ElasticModel`. It is called once in each worker, and the copy compared with `model`: space and every weight.
         devices (`Sequence[str]`, *optional*):
             The worker with number i of a machine moves its model to `devices[i % len(devices)]`; a CUDA device is the current
             one already when `worker_model` is called. By default the model stays where `worker_model` puts it.
@@ -153,7 +153,8 @@ def search_subnet(
         ChildProcessError: if an evaluation ends its worker again and again. One that dies is replaced, where the executor can, and its
             evaluation done again. An exception of `evaluate` in a worker is raised here, with the worker's traceback.
     """
-    parallel = Parallel.checked(executor, worker_model, devices, worker_threads)
+    load = getattr(model, "loader", None) if isinstance(model, ElasticHost) else None
+    parallel = Parallel.checked(executor, worker_model, devices, worker_threads, load)
     arguments: dict[str, Any] = {
         "evaluate": evaluate,
         "held_out": held_out,

@@ -33,7 +33,7 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -90,11 +90,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Makes the model of a folder that `save_pretrained` wrote for an elastic adapter, on the base model that it names."""
+    """Makes the model of a folder that `save_pretrained` wrote, of an elastic adapter on the base model that it names, or of another
+    kind of host, which says how (`ElasticModel.loader`).
+
+    Args:
+        folder (`str`): the folder, or a name of the hub.
+        load (`Callable`, *optional*): of the host; None for adapters.
+    """
 
     folder: str
+    load: Callable[[str], Any] | None = None
 
     def __call__(self) -> Any:
+        if self.load is not None:
+            return self.load(self.folder).eval()
         import peft
 
         task = peft.PeftConfig.from_pretrained(self.folder).task_type

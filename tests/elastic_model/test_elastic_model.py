@@ -346,6 +346,24 @@ def test_search(tmp_path):
     assert closeness(whole)(small.eval()) == pytest.approx(best.metrics["closeness"], rel=1e-4)
 
 
+def first_logit(model):
+    return model(torch.arange(3, 9)[None])[0][0, 0].item()
+
+
+def test_search_in_processes(tmp_path):
+    """Workers load the saved super-network, and find what one process finds."""
+    model = elastic(tiny_bert(), elastic_depth="all", importance="magnitude")
+    model.save_pretrained(tmp_path)
+    settings = {"objectives": ["logit", "macs"], "n_evals": 6, "progress": False}
+    alone = search_subnet(model, first_logit, **settings)
+    together = search_subnet(model, first_logit, **settings, executor=2, worker_model=tmp_path)
+    assert [e.subnet for e in together.history] == [e.subnet for e in alone.history]
+    for one, other in zip(together.history, alone.history):
+        assert one.metrics == pytest.approx(
+            other.metrics, rel=1e-5
+        )  # weights that are read from a file lie elsewhere in memory
+
+
 def test_the_search_holds_no_second_copy_of_the_weights():
     """Bytes of all tensors alive during an evaluation, against those before."""
     model = elastic(tiny_bert(hidden_size=128, num_attention_heads=4, intermediate_size=256))

@@ -390,8 +390,7 @@ class ElasticLoraModel(LoraModel):
         sparse_kernel: str | bool = "auto",
         sparse_dtype: str = "bf16",
     ) -> nn.Module:
-        """Copy of the base model what belongs to a subnet, and merge the adapter into it: what `merge_and_unload` gives, while
-        the super-network stays as it is.
+        """Copy what belongs to a subnet, and merge the adapter into it: `merge_and_unload`, while the super-network stays as it is.
 
         Args:
             subnet (`Subnet`, `Mapping[str, int]` or `str`, *optional*): as in `set_subnet`; the chosen one by default.
