@@ -22,6 +22,7 @@ from .version import __version__
 
 # Three lists of the same names: for type checkers and editors, for the reader, and for `__getattr__`; a test compares them.
 if TYPE_CHECKING:
+    from .cost.bounds import Bounds, bounds_by_importance
     from .cost.latency import LatencyModel
     from .deploy import (
         GenerationReport,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BalancedSampler",
     "BlockPrunerConfig",
+    "Bounds",
     "Choice",
     "ElasticLoraConfig",
     "ElasticLoraModel",
@@ -108,6 +110,7 @@ __all__ = [
     "WandaConfig",
     "WidthPrunerConfig",
     "__version__",
+    "bounds_by_importance",
     "densify_linears",
     "explain_generation",
     "load_gptq",
@@ -129,6 +132,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_package(
     __name__,
     {
+        ".cost.bounds": ("Bounds", "bounds_by_importance"),
         ".cost.latency": ("LatencyModel",),
         ".deploy": (
             "GenerationReport",
