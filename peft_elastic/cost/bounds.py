@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """How wide each block of a super-network should be able to become: found from the importance of its heads and channels and a few
-target costs, as EFTNAS does (Munoz et al., LREC-COLING 2024, section 3.1)."""
+target costs, as EFTNAS does (LREC-COLING 2024)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -245,8 +245,6 @@ def bounds_by_importance(
     - Units with equal scores stay or go together, and so do those that are rounded up. Costs move in jumps, and a target between
       two subnets gives the nearer one, the cheaper one if both are as near. `str` of the result marks what is off by more than 1%.
 
-    After EFTNAS, https://aclanthology.org/2024.lrec-main.1296, section 3.1.
-
     Args:
         model (`nn.Module`): a transformers model, or a `PeftModel`, whose adapters are not counted; nothing of it may be narrowed.
         scores (`Mapping[str, torch.Tensor]`): one number for each unit, larger for what is more important, by the name of each
@@ -271,7 +269,7 @@ def bounds_by_importance(
             narrowed, or a target is out of reach.
     """
     check_choice("cost", cost, COSTS)
-    if not isinstance(kinds, (tuple, list)) or not kinds or set(kinds) - set(KINDS):
+    if not isinstance(kinds, (tuple, list)) or not kinds or any(kind not in KINDS for kind in kinds):
         raise wrong("kinds", f"{KINDS} or one of them", kinds)
     check_choice("per", per, SCORES_PER)
     check_whole("multiple", multiple, least=1)
@@ -281,6 +279,7 @@ def bounds_by_importance(
         raise ValueError(f"`sequence_length` is for `cost='macs'`, not for {cost!r}.")
     if (latency_inputs is None) == (cost == "latency"):
         raise ValueError(f"`latency_inputs` must be given with `cost='latency'`, and with no other, got {cost!r}.")
+    given = _checked_targets(targets, cost)
     base = _base(model)
     if is_narrowed(base):
         raise ValueError("A part of `model` is not active; choose the widest subnet first, `model.set_subnet('max')`.")
@@ -294,6 +293,7 @@ def bounds_by_importance(
         measure = getattr(CostModel(base, space, sequence_length), cost)
     if per == "cost":
         groups.divide_by_cost(measure, space)
+    groups.keep_stacks()
     thresholds = groups.thresholds()
 
     @cache
@@ -301,9 +301,8 @@ def bounds_by_importance(
         return float(measure(groups.subnet(space, thresholds[index])))
 
     whole, least = cost_at(0), cost_at(len(thresholds) - 1)
-    wanted = _resolved(targets, cost, whole, least)
     found = []
-    for asked, value in wanted:
+    for asked, value in _resolved(given, cost, whole, least):
         index = _nearest(value, len(thresholds) - 1, cost_at)
         found.append(Target(asked, value, cost_at(index), groups.subnet(space, thresholds[index])))
     widths, depth = groups.options(space, [target.subnet for target in found])
@@ -391,15 +390,14 @@ class _Groups:
             left = group.size(math.inf)
             saved = whole - measure(Subnet({**space.max, **_values(group, left)}))
             units = group.width.units - left // group.width.unit
-            if saved > 0:
-                self._groups[i] = replace(group, scores=group.scores * (units / saved))
+            # a group that cannot be cut saves nothing, and by measurement another one may not either
+            self._groups[i] = replace(group, scores=group.scores * (units / max(saved, _TOLERANCE * whole)))
 
     def thresholds(self) -> list[float]:
-        """All that give different subnets, the lowest first, which keeps everything; nothing is above the last one."""
-        self._keep_stacks()
+        """All that may give different subnets, the lowest first, which keeps everything; nothing is above the last one."""
         return [*np.unique(np.concatenate([group.scores for group in self._groups])).tolist(), math.inf]
 
-    def _keep_stacks(self) -> None:
+    def keep_stacks(self) -> None:
         """Let the part that would vanish last stay in every stack that would be empty without it."""
         blocks = self._structure.blocks
         for stack in dict.fromkeys(block.stack for block in blocks):
@@ -421,7 +419,7 @@ class _Groups:
             vanished |= {(block.path, group.part) for block in group.blocks if size == 0}
         for block in self._structure.blocks:
             if (key := block.depth_key()) in values and _is_empty(block, vanished):
-                values[key] = 0
+                values |= {block.depth_key(part): 1 for part in PARTS if part not in block.removed} | {key: 0}
         return Subnet(values)
 
     def options(
@@ -445,7 +443,7 @@ def _values(group: _Group, size: int) -> dict[str, int]:
     return {block.depth_key(group.part): 0 for block in group.blocks}
 
 
-def _is_empty(block: Block, vanished: Iterable[tuple[str, str]]) -> bool:
+def _is_empty(block: Block, vanished: Collection[tuple[str, str]]) -> bool:
     """Whether nothing of a block is left without these parts of blocks."""
     return all(part in block.removed or (block.path, part) in vanished for part in PARTS)
 
@@ -464,21 +462,29 @@ def _nearest(value: float, last: int, cost_at: Callable[[int], float]) -> int:
     return min(visited, key=lambda index: (abs(cost_at(index) - value), cost_at(index), index))
 
 
-def _resolved(targets: Any, cost: str, whole: float, least: float) -> list[tuple[str | None, float]]:
+def _checked_targets(targets: Any, cost: str) -> list[Any]:
+    """ValueError unless these are shares of a cost, or costs."""
+    given = [] if isinstance(targets, (str, Mapping)) or not isinstance(targets, Iterable) else list(targets)
+    if not given:
+        raise wrong("targets", "a list such as ['100%', '50%']", targets)
+    for target in given:
+        value = parse_bound(target, 1.0)
+        if not is_finite(value) or value <= 0:
+            what = f"shares of the whole model such as '50%', or positive numbers of {COSTS[cost].unit}"
+            raise wrong("targets", what, target)
+    return given
+
+
+def _resolved(targets: list[Any], cost: str, whole: float, least: float) -> list[tuple[str | None, float]]:
     """Each target as the share that was given, and as a cost.
 
     Raises:
-        ValueError: if one is none, out of reach, or there twice.
+        ValueError: if one is out of reach, or there twice.
     """
     unit = COSTS[cost].unit
-    if isinstance(targets, (str, Mapping)) or not isinstance(targets, Iterable):
-        raise wrong("targets", "a list such as ['100%', '50%']", targets)
     resolved: list[tuple[str | None, float]] = []
     for given in targets:
-        value = parse_bound(given, whole)
-        if not is_finite(value) or value <= 0:
-            raise wrong("targets", f"shares of the whole model such as '50%', or positive numbers of {unit}", given)
-        value = float(value)
+        value = float(parse_bound(given, whole))
         room = _TOLERANCE * whole
         if not least - room <= value <= whole + room:
             raise ValueError(
@@ -488,8 +494,6 @@ def _resolved(targets: Any, cost: str, whole: float, least: float) -> list[tuple
         if any(math.isclose(value, other, rel_tol=_TOLERANCE) for _, other in resolved):
             raise ValueError(f"`targets` must differ, and {given!r} is there twice, {value:,.6g} {unit}.")
         resolved.append((given if isinstance(given, str) else None, value))
-    if not resolved:
-        raise wrong("targets", "a list such as ['100%', '50%']", targets)
     return resolved
 
 
@@ -507,7 +511,10 @@ def _checked_scores(structure: Structure, widths: Sequence[Width], scores: Any) 
         )
     checked = {}
     for name in needed:
-        score = torch.as_tensor(scores[name]).detach().to("cpu", torch.float64)
+        try:
+            score = torch.as_tensor(scores[name]).detach().to("cpu", torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise wrong(f"scores[{name!r}]", f"{units[name]} numbers", scores[name]) from None
         if score.shape != (units[name],):
             raise ValueError(
                 f"`scores` are those of another model: {name!r} has {units[name]} units, the scores are of shape "

@@ -21,7 +21,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from support.elastic_models import build, close, inputs_of
@@ -158,7 +158,7 @@ def all_costs(scores, multiple, skip_below):
     return [reference(scores, threshold, multiple, skip_below, kept)[0] for threshold in (math.inf, *thresholds)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     levels=st.sampled_from([1, 3, 20, 10**6]),
@@ -221,6 +221,8 @@ def test_a_target_between_two_jumps_gives_the_nearest_and_says_so(llama):
     whole, smallest = bounds.whole, 96 * 32 + 8 * 32 * 6
     assert [target.reached for target in bounds.targets] == [whole, whole, smallest]
     assert [target.is_close for target in bounds.targets] == [True, False, False]
+    middle = bounds_by_importance(llama, equal, targets=[(whole + smallest) / 2])
+    assert middle.targets[0].reached == smallest  # the cheaper of two
     lines = str(bounds).splitlines()
     assert not lines[1].endswith("the nearest")
     assert lines[2].split()[:3] == ["65%", f"{0.65 * whole:,.0f}", f"{whole:,.0f}"]
@@ -328,13 +330,21 @@ def test_parts_and_blocks_that_vanish_become_skippable(llama):
     assert bounds.targets[1].reached == bounds.targets[1].cost
     assert bounds.elastic_depth == ["model.layers.0.attention", "model.layers.2"] and bounds.elastic_width is None
     assert bounds.targets[1].subnet == {"depth:model.layers.0.attention": 0, "depth:model.layers.2": 0}
-    # one more target narrows what a smaller one skips
-    more = bounds_by_importance(llama, scores, targets=[whole - block, whole - block - 2 * 1536])
-    assert more.elastic_width == {"heads": {"model.layers.0": [4, 2]}} or "model.layers.2" in more.elastic_depth
     network = super_network(llama, bounds)
     network.set_subnet({**network.search_space.max, **bounds.targets[1].subnet})
     small = network.extract_subnet()
     assert len(small.model.layers) == 2
+
+
+def test_what_a_target_narrows_a_smaller_one_may_skip(llama):
+    scores = graded(llama, lambda name: name == "model.layers.2")
+    whole = 3 * (2 * 1536 + 48 * 96) + 96 * 32
+    bounds = bounds_by_importance(llama, scores, targets=[whole - 24 * 96, whole - 48 * 96])
+    assert [target.off for target in bounds.targets] == [0, 0]
+    assert bounds.elastic_width == {"mlp": {"model.layers.2": [48, 24]}}
+    assert bounds.elastic_depth == ["model.layers.2.mlp"]
+    keys = "mlp:model.layers.2", "depth:model.layers.2.mlp"
+    assert [target.subnet for target in bounds.targets] == [dict(zip(keys, (24, 1))), dict(zip(keys, (48, 0)))]
 
 
 def test_nothing_is_skipped_with_zero_and_more_with_more(llama):
@@ -380,9 +390,12 @@ def test_a_block_without_attention_vanishes_with_its_mlp(llama):
 
 def test_one_group_of_heads_vanishes_or_stays():
     model = tiny_llama(num_key_value_heads=1)
-    bounds = bounds_by_importance(model, random_scores(model, seed=3), targets=["80%", "60%", "40%"])
-    assert "heads" not in bounds.elastic_width
-    assert any(name.endswith(("attention", ".0", ".1")) for name in bounds.elastic_depth or ())
+    scores = graded(model, lambda name: name == "model.layers.1.self_attn")
+    attention = 32 * (4 + 1 + 1 + 4) * 8
+    whole = 2 * (attention + 48 * 96) + 96 * 32
+    bounds = bounds_by_importance(model, scores, targets=[whole, whole - attention])
+    assert (bounds.elastic_width, bounds.elastic_depth) == (None, ["model.layers.1.attention"])
+    assert [target.off for target in bounds.targets] == [0, 0]
 
 
 # -- heads that are tied in a stack ------------------------------------------------------------------------------------
@@ -576,6 +589,8 @@ def test_scores_of_another_model(llama):
         bounds_by_importance(llama, random_scores(tiny_llama(num_hidden_layers=LAYERS, intermediate_size=56)))
     with pytest.raises(ValueError, match=r"another model: 'model.layers.1' has 48 units, .* shape \(48, 1\)"):
         bounds_by_importance(llama, scores | {"model.layers.1": torch.ones(48, 1)})
+    with pytest.raises(ValueError, match=r"`scores\['model.layers.1'\]` must be 48 numbers, got 'high'"):
+        bounds_by_importance(llama, scores | {"model.layers.1": "high"})
     for value in (math.nan, math.inf):
         bad = scores["model.layers.1"].clone()
         bad[5] = value
