@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .quantization.quantize import quantize
     from .search import SearchResult, search_subnet
     from .structure import sort_by_importance
+    from .structure.movement import MovementCallback
     from .supernet import (
         BalancedSampler,
         Choice,
@@ -85,6 +86,7 @@ __all__ = [
     "GenerationReport",
     "LatencyModel",
     "MagnitudeConfig",
+    "MovementCallback",
     "MultiPrunerConfig",
     "PruningPlan",
     "PruningReport",
@@ -157,6 +159,7 @@ __getattr__, __dir__ = lazy_package(
         ".quantization.quantize": ("quantize",),
         ".search": ("SearchResult", "search_subnet"),
         ".structure": ("sort_by_importance",),
+        ".structure.movement": ("MovementCallback",),
         ".supernet": (
             "BalancedSampler",
             "Choice",
