@@ -110,6 +110,9 @@ def sort_by_importance(
     if not widths:
         raise ValueError(f"`model` ({type(model).__name__}) has no block whose {' or '.join(kinds)} are known.")
     check_sortable(model, widths)
+    if isinstance(importance, Mapping):  # scores of both kinds may be given where one of them is sorted
+        others = {order.name for width in structure.widths if width.kind not in kinds for order in width.orders}
+        importance = {name: score for name, score in importance.items() if name not in others}
     scores = measure_importance(model, widths, importance, calibration, max_samples=max_samples, progress=progress)
     orders = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
     apply_orders(model, widths, orders)
