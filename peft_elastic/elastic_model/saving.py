@@ -48,7 +48,7 @@ _DOCUMENT = Document(
 
 def write(
     folder: str | os.PathLike[str],
-    model: torch.nn.Module,
+    model: Any,
     config: ElasticConfig,
     space: SearchSpace,
     chosen: Subnet | None,
@@ -57,13 +57,13 @@ def write(
 
     Args:
         folder: of the checkpoint.
-        model: whose orders are noted.
+        model: an `ElasticModel`, whose orders are noted.
         config: what is elastic.
         space: the choices.
         chosen: the chosen subnet; None is the largest.
     """
     fields = {
-        "model_class": type(model).__name__,
+        "model_class": model.plain_class.__name__,  # FSDP2 gives a model another one
         "config": config.to_dict(),
         "search_space": json.loads(space.to_json()),
         "orders": {name: order.tolist() for name, order in noted_orders(model).items()},

@@ -27,6 +27,8 @@ from support.engines import CASES, STEPS
 from support.fresh import run
 from support.places import REPOSITORY, TESTS
 
+from peft_elastic import ElasticModel
+
 
 SCRIPT = TESTS / "support" / "engines.py"
 DEEPSPEED = pytest.mark.skipif(
@@ -68,6 +70,8 @@ def assert_same(folder, alone):
         torch.testing.assert_close(found[what], expected[what], rtol=2e-6, atol=1e-5)
     name = "model.safetensors" if folder.name.startswith("weights") else "adapter_model.safetensors"
     weights, wanted = (load_file(path / "adapter" / name) for path in (folder, alone))
+    if folder.name.startswith("weights"):
+        assert ElasticModel.from_pretrained(folder / "adapter").search_space.size > 1
     assert weights.keys() == wanted.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4)
