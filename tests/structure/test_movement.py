@@ -426,6 +426,16 @@ def test_adapters(tmp_path):
     model.extract_subnet("min")
 
 
+def test_layers_that_the_model_does_not_call(tmp_path):
+    model = plain_bert()
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.forward = lambda x: layer.intermediate_act_fn(nn.functional.linear(x, layer.dense.weight, layer.dense.bias))
+    with pytest.warns(
+        UserWarning, match="Nothing was learned from bert.encoder.layer.0.intermediate.dense: the model has not"
+    ):
+        trainer_of(model, tmp_path, MovementCallback()).train()
+
+
 @pytest.mark.parametrize("where", ["forward", "between"])
 def test_training_that_raises(tmp_path, where):
     model, callback = plain_bert(), MovementCallback(start=0.5)
@@ -470,7 +480,9 @@ def assert_same_result(found, expected, tolerance=0.0):
         assert_same(found[what], expected[what], tolerance)
 
 
-@pytest.mark.parametrize("restore", [False, True], ids=["", "restore_callback_states_from_checkpoint"])
+@pytest.mark.parametrize(
+    "restore", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "restored callbacks"]
+)
 def test_killed_and_resumed_in_another_process(tmp_path, restore):
     settings = {"gradient_accumulation_steps": 2}
     whole = train(tmp_path / "whole", **settings)
@@ -491,6 +503,10 @@ def test_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / "two" / f"rank-{rank}.pt") for rank in (0, 1))
     assert_same_result(second, first)
+    resume = {"resume": str(tmp_path / "two" / "checkpoint-5"), **settings}
+    done = run_fresh(_TWO, str(tmp_path / "two"), json.dumps(resume))
+    assert done.returncode == 0, done.stderr
+    assert_same_result(torch.load(tmp_path / "two" / "rank-1.pt"), first)
     for result in (first, alone):  # those of keys have a gradient of rounding errors alone, which Adam makes large
         result["weights"] = {key: weight for key, weight in result["weights"].items() if "key.bias" not in key}
     assert_same_result(first, alone, 1e-5)
