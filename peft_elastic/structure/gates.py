@@ -37,8 +37,9 @@ from .modules import module_at
 from .parts import Order, Slot, Width
 
 
-# Products are summed over so many elements at a time: what they need in float32 beside the model stays small, and in the cache.
-_AT_A_TIME = 2**18
+# Products are summed over so many elements at a time: on a CPU what fits into its cache, elsewhere what is little beside a model.
+_AT_A_TIME = {"cpu": 2**16}
+_ELSEWHERE = 2**24
 
 
 class _Gate(torch.autograd.Function):
@@ -70,7 +71,7 @@ def _sum_of_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of a * b: two (..., features) -> (features,), float32 or wider whatever they are."""
     features = a.shape[-1]
     dtype = torch.promote_types(a.dtype, torch.float32)
-    tokens = max(1, _AT_A_TIME // features)
+    tokens = max(1, _AT_A_TIME.get(a.device.type, _ELSEWHERE) // features)
     total = torch.zeros(features, dtype=dtype, device=a.device)
     for x, y in zip(a.reshape(-1, features).split(tokens), b.reshape(-1, features).split(tokens)):
         total += (x.to(dtype) * y.to(dtype)).sum(0)

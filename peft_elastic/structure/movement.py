@@ -121,7 +121,10 @@ class MovementCallback(TrainerCallback, ExportableState):
             or any(kind not in KINDS for kind in kinds)
         ):
             raise wrong("kinds", f"{list(KINDS)} or one of them", kinds)
-        self.start, self.end, self.penalty, self.learning_rate = start, end, penalty, learning_rate
+        self.start, self.end, self.learning_rate = (
+            None if value is None else float(value) for value in (start, end, learning_rate)
+        )
+        self.penalty = float(penalty)
         self.kinds = tuple(kinds)
         self._model: Optional[weakref.ref[nn.Module]] = None
         self._run: Optional[_Run] = None
@@ -234,6 +237,7 @@ class _Run:
         self._structure = fingerprint(widths)
         self._threshold: Optional[float] = None  # at the first step that gates
         self._done = 0
+        self._has_begun = False
 
     def scores(self) -> dict[str, torch.Tensor]:
         return {name: score.detach().float().cpu().clone() for name, score in self.gates.scores.items()}
@@ -261,7 +265,7 @@ class _Run:
         self._optimizer.zero_grad()
         self.gates.shut(self.threshold(step))
         self.gates.attach(loop)
-        self._done = step
+        self._done, self._has_begun = step, True
 
     def learn(self, rate: float) -> None:
         """Take the optimizer step of the scores."""
@@ -280,7 +284,8 @@ class _Run:
         self._done += 1
 
     def warn_of_unreached(self) -> None:
-        if unreached := sorted({slot.path for slot in self.gates.slots} - self.gates.reached) if self._done else []:
+        unreached = sorted({slot.path for slot in self.gates.slots} - self.gates.reached)
+        if unreached and self._has_begun:
             warnings.warn(
                 f"Nothing was learned from {', '.join(unreached)}: the model has not called these layers in training.",
                 stacklevel=2,

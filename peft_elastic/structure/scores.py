@@ -88,8 +88,10 @@ def load_scores(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, tor
 
 
 def _structure_of(model: nn.Module, scores: Mapping[str, torch.Tensor]) -> str:
-    """The fingerprint of what has these scores in a model; empty if some are of other sizes."""
-    widths = [width for width in Structure(model).widths if any(order.name in scores for order in width.orders)]
+    """The fingerprint of the kinds of units that have these scores in a model; empty if it has others, or of other sizes."""
+    every = Structure(model).widths
+    kinds = {width.kind for width in every if any(order.name in scores for order in width.orders)}
+    widths = [width for width in every if width.kind in kinds]
     units = {order.name: width.units for width in widths for order in width.orders}
     return fingerprint(widths) if {name: len(score) for name, score in scores.items()} == units else ""
 
