@@ -52,7 +52,7 @@ from .scores import base_of, fingerprint
 _QUANTILE = 0.001
 # Lagunas' blocks of attention matrices, whose elements weigh the penalty
 _BLOCK = 32 * 32
-# The distributed types of accelerate that this was tried with.
+# The distributed types of accelerate under which gradients of the scores are averaged here: DDP, which was tried with gloo on CPUs.
 _ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 _LEARNED = Record(
