@@ -22,6 +22,7 @@ from .version import __version__
 
 # Three lists of the same names: for type checkers and editors, for the reader, and for `__getattr__`; a test compares them.
 if TYPE_CHECKING:
+    from .cost.bounds import Bounds, bounds_by_importance
     from .cost.latency import LatencyModel
     from .deploy import (
         GenerationReport,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .quantization.quantize import quantize
     from .search import SearchResult, search_subnet
     from .structure import sort_by_importance
+    from .structure.movement import MovementCallback
     from .supernet import (
         BalancedSampler,
         Choice,
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BalancedSampler",
     "BlockPrunerConfig",
+    "Bounds",
     "Choice",
     "ElasticConfig",
     "ElasticLoraConfig",
@@ -88,6 +91,7 @@ __all__ = [
     "GenerationReport",
     "LatencyModel",
     "MagnitudeConfig",
+    "MovementCallback",
     "MultiPrunerConfig",
     "PruningPlan",
     "PruningReport",
@@ -111,6 +115,7 @@ __all__ = [
     "WandaConfig",
     "WidthPrunerConfig",
     "__version__",
+    "bounds_by_importance",
     "densify_linears",
     "explain_generation",
     "get_elastic_model",
@@ -133,6 +138,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_package(
     __name__,
     {
+        ".cost.bounds": ("Bounds", "bounds_by_importance"),
         ".cost.latency": ("LatencyModel",),
         ".deploy": (
             "GenerationReport",
@@ -162,6 +168,7 @@ __getattr__, __dir__ = lazy_package(
         ".quantization.quantize": ("quantize",),
         ".search": ("SearchResult", "search_subnet"),
         ".structure": ("sort_by_importance",),
+        ".structure.movement": ("MovementCallback",),
         ".supernet": (
             "BalancedSampler",
             "Choice",

@@ -36,7 +36,7 @@ from peft_elastic import (
 from peft_elastic.common import ranks
 from peft_elastic.common.checks import wrong
 from peft_elastic.layers.grid import BITS
-from peft_elastic.structure.importance import IMPORTANCES
+from peft_elastic.structure.importance import MEASURED
 from peft_elastic.supernet.samplers import STRATEGIES
 
 from . import _common, _data
@@ -173,7 +173,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     structure.add_argument(
         "--importance",
-        choices=IMPORTANCES,
+        choices=MEASURED,
         default=default_of(ElasticLoraConfig, "importance"),
         help="what heads and channels are sorted by before the training, so that narrow subnets keep the best (default: "
         "%(default)s)",

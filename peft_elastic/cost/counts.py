@@ -15,14 +15,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..common.checks import check_whole
 from ..common.names import has_suffix
+from ..structure.reading import Reading
 from ..structure.removed import Removed
 from ..supernet.space import Choice, LayerShape, SearchSpace
 from .merged import base_modules, is_mergeable, merged_linears
@@ -60,13 +64,26 @@ COST_NAMES = tuple(name for name, cost in COSTS.items() if cost.counted)
 ALWAYS_RECORDED = tuple(name for name, cost in COSTS.items() if cost.always_recorded)
 
 
+def parse_bound(bound: Any, whole: float) -> Any:
+    """A number as it is, a percentage as a share of `whole`, NaN for any other text."""
+    if not isinstance(bound, str):
+        return bound
+    try:
+        return float(bound.strip().removesuffix("%")) / 100 * whole if "%" in bound else math.nan
+    except ValueError:
+        return math.nan
+
+
 class CostModel:
     """Multiply-accumulates per token, number of parameters and size on disk of the subnets of a model.
 
     - `macs`: each linear layer, `lm_head` included, counts in_features * out_features, each convolution its kernel
       once (so: per output position), and each adapter its active rank * (active in_features + active out_features). Zeros
-      of a pruned weight count like any other. What depends on the sequence length or the routing is left out: embedding
-      look-ups, normalisation, attention scores, fused mixture-of-experts weights.
+      of a pruned weight count like any other. Left out are embedding look-ups, normalisation, and what depends on the routing,
+      fused mixture-of-experts weights. With a `sequence_length` n the two products of every attention whose heads a layout
+      knows (`peft_elastic.structure`) count as well, Q K^T and P V: 2 * n * heads * head_dim for a token that sees n others, as
+      in an encoder. The same is counted for causal and sliding attention, as published figures do, and for attention to an
+      encoder of n tokens. The unit stays one token: n times as much is a sequence, 11.2 G for BERT-base and n = 128.
     - `parameters`: every parameter of the base model once (tied ones once, embeddings included, packed quantised
       weights by their logical shape), without those that width and depth switch off, plus the adapter parameters that
       are active.
@@ -80,13 +97,15 @@ class CostModel:
         model (`nn.Module`): the model with its adapters, whatever subnet is active. A module below an attribute that starts
             with `lora_` belongs to an adapter, and `base_layer` is the layer an adapter wraps.
         space (`SearchSpace`): the choices of the model, with the layers that width and depth change.
+        sequence_length (`int`, *optional*): tokens of the sequences whose attention products count in `macs`; None for none.
 
     Raises:
         ValueError: if the space has a kind of choice whose cost is not known, a width or depth choice without layers, or a
-            layer with weights that the model does not have.
+            layer with weights that the model does not have; or the sequence length is no whole number from 1.
     """
 
-    def __init__(self, model: nn.Module, space: SearchSpace) -> None:
+    def __init__(self, model: nn.Module, space: SearchSpace, sequence_length: int | None = None) -> None:
+        check_whole("sequence_length", sequence_length, least=1, optional=True)
         unknown = sorted({choice.kind for choice in space} - {"rank", "heads", "mlp", "depth"})
         if unknown:
             raise ValueError(
@@ -134,6 +153,7 @@ class CostModel:
             self._layers.append((layer, linear, per_parameter))
         embeddings = {name: m for name, m in modules.items() if isinstance(m, nn.Embedding)}
         self._looked_up = {choice.key: n for choice in space if (n := _looked_up(choice, embeddings))}
+        self._products = [] if sequence_length is None else _attention_products(model, space, sequence_length)
 
     def macs(self, subnet: Mapping[str, int]) -> int:
         """Multiply-accumulates per token."""
@@ -143,7 +163,7 @@ class CostModel:
         for layer in self.space.layers:
             out_features, in_features = layer.size(subnet)
             total -= layer.out_features * layer.in_features - out_features * in_features
-        return total
+        return total + sum(math.prod(product.size(subnet)) for product in self._products)
 
     def parameters(self, subnet: Mapping[str, int]) -> int:
         """Parameters of the active part of the base model and of the adapter."""
@@ -175,6 +195,35 @@ def _find(layer: LayerShape, modules: Mapping[str, nn.Module]) -> str | None:
     if layer.name in modules:
         return layer.name
     return next((path for path in modules if has_suffix(path, layer.name)), None)
+
+
+def _attention_products(model: nn.Module, space: SearchSpace, sequence_length: int) -> list[LayerShape]:
+    """What a token multiplies in Q K^T and P V, as layers that take each feature of the query heads to both of them."""
+    reading = Reading(model)
+    widths = {attention.path: width for width in reading.widths for attention in width.attentions}
+
+    def keys(kind: str, path: str) -> tuple[str, ...]:
+        # paths in the model are longer than those of the space where something is around the base model
+        found = (choice.key for choice in space if choice.kind == kind and has_suffix(path, choice.name))
+        return tuple(found)[:1]
+
+    products = []
+    for block in reading.blocks:
+        depth = keys("depth", block.path) + keys("depth", f"{block.path}.attention")
+        for attention in block.attentions:
+            width = widths.get(attention.path)
+            elastic = () if width is None else keys("heads", width.name)
+            products.append(
+                LayerShape(
+                    attention.path,
+                    attention.heads * attention.head_dim,
+                    2 * sequence_length,
+                    width=elastic[0] if elastic else None,
+                    full_width=1 if width is None else width.full,
+                    depth=depth,
+                )
+            )
+    return products
 
 
 def _linear_size(module: nn.Module) -> int:

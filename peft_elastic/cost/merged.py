@@ -46,8 +46,8 @@ class MergedLinear:
         bias (`bool`): whether it has one.
         dtype (`torch.dtype`): of the weight.
         sparsity (`float`): share of the zeros that the merge keeps: those of a layer without adapter, or whose adapter is
-            masked by them; 0 for any other, and for a weight that another module shares or an output embedding, which stay
-            dense.
+            masked by them; 0 for any other, for a weight that another module shares or an output embedding, which stay
+            dense, and for one that is not in memory.
         bits, group_size (`int`, *optional*): of the grid, if the merged layer is on one.
     """
 
@@ -119,7 +119,7 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
             grid = module._modules["grid"]
         stays_dense = shared[id(weight)] > 1 or module is output
         sparsity = 0.0
-        if masked and not stays_dense and weight.numel():
+        if masked and not stays_dense and weight.numel() and not weight.is_meta:
             # an adapter on a grid is masked by the zeros from before the rounding
             rounded = called is module and backend.on_grid
             values = grid.round(weight.detach()) if rounded else weight

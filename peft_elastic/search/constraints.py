@@ -15,14 +15,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..common.checks import is_finite, wrong
-from ..cost.counts import COSTS
+from ..cost.counts import COSTS, parse_bound
 from ..supernet.space import SearchSpace, Subnet
 
 
@@ -112,16 +111,6 @@ NEEDS_LATENCY = (
     "needs a measured latency model: pass `latency=LatencyModel(model, inputs)` with a batch of the inputs that the model "
     "will serve (`from peft_elastic import LatencyModel`)."
 )
-
-
-def parse_bound(bound: Any, whole: float) -> Any:
-    """A number as it is, a percentage as a share of `whole`, NaN for any other text."""
-    if not isinstance(bound, str):
-        return bound
-    try:
-        return float(bound.strip().removesuffix("%")) / 100 * whole if "%" in bound else math.nan
-    except ValueError:
-        return math.nan
 
 
 def is_number(value: Any) -> bool:

@@ -131,9 +131,10 @@ class Meter:
         seed: int,
         latency: LatencyModel | None,
         bounded: Iterable[str],
+        sequence_length: int | None = None,
     ) -> None:
         self.model, self.host = model, host
-        self.cost_model, self.latency = CostModel(model, host.search_space), latency
+        self.cost_model, self.latency = CostModel(model, host.search_space, sequence_length), latency
         asked = {target.name for target in targets if target.function is None} | set(bounded)
         self.recorded = [name for name in COSTS if name in {*asked, *ALWAYS_RECORDED}]
         self.probe = Probe(evaluate, held_out, tuple(targets), tuple(self.recorded), seed)

@@ -40,9 +40,9 @@ from ..common.documents import (
     Record,
 )
 from ..common.writing import atomic_write_text
-from ..cost.counts import COSTS
+from ..cost.counts import COSTS, parse_bound
 from ..supernet.space import SearchSpace, Subnet
-from .constraints import TOLERANCE, excess, is_bound, is_number, parse_bound
+from .constraints import TOLERANCE, excess, is_bound, is_number
 from .hypervolume import hypervolumes
 from .values import from_json, to_json
 

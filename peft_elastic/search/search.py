@@ -71,6 +71,7 @@ def search_subnet(
     worker_model: Callable[[], Any] | str | os.PathLike[str] | None = None,
     devices: Sequence[str] | None = None,
     worker_threads: int | None = None,
+    sequence_length: int | None = None,
 ) -> SearchResult:
     """Search the subnets of an elastic model for the best trade-offs.
 
@@ -140,6 +141,9 @@ def search_subnet(
             one already when `worker_model` is called. By default the model stays where `worker_model` puts it.
         worker_threads (`int`, defaults to 1 with an executor):
             Threads of torch in each worker, on the CPU. The last bits of a value may depend on it.
+        sequence_length (`int`, *optional*):
+            Tokens of the sequences whose attention products `"macs"` counts, as published figures do; by default it counts
+            none of them (see `CostModel`).
 
     Returns:
         `SearchResult`: all evaluations, with `pareto`, `best(...)`, `plot(...)`.
@@ -166,6 +170,7 @@ def search_subnet(
         "seed": seed,
         "save_dir": save_dir,
         "latency": latency,
+        "sequence_length": sequence_length,
         "constraints": constraints,
         "keywords": {
             "max_bytes": max_bytes,
@@ -181,7 +186,8 @@ def search_subnet(
         host = get_elastic_host(model)
         settings = SearchSettings.checked(host.search_space, **arguments)
         functions = settings.evaluate, settings.held_out, settings.targets
-        return settings, Meter(model, host, *functions, settings.seed, settings.latency, settings.bounds)
+        costs = settings.latency, settings.bounds, settings.sequence_length
+        return settings, Meter(model, host, *functions, settings.seed, *costs)
 
     if isinstance(executor, str):  # "ranks"
         return on_ranks(checked, lambda settings, meter, crew: _search(settings, meter, crew, progress))

@@ -49,6 +49,7 @@ class SearchSettings:
         algorithm (`str`), n_evals, population, seed (`int`): as given.
         folder (`Path`, *optional*): `save_dir`.
         latency (`LatencyModel`, *optional*): the one to predict with: that of the folder, if a search began there.
+        sequence_length (`int`, *optional*): whose attention products count.
         bounds (`dict[str, Any]`): by name of the cost, as the user wrote them.
         reference_points (`list[list[float]]`, *optional*): in the order and the units of the objectives.
     """
@@ -62,6 +63,7 @@ class SearchSettings:
     seed: int
     folder: Path | None = None
     latency: LatencyModel | None = None
+    sequence_length: int | None = None
     bounds: dict[str, Any] = field(default_factory=dict)
     reference_points: list[list[float]] | None = None
 
@@ -135,6 +137,7 @@ class SearchSettings:
         } | self.recorded
         header |= {f"{name} of the max subnet": largest[name] for name in ALWAYS_RECORDED}
         header |= {"constraints": self.bounds} if self.bounds else {}
+        header |= {} if self.sequence_length is None else {"sequence_length": self.sequence_length}
         return header | ({} if self.latency is None else {"latency": self.latency.workload})
 
 
@@ -147,6 +150,7 @@ def _check_arguments(
     population: int,
     seed: int,
     latency: Any,
+    sequence_length: Any,
 ) -> None:
     if not callable(evaluate):
         raise wrong("evaluate", "a function of the model", evaluate)
@@ -156,6 +160,7 @@ def _check_arguments(
     check_whole("n_evals", n_evals, least=1)
     check_whole("population", population, least=4)
     check_whole("seed", seed, least=0, most=2**32 - 1)
+    check_whole("sequence_length", sequence_length, least=1, optional=True)
     if latency is not None and not isinstance(latency, LatencyModel):
         raise wrong("latency", "a LatencyModel", latency)
     if latency is not None and latency.space != space:

@@ -17,6 +17,7 @@ to feed calibration data through them block by block."""
 from .blocks import Structure
 from .importance import sort_by_importance
 from .layouts import AttentionLayout, BlockLayout, MLPLayout, register_layout, skip_attention, skip_to_zeros
+from .scores import load_scores, save_scores
 
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "BlockLayout",
     "MLPLayout",
     "Structure",
+    "load_scores",
     "register_layout",
+    "save_scores",
     "skip_attention",
     "skip_to_zeros",
     "sort_by_importance",

@@ -27,7 +27,7 @@ from ..layers.backends import backend_of, find_backend
 from ..layers.backends.float import cut_parameter
 from ..layers.grid import Grid
 from ..layers.narrowed import active_ranges
-from .importance import note_orders
+from .importance import note_orders, note_scores
 from .inputs import is_encoder_decoder
 from .modules import linear_layers, replace_layers
 from .narrow import is_skipped, set_active
@@ -104,6 +104,7 @@ def extract(
             _leave_quantizer(model, [new for _, new in replacements])
         kept = {stack: _remove_blocks(model, stack, blocks) for stack, blocks in stacks.items()}
         note_orders(model, {})  # what is left of the units has no order of the whole
+        note_scores(model, {})  # and other names
         finish()
     return {stack: numbers for stack, numbers in kept.items() if numbers}
 

@@ -40,11 +40,15 @@ from .reading import Reading
 from .sequential import BlockWalker
 
 
-IMPORTANCES = ("activation", "gradient", "magnitude", "none")
+# What is known of a model as it is, on the spot.
+MEASURED = ("activation", "gradient", "magnitude", "none")
+IMPORTANCES = ("activation", "gradient", "magnitude", "movement", "none")
 # Where a sorted model keeps, by the name of each `Order`, which unit of the original model each unit is.
 ORDER_ATTRIBUTE = "_peft_elastic_order"
 # Where the configuration of a sorted model says which order that is, so that a checkpoint of it is not sorted once more.
 ORDER_SETTING = "peft_elastic_order"
+# Where a model keeps, by the name of each `Order`, the scores that were learned in a training, of its units as they are now.
+_SCORES_ATTRIBUTE = "_peft_elastic_movement"
 
 # What a user may give as scores: by the name of the block (MLP channels), or attention or stack (heads), one number for each
 # unit, or a function of it.
@@ -75,6 +79,7 @@ def sort_by_importance(
             mean square over sequences (https://huggingface.co/papers/1906.10771, equation 8; needs the loss of the model:
             batches with `labels`, or a causal language model).
             "magnitude": the sum of the absolute weights of the unit in all of its layers, without data.
+            "movement": the scores that a training with `MovementCallback` has learned, or that `load_scores` has read.
             "none": nothing is sorted.
             Or your own scores, a tensor (units,) by the name of each of `Structure(model).widths[...].orders`; larger is more
             important, and what is left out stays as it is.
@@ -105,6 +110,9 @@ def sort_by_importance(
     if not widths:
         raise ValueError(f"`model` ({type(model).__name__}) has no block whose {' or '.join(kinds)} are known.")
     check_sortable(model, widths)
+    if isinstance(importance, Mapping):  # scores of both kinds may be given where one of them is sorted
+        others = {order.name for width in structure.widths if width.kind not in kinds for order in width.orders}
+        importance = {name: score for name, score in importance.items() if name not in others}
     scores = measure_importance(model, widths, importance, calibration, max_samples=max_samples, progress=progress)
     orders = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
     apply_orders(model, widths, orders)
@@ -125,6 +133,8 @@ def measure_importance(
         return _own_scores(widths, importance)
     if importance not in IMPORTANCES:
         raise ValueError(f"`importance` must be one of {list(IMPORTANCES)} or your own scores, got {importance!r}.")
+    if importance == "movement":
+        return _learned_scores(model, widths)
     if importance == "magnitude":
         return _for_each_order(widths, lambda slot, units: _absolute_weights(model, slot, units), all_slots=True)
     if calibration is None:
@@ -188,6 +198,7 @@ def apply_orders(model: nn.Module, widths: list[Width], orders: Mapping[str, tor
     """Put units into another order: unit i becomes what unit `orders[name][i]` was. Adapters are moved along, and the model
     notes which unit of the original each one is now."""
     noted: dict[str, torch.Tensor] = model.__dict__.setdefault(ORDER_ATTRIBUTE, {})
+    learned = noted_scores(model)
     for width in widths:
         for order in width.orders:
             if order.name not in orders:
@@ -197,7 +208,10 @@ def apply_orders(model: nn.Module, widths: list[Width], orders: Mapping[str, tor
                 permute(model.get_submodule(slot.path), slot.side, slot.index(permutation))
             before = noted.get(order.name, torch.arange(width.units))
             noted[order.name] = before[permutation]
+            if order.name in learned:
+                learned[order.name] = learned[order.name][permutation]
     note_orders(model, noted)
+    note_scores(model, learned)
 
 
 def note_orders(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> None:
@@ -241,6 +255,24 @@ def noted_orders(model: nn.Module) -> dict[str, torch.Tensor]:
     """Which unit of the original model each unit is now, int64 (units,), by the name of the order; empty for an unsorted
     model."""
     return dict(model.__dict__.get(ORDER_ATTRIBUTE, {}))
+
+
+def order_digest(model: nn.Module) -> str | None:
+    """What tells the order that the units of a model are in from others; None for that of the original model."""
+    orders = noted_orders(model)
+    return _digest(orders) if orders else _settings(model).get(ORDER_SETTING)
+
+
+def note_scores(model: nn.Module, scores: Mapping[str, torch.Tensor]) -> None:
+    """Note what a training has learned of the importance of the units of a model: float32 (units,) by the name of each order."""
+    model.__dict__.pop(_SCORES_ATTRIBUTE, None)
+    if scores:
+        model.__dict__[_SCORES_ATTRIBUTE] = dict(scores)
+
+
+def noted_scores(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `note_scores` noted, of the units as they are now; empty if there is nothing."""
+    return dict(model.__dict__.get(_SCORES_ATTRIBUTE, {}))
 
 
 def reorder(model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> None:
@@ -427,6 +459,21 @@ def _loss(model: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
     if loss is None:
         raise ValueError(f"`model` ({type(model).__name__}) computes no loss, which importance 'gradient' needs.")
     return loss
+
+
+def _learned_scores(model: nn.Module, widths: list[Width]) -> dict[str, torch.Tensor]:
+    learned = noted_scores(model)
+    if not learned:
+        raise ValueError(
+            "`importance='movement'` is learned in a training, and this model has had none: train it with "
+            "`callbacks=[peft_elastic.MovementCallback()]` first, or read scores with `peft_elastic.structure.load_scores`."
+        )
+    if missing := [order.name for width in widths for order in width.orders if order.name not in learned]:
+        raise ValueError(
+            f"`importance='movement'`: nothing was learned of {missing[0]!r}. Learn it (`kinds` of `MovementCallback`), or sort "
+            f"those `kinds` alone of which something was, {sorted(learned)}."
+        )
+    return _own_scores(widths, {order.name: learned[order.name] for width in widths for order in width.orders})
 
 
 def _own_scores(widths: list[Width], scores: Scores) -> dict[str, torch.Tensor]:

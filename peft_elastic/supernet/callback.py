@@ -24,6 +24,7 @@ from ..common import ranks
 from ..common.checks import check_whole
 from .generations import Generations
 from .host import ElasticHost, get_elastic_host
+from .runs import claim_run
 from .samplers import StepSampler, SubnetSampler, sampler_of
 from .space import SearchSpace, Subnet
 from .stages import Stage, StagePlan, check_stages
@@ -122,6 +123,7 @@ class SubnetSamplingCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:
         host = get_elastic_host(model)
+        claim_run(state, self, "ElasticTrainer" if self._several else "SubnetSamplingCallback")
         if hasattr(args, "num_ppo_epochs"):
             raise ValueError(
                 "PPO (`num_ppo_epochs` in the training arguments) takes many optimizer steps in a loop of its own, without telling "

@@ -211,7 +211,13 @@ def test_movie_reviews(cache, package_index):
     assert all(-4 <= rating <= 4 for rating in reviews["rating"])
     assert all(text == text.strip() and 3 <= len(text) <= 257 for text in reviews["text"])
     assert any("é" in text for text in reviews["text"])
-    assert "MIT" in (cache / "vader-icwsm2014-0.5" / "LICENSE.txt").read_text()
+    assert "MIT" in (cache / "vader-icwsm2014-0.5-all" / "LICENSE.txt").read_text()
+    numbers = {"amazon": 3_708, "tweets": 4_200, "editorials": 5_190}
+    for kind, number in numbers.items():
+        texts = assets.rated_texts(kind)
+        assert len(texts) == number and all(-4 <= rating <= 4 for rating in texts["rating"]) and all(texts["text"])
+    with pytest.raises(ValueError, match="`kind` must be 'movie', 'amazon'"):
+        assets.rated_texts("books")
 
 
 @pytest.mark.slow

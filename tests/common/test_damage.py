@@ -34,11 +34,13 @@ from support.models import tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM
 
 from peft_elastic import (
+    Bounds,
     ElasticLoraConfig,
     MultiPrunerConfig,
     PruningPlan,
     SearchResult,
     Subnet,
+    bounds_by_importance,
     prune_structured,
     search_subnet,
     sparsify_linears,
@@ -226,6 +228,15 @@ class Files:
             journal.run("a", "A", lambda: {})
             sum(journal.seconds.values())
 
+        bounds = self.folder / "bounds.json"
+        scores = {order.name: torch.rand(w.units) for w in Structure(self.model).widths for order in w.orders}
+        bounds_by_importance(self.model, scores, targets=["100%", "50%", "25%"]).save(bounds)
+
+        def read_bounds():
+            found = Bounds.load(bounds)
+            str(found), found.to_json(), [target.is_close for target in found.targets]
+
+        self.readers[bounds] = read_bounds
         self.readers[stages] = read_stages
         self.readers[splits] = lambda: quickstart_splits.read_splits(splits)
 
@@ -334,6 +345,7 @@ KINDS = [
     "pruning/pruning_config.json",
     "pruning/evaluations.jsonl",
     "pruning/order-",
+    "bounds.json",
     "stages.json",
     "data.json",
 ]

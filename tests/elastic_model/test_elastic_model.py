@@ -131,6 +131,18 @@ def test_sorting_at_a_narrow_subnet_sorts_the_whole():
         assert torch.equal(model.state_dict()[name], weight), name
 
 
+def test_scores_of_both_kinds_where_one_is_elastic():
+    from peft_elastic.structure.blocks import Structure
+    from peft_elastic.structure.importance import measure_importance
+
+    model = tiny_llama().eval()
+    scores = measure_importance(model, Structure(model).widths, "magnitude")
+    elastic(model, elastic_width={"mlp": [1.0, 0.5]}).sort_by_importance(importance=scores, progress=False)
+    assert all("mlp" in name or name.count(".") == 2 for name in noted_orders(model)) and noted_orders(model)
+    with pytest.raises(ValueError, match="scores for 'nowhere'"):
+        model.sort_by_importance(importance=scores | {"nowhere": torch.ones(3)}, progress=False)
+
+
 # -- the model is still itself -------------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,26 @@ def test_cost_model_errors():
         CostModel(tiny_llama(), SearchSpace([Choice("experts", "a", (1, 0))]))
 
 
+def test_attention_products_count_where_a_sequence_length_is_given(tmp_path):
+    config = ElasticLoraConfig(r=4, elastic_width={"heads": [1.0, 0.5]}, target_modules=["q_proj"], importance="none")
+    model = get_peft_model(tiny_llama(), config)
+    space = model.search_space
+
+    def run(**kwargs):
+        return search(model, lambda m: float(sum(m.active_subnet.values())), n_evals=4, save_dir=tmp_path, **kwargs)
+
+    result = run(sequence_length=100, max_macs="99%")
+    costs = CostModel(model, space, sequence_length=100)
+    assert [e.metrics["macs"] for e in result.history] == [costs.macs(e.subnet) for e in result.history]
+    assert result.constraints == {"macs": pytest.approx(0.99 * costs.macs(space.max))}
+    assert costs.macs(space.max) == CostModel(model, space).macs(space.max) + 2 * 2 * 100 * 32
+    for other in (None, 50):
+        with pytest.raises(ValueError, match=f"another search.*sequence_length is 100 there, {other} here"):
+            run(sequence_length=other, max_macs="99%")
+    with pytest.raises(ValueError, match="`sequence_length` must be a whole number >= 1, or None, got 0"):
+        run(sequence_length=0)
+
+
 # -- constraints -------------------------------------------------------------------------------------------------------
 
 

@@ -38,11 +38,13 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from peft_elastic import (
+    ElasticConfig,
     ElasticLoraConfig,
     ElasticTrainer,
     MagnitudeConfig,
     SparseQALoraConfig,
     SubnetSamplingCallback,
+    get_elastic_model,
     prune,
 )
 from peft_elastic.common import ranks
@@ -58,6 +60,7 @@ METHODS = {
     "rounded": (SparseQALoraConfig, {"quantization_aware": True, "group_size": 16}),
     "shape": (ElasticLoraConfig, SHAPE),
     "all": (SparseQALoraConfig, {"quantization_aware": True, "group_size": 16} | SHAPE),
+    "weights": (ElasticConfig, SHAPE),
 }
 # one subnet in each step, or several with distillation; "accumulated" is the latter with two micro-batches a step
 LOOPS = ("one", "sandwich")
@@ -67,6 +70,8 @@ CASES = [f"{method},{loop}" for method in METHODS for loop in LOOPS] + ["ranks,a
 def make_model(method):
     cls, settings = METHODS[method]
     base = tiny_llama(num_hidden_layers=3)
+    if cls is ElasticConfig:
+        return get_elastic_model(base, cls(**settings))
     if cls is SparseQALoraConfig:
         prune(base, MagnitudeConfig(sparsity=0.5), progress=False)
     torch.manual_seed(100)
@@ -78,7 +83,7 @@ def make_model(method):
 def settings_of(engine, method):
     """Arguments of the Trainer."""
     if engine == "ddp":
-        return {"ddp_backend": "gloo", "ddp_find_unused_parameters": method in ("shape", "all")}
+        return {"ddp_backend": "gloo", "ddp_find_unused_parameters": method in ("shape", "all", "weights")}
     if engine == "fsdp2":
         return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     if engine.startswith("zero"):
@@ -161,7 +166,7 @@ def train(folder, engine, case):
 def units(model, kind):
     """What `fully_shard` is to be called on, before the whole model."""
     if kind == "blocks":
-        return list(model.get_base_model().model.layers)
+        return list(getattr(model, "get_base_model", lambda: model)().model.layers)
     classes = {"root": (), "layers": (LoraLayer,), "linears": (nn.Linear,)}[kind]
     return [
         module

@@ -22,14 +22,14 @@ from typing import Any, ClassVar, TypeVar
 
 from ...common.checks import check_choice, check_whole, is_finite, wrong
 from ...cost.counts import COSTS
-from ...structure.importance import IMPORTANCES
+from ...structure.importance import MEASURED
 from .units import GRANULARITIES
 
 
 MEASURES = tuple(COSTS)
 MODES = ("forward", "decode")
 CHOICES = ("metric", "score", "uniform", "random")
-ORDERS = (*IMPORTANCES, "l1")
+ORDERS = (*MEASURED, "l1")
 
 _C = TypeVar("_C", bound="StructuredPruningConfig")
 
@@ -165,6 +165,11 @@ class StructuredPruningConfig:
             raise wrong("stages", f"a tuple of {list(GRANULARITIES)}, each at most once", self.stages)
         self._check_split()
         self._check_choose()
+        if self.order == "movement":
+            raise ValueError(
+                "`order='movement'` is learned in a training, which pruning does not do: give the scores themselves, "
+                "`order=callback.scores` of `MovementCallback`."
+            )
         if not isinstance(self.order, Mapping) and self.order not in ORDERS:
             raise wrong("order", f"one of {list(ORDERS)}, or scores", self.order)
         group = self.mlp_group

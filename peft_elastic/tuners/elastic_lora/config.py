@@ -67,10 +67,11 @@ class ElasticLoraConfig(LoraConfig):
             The transformer blocks that may be skipped: their numbers, `"4-8"`, paths inside the base model, or `"all"` of them
             but the first, as one has to stay.
             `".attention"` or `".mlp"` behind one of them, as in `"all.mlp"`, makes that part of it skippable alone.
-        importance (`"activation"`, `"gradient"`, `"magnitude"` or `"none"`):
+        importance (`"activation"`, `"gradient"`, `"magnitude"`, `"movement"` or `"none"`):
             What heads and channels are sorted by before anything is narrowed, see `sort_by_importance`. `"magnitude"`
             needs no data and is done when the adapter is added. For the first two, call
-            `model.sort_by_importance(calibration)` before the training. `"none"`: the base is sorted already.
+            `model.sort_by_importance(calibration)` before the training. `"movement"`: train with `MovementCallback` first, then
+            call `model.sort_by_importance()`. `"none"`: the base is sorted already.
         sorted_base (`bool`):
             Whether the adapter belongs to a sorted base. Written when it is sorted, and saved with the adapter, whose file
             holds the order.
@@ -113,7 +114,9 @@ class ElasticLoraConfig(LoraConfig):
     )
     importance: str = field(
         default="activation",
-        metadata={"help": "What heads and channels are sorted by: 'activation', 'gradient', 'magnitude' or 'none'."},
+        metadata={
+            "help": "What heads and channels are sorted by: 'activation', 'gradient', 'magnitude', 'movement' or 'none'."
+        },
     )
     sorted_base: bool = field(
         default=False,
