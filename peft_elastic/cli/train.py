@@ -26,6 +26,7 @@ from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from peft_elastic import (
+    Bounds,
     ElasticConfig,
     ElasticLoraConfig,
     ElasticModel,
@@ -172,6 +173,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "such as all.mlp",
     )
     structure.add_argument(
+        "--bounds",
+        metavar="FILE",
+        help="instead of these two, what bounds_by_importance of the Python API has found for each block; --importance has to be what gave "
+        "its scores",
+    )
+    structure.add_argument(
         "--importance",
         choices=MEASURED,
         default=default_of(ElasticLoraConfig, "importance"),
@@ -295,10 +302,9 @@ def _adapter_config(args: argparse.Namespace) -> ElasticLoraConfig:
         lora_dropout=args.dropout,
         target_modules=args.targets[0] if args.targets == ["all-linear"] else args.targets,
         rank_groups=parse_groups(args.groups),
-        elastic_width=parse_width(args.elastic_width),
-        elastic_depth=args.elastic_depth,
         importance=args.importance,
         task_type="CAUSAL_LM",
+        **_width_and_depth(args),
         **options,
     )
 
@@ -307,15 +313,32 @@ def _full_config(args: argparse.Namespace) -> ElasticConfig:
     of_adapters = [option for name, option in args.given.items() if name != "lr"]
     if of_adapters:
         raise ValueError(f"`{of_adapters[0]}` is of an adapter, and `--full` trains the model without one.")
-    if not args.elastic_width and not args.elastic_depth:
+    elastic = _width_and_depth(args)
+    if not any(elastic.values()):
         raise ValueError(
             "`--full` needs `--elastic-width`, `--elastic-depth` or both: nothing of the model would be elastic."
         )
-    return ElasticConfig(parse_width(args.elastic_width), args.elastic_depth, args.importance)
+    return ElasticConfig(**elastic, importance=args.importance)
+
+
+def _width_and_depth(args: argparse.Namespace) -> dict[str, Any]:
+    if args.bounds is None:
+        return {"elastic_width": parse_width(args.elastic_width), "elastic_depth": args.elastic_depth}
+    if args.elastic_width or args.elastic_depth:
+        raise ValueError("`--bounds` goes without `--elastic-width` and `--elastic-depth`, which it gives.")
+    bounds = Bounds.load(args.bounds)
+    return {"elastic_width": bounds.elastic_width, "elastic_depth": bounds.elastic_depth}
+
+
+def _load_base(args: argparse.Namespace, dtype: str) -> Any:
+    base = _common.load_causal_lm(args.model, dtype, args.device)
+    if args.bounds is not None:
+        Bounds.load(args.bounds).check(base)
+    return base
 
 
 def _make_adapter(args: argparse.Namespace, config: ElasticLoraConfig, calibration: Any) -> Any:
-    base = _common.load_causal_lm(args.model, args.dtype, args.device)
+    base = _load_base(args, args.dtype)
     set_seed(args.seed)  # of the initial weights
     model = get_peft_model(base, config)
     sort(model, calibration)
@@ -335,7 +358,7 @@ def _make_full(args: argparse.Namespace, config: ElasticConfig, calibration: Any
                 f"`--resume`: {checkpoint!r} was made with other `--elastic-width`, `--elastic-depth` or `--importance`."
             )
     else:
-        base = _common.load_causal_lm(args.model, dtype, args.device)
+        base = _load_base(args, dtype)
         if getattr(base.config, "quantization_config", None) is not None:
             raise ValueError(f"`--full` trains all weights, and those of `--model` {args.model!r} are packed.")
         model = get_elastic_model(base, config)

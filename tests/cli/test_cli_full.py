@@ -25,13 +25,15 @@ from safetensors.torch import load_file
 from support import folders
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
-from peft_elastic import ElasticModel, SearchResult, Subnet
+from peft_elastic import ElasticModel, SearchResult, Subnet, bounds_by_importance
 from peft_elastic.cli import _common, _evaluation, _training, main
 from peft_elastic.cli._data import load_records, to_examples
 from peft_elastic.cli._training import last_checkpoint
 from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
 from peft_elastic.cli.quickstart.splits import split_examples
 from peft_elastic.quantization import load_gptq
+from peft_elastic.structure.blocks import Structure
+from peft_elastic.structure.importance import measure_importance
 
 
 FULL = ["--full", "--elastic-width", "heads=1.0,0.5", "mlp=96,72,48", "--elastic-depth", "1"]
@@ -161,6 +163,28 @@ def test_interrupted_training_continues_in_its_order(folder, tmp_path, capsys, m
     assert folders.same(folders.tensors(tmp_path / "whole"), folders.tensors(tmp_path / "broken"))
     files = [(tmp_path / name / "elastic_model.json").read_text() for name in ("whole", "broken")]
     assert files[0] == files[1]
+
+
+def test_bounds(folder, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    scores = measure_importance(base, Structure(base).widths, "magnitude")
+    bounds = bounds_by_importance(base, scores, targets=["100%", "80%", "70%"])
+    bounds.save(tmp_path / "bounds.json")
+    options = ["--bounds", tmp_path / "bounds.json", "--importance", "magnitude", "--steps", "1", "--samples", "8"]
+    command = ["train", "--model", folder / "model", "--dataset", folder / "train.jsonl", *options]
+    assert run(*command, "--full", "--out", tmp_path / "full") == 0
+    assert run(*command, "--r", "4", "--targets", "q_proj", "--out", tmp_path / "adapter") == 0
+    config = ElasticModel.from_pretrained(tmp_path / "full").elastic_config
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert bounds.elastic_width and config.elastic_width == bounds.elastic_width == saved["elastic_width"]
+    assert config.elastic_depth == bounds.elastic_depth == saved["elastic_depth"]
+    base.config.num_hidden_layers = 1
+    type(base)(base.config).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "other")
+    command[2] = tmp_path / "other"
+    capsys.readouterr()
+    assert run(*command, "--full", "--out", tmp_path / "x") == 2
+    assert "the bounds are for" in capsys.readouterr().err
 
 
 # -- search and merge ----------------------------------------------------------------------------------------------
@@ -296,6 +320,8 @@ MERGE_HERE = ["merge", "--model", "{supernet}"]
         ([*TRAIN_HERE, "--elastic-width", "heads=4,3"], "which move in groups of 2"),
         ([*TRAIN_HERE, "--elastic-width", "heads=0.5"], "options with the whole width"),
         ([*TRAIN_HERE, "--elastic-depth", "7"], "the blocks are 0 to 1"),
+        ([*WIDE, "--bounds", "{train}"], "`--bounds` goes without `--elastic-width`"),
+        ([*TRAIN_HERE, "--bounds", "missing.json"], "missing.json"),
         ([*WIDE, "--distillation", "max"], "`--strategy sandwich`"),
         ([*WIDE, "--resume"], "no checkpoint"),
         ([*WIDE, "--out", "{model}"], "exists already"),
