@@ -395,6 +395,38 @@ class Run:
         return found
 
 
+def step_costs(args: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of the passes of a training step of each subnet, forward and backward, of dense fine-tuning, and of AdamW's
+    part, all in turn on one batch; and the shares of MACs."""
+    torch.manual_seed(0)
+    folder = str(assets.minilm_l6())
+    dense = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).train()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    get_elastic_model(model, ElasticConfig(UNIFORM, importance="none")).train()
+    costs = CostModel(model, model.search_space, sequence_length=LENGTH)
+    ids = torch.randint(1000, 20000, (args.batch, LENGTH))
+    labels = torch.randint(0, 2, (args.batch,))
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-6)
+    times: dict[str, list[float]] = {name: [] for name in ("dense", "max", "heuristic", "min", "optimizer")}
+
+    def timed(name: str, function: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        function()
+        times[name].append(1e3 * (time.perf_counter() - started))
+
+    for round in range(3 if args.smoke else 25):
+        timed("dense", lambda: dense(ids, labels=labels).loss.backward())
+        timed("optimizer", optimizer.step)
+        for name in ("max", "heuristic", "min"):
+            model.sample_subnet(name)
+            timed(name, lambda: model(ids, labels=labels).loss.backward())
+        if round == 0:  # the first one makes the gradients
+            times = {name: [] for name in times}
+    space = model.search_space
+    shares = {n: costs.macs(getattr(space, n)) / costs.macs(space.max) for n in ("max", "heuristic", "min")}
+    return {"milliseconds": {name: median(values) for name, values in times.items()}, "shares": shares}
+
+
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +440,21 @@ def student(values: list[float], digits: int = 1, sign: str = "") -> str:
 
 def report(results: dict[str, Any]) -> str:
     parts = [f"{describe_machine(results['machine'])} Settings: {results['settings']}."]
+    step = results["step"]
+    times, shares = step["milliseconds"], step["shares"]
+    rows = [
+        [name, f"{times[name]:.0f} ms", f"{times[name] / times['dense']:.2f}", f"{shares[name]:.2f}"]
+        for name in shares
+    ]
+    rows.append(
+        [
+            "the three",
+            f"{sum(times[n] for n in shares):.0f} ms",
+            f"{sum(times[n] for n in shares) / times['dense']:.2f}",
+            f"{sum(shares.values()):.2f}",
+        ]
+    )
+    parts.append(table(["passes of a step", "time", "of dense fine-tuning's", "MACs"], rows))
     for task in TASKS:
         runs = [run for run in results["runs"] if run["task"] == task]
         if runs:
@@ -497,8 +544,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--teacher-epochs", type=float, default=4)
     parser.add_argument("--movement-epochs", type=float, default=3)
     parser.add_argument("--order-epochs", type=float, default=2)
-    parser.add_argument("--epochs", type=float, default=6, help="of a super-network")
-    parser.add_argument("--evaluations", type=int, default=100)
+    parser.add_argument("--epochs", type=float, default=4, help="of a super-network")
+    parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--report", action="store_true", help="report what is finished in OUT, and compute nothing")
     parser.add_argument("--smoke", action="store_true", help="a few steps")
     args = parser.parse_args(argv)
@@ -514,9 +561,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             done = (args.out / f"{task}-{seed}" / "latency.json").exists()
             if done or not args.report:
                 runs.append(Run(task, seed, args).all())
+    step = args.out / "step.json"
+    if not step.exists():
+        atomic_write_text(step, json.dumps(step_costs(args)))
     hidden = ("out", "sst2", "tasks", "seeds", "report", "smoke")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
-    results = {"settings": settings, "machine": machine(), "runs": runs}
+    results = {"settings": settings, "machine": machine(), "step": json.loads(step.read_text()), "runs": runs}
     atomic_write_text(args.out / "eftnas.json", json.dumps(results))
     text = report(results)
     atomic_write_text(args.out / "eftnas.md", text + "\n")

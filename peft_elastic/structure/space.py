@@ -257,7 +257,7 @@ def _options_of_widths(
         return [(width, options) for width in widths]
     found: dict[str, Options] = {}
     for path, values in options.items():
-        named = [width.name for width in widths if has_suffix(width.name, path)]
+        named = _named(path, [width.name for width in widths])
         if len(named) != 1:
             what = "is no block" if not named else f"is any of {named[:3]}"
             raise ValueError(
@@ -268,6 +268,11 @@ def _options_of_widths(
             raise ValueError(f"`elastic_width[{kind!r}]` has {named[0]!r} twice, also as {path!r}.")
         found[named[0]] = values
     return [(width, found[width.name]) for width in widths if width.name in found]
+
+
+def _named(path: str, names: Sequence[str]) -> list[str]:
+    """Those of the names that a path means: the one that it is, or else all that end in it."""
+    return [path] if path in names else [name for name in names if has_suffix(name, path)]
 
 
 def _value_of(width: Width, option: int | float, options: Sequence[int | float]) -> int:
@@ -306,7 +311,8 @@ def _read_depth(structure: Reading, entry: int | str) -> dict[str, str]:
             raise ValueError(f"`elastic_depth` has {entry!r}; the blocks are 0 to {count - 1}.")
         blocks = [block for block in structure.blocks if first <= block.index <= last]
     else:
-        blocks = [block for block in structure.blocks if has_suffix(block.path, text)]
+        meant = _named(text, [block.path for block in structure.blocks])
+        blocks = [block for block in structure.blocks if block.path in meant]
         if len(blocks) != 1:
             raise ValueError(
                 f"`elastic_depth` has {entry!r}, which is no block of the model; the blocks are {_paths(structure)}."

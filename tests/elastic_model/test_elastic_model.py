@@ -28,9 +28,19 @@ from support.models import default_dtype, outputs, tiny_bert, tiny_llama, tiny_v
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from peft_elastic import ElasticConfig, ElasticLoraConfig, ElasticModel, LatencyModel, get_elastic_model, search_subnet
+from peft_elastic import (
+    Bounds,
+    ElasticConfig,
+    ElasticLoraConfig,
+    ElasticModel,
+    LatencyModel,
+    bounds_by_importance,
+    get_elastic_model,
+    search_subnet,
+)
 from peft_elastic.cost.counts import CostModel
-from peft_elastic.structure.importance import noted_orders
+from peft_elastic.structure.blocks import Structure
+from peft_elastic.structure.importance import measure_importance, noted_orders
 from peft_elastic.supernet import ElasticHost, get_elastic_host
 
 
@@ -132,9 +142,6 @@ def test_sorting_at_a_narrow_subnet_sorts_the_whole():
 
 
 def test_scores_of_both_kinds_where_one_is_elastic():
-    from peft_elastic.structure.blocks import Structure
-    from peft_elastic.structure.importance import measure_importance
-
     model = tiny_llama().eval()
     scores = measure_importance(model, Structure(model).widths, "magnitude")
     elastic(model, elastic_width={"mlp": [1.0, 0.5]}).sort_by_importance(importance=scores, progress=False)
@@ -481,3 +488,34 @@ def test_a_classifier_keeps_its_head(tmp_path):
     model.save_pretrained(tmp_path)
     again = ElasticModel.from_pretrained(tmp_path)
     close(outputs(again, {"input_ids": tokens()}), outputs(model, {"input_ids": tokens()}))
+
+
+# -- options that importance finds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "vit"])
+def test_bounds_are_ready_to_use(name, tmp_path):
+    """Options, order and subnets of the targets from the same scores; the kept set is the first of the sorted ones."""
+    model = build(name, num_hidden_layers=3).eval()
+    scores = measure_importance(model, Structure(model).widths, "magnitude")
+    whole = outputs(model, inputs_of(name))
+    bounds = bounds_by_importance(model, scores, targets=["100%", "75%", "55%"], sequence_length=16)
+    bounds.save(tmp_path / "bounds.json")
+    bounds = Bounds.load(tmp_path / "bounds.json")
+    elastic(model, elastic_width=bounds.elastic_width, elastic_depth=bounds.elastic_depth, importance="magnitude")
+    model.sort_by_importance(importance=scores, progress=False)
+    costs = CostModel(model, model.search_space, sequence_length=16)
+    for target in bounds.targets:
+        model.set_subnet(target.subnet)
+        assert costs.macs(target.subnet) == target.reached
+    assert bounds.targets[0].subnet == model.search_space.max
+    model.set_subnet("max")
+    close(outputs(model, inputs_of(name)), whole)
+
+
+def test_a_path_may_be_the_end_of_another():
+    holder = nn.Module()
+    holder.bert, holder.inner = tiny_bert().bert, tiny_bert()
+    get_elastic_model(holder, ElasticConfig({"mlp": {"bert.encoder.layer.0": [1.0, 0.5]}}, "bert.encoder.layer.1"))
+    keys = [choice.key for choice in holder.search_space]
+    assert keys == ["mlp:bert.encoder.layer.0", "depth:bert.encoder.layer.1"]
