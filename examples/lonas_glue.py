@@ -32,18 +32,9 @@ as shares.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import lonas
-import tasks
-from pipeline import Prepared, read_examples, tiny_tokenizer
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    DataCollatorWithPadding,
-)
+from pipeline import prepare_classifier
 
 from peft_elastic.common import assets
 
@@ -94,45 +85,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def prepare(args: argparse.Namespace) -> Prepared:
-    """Read the data and load the encoder."""
-    train, validation, test = read_examples(args, tasks.glue_example, TASKS[args.task][3])
-    labels = 1 + max(example.label for example in train)
-    if args.smoke:
-        tokenizer, model = tiny_encoder([text for example in train for text in example.texts], labels)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
-
-    def encode(examples: list[tasks.Labelled]) -> list[dict[str, Any]]:
-        return [
-            {**tokenizer(*example.texts, truncation=True, max_length=args.max_length), "labels": example.label}
-            for example in examples
-        ]
-
-    collator = DataCollatorWithPadding(tokenizer)
-    accuracies = [tasks.Classification(encode(examples), collator) for examples in (validation, test)]
-    return Prepared(tokenizer, model, encode(train), collator, *accuracies, len(test))
-
-
-def tiny_encoder(texts: list[str], labels: int) -> tuple[Any, BertForSequenceClassification]:
-    """A small random BERT and its tokenizer."""
-    tokenizer = tiny_tokenizer(texts, pad_token="<pad>", unk_token="<unk>")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=labels,
-    )
-    return tokenizer, BertForSequenceClassification(config)
-
-
 if __name__ == "__main__":
     args = parse_args()
-    data = prepare(args)
+    data = prepare_classifier(args, TASKS[args.task][3])
     if args.smoke:
         args.heads, args.mlp = SHARES["heads"], SHARES["mlp"]
     adapter = {

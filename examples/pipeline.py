@@ -27,8 +27,12 @@ import tasks
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -46,18 +50,19 @@ GROUPS = [["q_proj", "k_proj", "v_proj"], ["up_proj", "gate_proj"], ["down_proj"
 Accuracy = Callable[[Any], float]
 
 
-def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options of every example; `defaults` are what differs between them."""
+def make_parser(description: str, adapter: bool = True, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of every example, or of those without an adapter; `defaults` are what differs between them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="yahma/llama-7b-hf", help="hub name or folder of the model")
     parser.add_argument("--train", help="training data: hub name (name or name:config), or a local file")
     parser.add_argument("--test", help="held-out data; only the final table sees it")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for everything that is written")
     parser.add_argument("--calibration-samples", type=int, default=128)
-    parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--lora-alpha", type=float, default=64)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[32, 24, 16])
-    parser.add_argument("--dropout", type=float, default=0.1)
+    if adapter:
+        parser.add_argument("--r", type=int, default=32)
+        parser.add_argument("--lora-alpha", type=float, default=64)
+        parser.add_argument("--ranks", type=int, nargs="+", default=[32, 24, 16])
+        parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
@@ -138,6 +143,30 @@ def prepare(
         make_accuracy(tokenizer, test, args),
         len(test),
     )
+
+
+def prepare_classifier(args: argparse.Namespace, test_split: str, **measure: Any) -> Prepared:
+    """Read the data of a task with classes and load an encoder.
+
+    Args:
+        args: of the command line.
+        test_split: of the test data.
+        measure: more arguments of `tasks.Classification`.
+    """
+    train, validation, test = read_examples(args, tasks.glue_example, test_split)
+    labels = 1 + max(example.label for example in train)
+    if args.smoke:
+        tokenizer, model = tiny_encoder([text for example in train for text in example.texts], labels)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+    collator = DataCollatorWithPadding(tokenizer)
+    accuracies = [
+        tasks.Classification(encode_labelled(tokenizer, examples, args.max_length), collator, **measure)
+        for examples in (validation, test)
+    ]
+    encoded = encode_labelled(tokenizer, train, args.max_length)
+    return Prepared(tokenizer, model, encoded, collator, *accuracies, len(test))
 
 
 def prune_structures(model: Any, config: StructuredPruningConfig, calibration: Any, out: Path) -> PruningPlan:
@@ -226,6 +255,14 @@ def encode(tokenizer: Any, example: tasks.Example, max_length: int) -> dict[str,
     }
 
 
+def encode_labelled(tokenizer: Any, examples: list[tasks.Labelled], max_length: int) -> list[dict[str, Any]]:
+    """Token ids of one or two texts, and their class."""
+    return [
+        {**tokenizer(*example.texts, truncation=True, max_length=max_length), "labels": example.label}
+        for example in examples
+    ]
+
+
 # -- smoke mode ----------------------------------------------------------------------------------------------------
 
 
@@ -260,3 +297,18 @@ def tiny_model(texts: list[str]) -> tuple[PreTrainedTokenizerFast, LlamaForCausa
         bos_token_id=tokenizer.eos_token_id,
     )
     return tokenizer, LlamaForCausalLM(config)
+
+
+def tiny_encoder(texts: list[str], labels: int) -> tuple[PreTrainedTokenizerFast, BertForSequenceClassification]:
+    """A small random BERT and its tokenizer."""
+    tokenizer = tiny_tokenizer(texts, pad_token="<pad>", unk_token="<unk>")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=labels,
+    )
+    return tokenizer, BertForSequenceClassification(config)

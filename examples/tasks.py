@@ -26,9 +26,10 @@ A task reads a dataset on the hub, or a local .json, .jsonl, .tsv or .txt file, 
 from __future__ import annotations
 
 import csv
+import math
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,14 @@ def instruction_example(record: dict[str, Any]) -> Example:
     return Example(f"{prompt}### Response:\n", target, target, [])
 
 
-# What the tasks of GLUE that are judged by accuracy call their texts.
+# What the tasks of GLUE that have classes call their texts.
 _TEXTS = (
     ("text",),
     ("sentence1", "sentence2"),  # mrpc, rte
     ("question1", "question2"),  # qqp
     ("question", "sentence"),  # qnli
     ("premise", "hypothesis"),  # mnli
-    ("sentence",),  # sst2
+    ("sentence",),  # sst2, cola
 )
 
 
@@ -192,26 +193,46 @@ class ExactAnswer:
 
 
 class Classification:
-    """Accuracy of a sequence classifier.
+    """How good a sequence classifier is.
 
     Args:
         features (`list[dict]`): encoded examples with `labels`.
         collator: makes a batch of some of them.
         batch_size (`int`): examples per batch.
+        score: function of the classes that were found and those that are right, int64 (examples,); the share of hits by default.
     """
 
-    def __init__(self, features: list[dict[str, Any]], collator: Any, batch_size: int = 64):
+    def __init__(
+        self,
+        features: list[dict[str, Any]],
+        collator: Any,
+        batch_size: int = 64,
+        score: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
+    ):
         self.batches = [collator(features[i : i + batch_size]) for i in range(0, len(features), batch_size)]
-        self.examples = len(features)
+        self.score = score or hits
 
     @torch.inference_mode()
     def __call__(self, model: Any) -> float:
-        right = 0
+        found = []
         for batch in self.batches:
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            labels = inputs.pop("labels")
-            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
-        return right / self.examples
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            found.append(model(**inputs).logits.argmax(-1).cpu())
+        return self.score(torch.cat(found), torch.cat([batch["labels"] for batch in self.batches]))
+
+
+def hits(found: torch.Tensor, right: torch.Tensor) -> float:
+    """The share of examples whose class was found."""
+    return int((found == right).sum()) / len(right)
+
+
+def matthews(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Matthews' correlation of two classes, 0 and 1: (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)); 0 where
+    that is 0 / 0, as when one class was never found."""
+    tp, tn = int((found & right).sum()), int(((1 - found) & (1 - right)).sum())
+    fp, fn = int((found & (1 - right)).sum()), int(((1 - found) & right).sum())
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
 
 
 def pack(pieces: Iterable[list[int]], length: int, limit: int | None = None) -> torch.Tensor:

@@ -34,9 +34,10 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from peft_elastic import Subnet
+from peft_elastic import ElasticModel, Subnet
 from peft_elastic.common.files import scratch_folder
 from peft_elastic.common.writing import writing
+from peft_elastic.elastic_model import saving
 from peft_elastic.pruning import measure_sparsity
 from peft_elastic.structure.folder_run import check_output
 from peft_elastic.structure.rebuild import BLOCKS_ATTRIBUTE
@@ -62,6 +63,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True, 
         "fast as the others)",
     )
     parser.add_argument("--device", help="where to compute, e.g. cpu or cuda:0 (default: the GPU if there is one)")
+
+
+def add_tuned_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those of the commands that take what `train` has written."""
+    add_model_arguments(
+        parser,
+        required=False,
+        more_help=" (default: the one the adapter was trained on); without --adapter, a super-network of train --full",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="the super-adapter, a folder or hub name")
 
 
 def add_stream_argument(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +162,15 @@ def usable_device(device: str | None) -> str:
 
 def load_causal_lm(name: str, dtype: str = "auto", device: str | None = None) -> Any:
     """Do as `load_model`, for the commands that work with language models alone."""
-    model = load_model(name, dtype, device)
+    return check_causal_lm(load_model(name, dtype, device), name)
+
+
+def check_causal_lm(model: Any, name: str) -> Any:
+    """Return the model.
+
+    Raises:
+        ValueError: if it is no causal language model.
+    """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
             f"`--model` {name!r} is a {type(model).__name__}; this command knows causal language models (decoders). "
@@ -206,6 +225,45 @@ def load_adapter(model: Any, adapter: str) -> PeftModel:
             f"`--adapter` {adapter!r} is not elastic, it has the peft type {peft_model.active_peft_config.peft_type.value}."
         )
     return peft_model.eval()
+
+
+def is_supernet(folder: Path) -> bool:
+    """Say whether a folder holds a super-network of a model's own weights, of `train --full`."""
+    return (folder / saving.FILE).is_file()
+
+
+def check_supernet(model: str | None) -> str:
+    """Find the super-network that a command is about which was given no adapter.
+
+    Raises:
+        ValueError: if the folder is none, or none was given; a name of the hub is not looked up.
+    """
+    if model is None:
+        raise ValueError(
+            "`--adapter` is needed, or `--model` with a super-network that `peft-elastic train --full` has written."
+        )
+    _check_folder("--model", model, "config.json")
+    if Path(model).is_dir() and not is_supernet(Path(model)):
+        raise ValueError(
+            f"`--adapter` is needed: `--model` {model!r} holds no {saving.FILE}, so it is no super-network of "
+            "`peft-elastic train --full` itself."
+        )
+    return model
+
+
+def load_supernet(name: str, dtype: str = "auto", device: str | None = None) -> Any:
+    """Load a super-network of a model's own weights, in evaluation mode, its chosen subnet active.
+
+    Raises:
+        ValueError: if there is none, or it cannot be loaded.
+    """
+    device = usable_device(device)
+    check_supernet(name)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        return ElasticModel.from_pretrained(name, dtype=dtype).to(device)
+    except _UNLOADABLE as error:
+        raise ValueError(f"`--model` {name!r} cannot be loaded as a super-network: {first_line(error)}") from error
 
 
 def _check_folder(option: str, name: str, needed: str) -> None:
@@ -263,12 +321,17 @@ def needs_this_package(folder: Path) -> bool:
     return packed or bool(config.get(BLOCKS_ATTRIBUTE))
 
 
-def set_active_subnet(model: PeftModel, subnet: Subnet, adapter: Path) -> None:
-    """Choose the subnet, in the model and in the saved configuration of its adapter."""
+def set_active_subnet(model: PeftModel | ElasticModel, subnet: Subnet, saved: Path) -> None:
+    """Choose the subnet, in the model and in the file beside its saved weights that says which it is: the configuration of an adapter, or
+    that of a super-network. `saved` is the folder of the two."""
     model.set_subnet(subnet)
-    with writing(adapter), scratch_folder(adapter, CONFIG_NAME) as folder:
-        model.active_peft_config.save_pretrained(str(folder), weights_in=adapter)
-        os.replace(folder / CONFIG_NAME, adapter / CONFIG_NAME)
+    with writing(saved):
+        if isinstance(model, ElasticModel):
+            saving.write(saved, model, model.elastic_config, model.search_space, subnet)
+            return
+        with scratch_folder(saved, CONFIG_NAME) as folder:
+            model.active_peft_config.save_pretrained(str(folder), weights_in=saved)
+            os.replace(folder / CONFIG_NAME, saved / CONFIG_NAME)
 
 
 def zero_share(model: Any, names: Iterable[str]) -> float:

@@ -41,6 +41,20 @@ def default_of(api: Callable[..., Any], name: str) -> Any:
     return inspect.signature(api).parameters[name].default
 
 
+class Noted(argparse.Action):
+    """Stores the value of an option, and in the namespace's `given`, by its name there, what the option was called."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        namespace.given = {**getattr(namespace, "given", {}), self.dest: option_string}
+
+
 def positive_int(text: str) -> int:
     """Parse, for argparse, a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -23,7 +23,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from peft_elastic import ElasticTrainer
+from peft_elastic import ElasticModel, ElasticTrainer
 from peft_elastic.common import ranks
 from peft_elastic.common.documents import read_json
 from peft_elastic.common.writing import writing
@@ -34,9 +34,13 @@ from ._common import new_folder
 from ._examples import Collator, batches
 
 
-def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
-    """Sort the heads and channels of the base as the configuration of the adapter says, where that takes data."""
-    config = model.active_peft_config
+def sort(model: PeftModel | ElasticModel, features: Sequence[Mapping[str, list[int]]]) -> None:
+    """Sort the heads and channels of the base of an adapter, or of a super-network, as the configuration says, where that takes data."""
+    config, base = (
+        (model.elastic_config, model)
+        if isinstance(model, ElasticModel)
+        else (model.active_peft_config, model.get_base_model())
+    )
     if not (config.elastic_width and config.importance in ("activation", "gradient")):
         return
     calibration = batches(features, Collator(model), 8)
@@ -46,7 +50,6 @@ def sort(model: PeftModel, features: Sequence[Mapping[str, list[int]]]) -> None:
     # sums on GPUs differ in the last bits from run to run, and all processes must come to one order
     scores = None
     if ranks.is_main():
-        base = model.get_base_model()
         widths = [width for width in Structure(base).widths if width.kind in config.elastic_width]
         scores = measure_importance(base, widths, config.importance, calibration)
     model.sort_by_importance(importance=ranks.share(scores))
@@ -70,25 +73,27 @@ def _is_json(path: Path) -> bool:
 
 
 def fit(
-    model: PeftModel,
+    model: PeftModel | ElasticModel,
     features: Sequence[Mapping[str, list[int]]],
     checkpoints: Path,
     strategy: str,
     seed: int,
     distillation: str | None = None,
     out: Path | None = None,
+    tokenizer: Any = None,
     **training_arguments: Any,
 ) -> dict[str, Any]:
-    """Train the elastic adapter of `model`, other subnets in each step, from the last checkpoint if there is one.
+    """Train the elastic adapter of `model`, or all weights of a super-network, other subnets in each step, from the last checkpoint if there is one.
 
     All processes of a run call this together; the main one writes.
 
     Args:
-        model: with an elastic adapter.
+        model: with an elastic adapter, or elastic itself.
         features: what `encode` returned.
         checkpoints: folder for checkpoints.
         strategy, seed, distillation: of the `ElasticTrainer`.
-        out: new folder for the adapter, if it is to be saved.
+        out: new folder for the adapter or the super-network, if it is to be saved.
+        tokenizer: to be saved with it.
         training_arguments: passed to `TrainingArguments`.
 
     Returns:
@@ -105,7 +110,7 @@ def fit(
         save_total_limit=1,
         logging_steps=10,
         label_names=["labels"],
-        # every step uses every adapter module, only fewer rows of it, but for those in skipped blocks
+        # every step uses every module that is trained, only fewer rows of it, but for those in skipped blocks
         ddp_find_unused_parameters=any(choice.kind == "depth" for choice in model.search_space),
         report_to=[],
         # padding costs as much as text: random batches of texts of similar length
@@ -131,6 +136,8 @@ def fit(
         if ranks.is_main():
             with new_folder(out) as folder:
                 model.save_pretrained(folder, state_dict=weights)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
         ranks.barrier()
     return {
         "steps": output.global_step,

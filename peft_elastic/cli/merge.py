@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic merge`: merge a subnet into the model, or export it as plain LoRA."""
+"""`peft-elastic merge`: merge a subnet into the model, cut it out of a super-network, or export it as plain LoRA."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "compressed and run on the sparse CPU kernel; that checkpoint loads where peft_elastic is imported.\n"
         "A subnet of fewer heads, channels or blocks becomes a smaller model; so does that of a model whose blocks then\n"
         "differ in size.\n"
+        "Of a super-network of train --full the active subnet is cut out, as an ordinary smaller model.\n"
         "Adapters that were trained with --bits are merged into integers of so many bits: --gptq writes these as a\n"
         "GPTQ checkpoint, and --sparse stores them as they are.",
         epilog="examples:\n"
@@ -50,17 +51,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic merge --adapter adapter --out deployed --sparse bf16\n"
         "  peft-elastic merge --adapter adapter --out quantized --gptq\n"
         "  peft-elastic merge --adapter adapter --subnet heuristic --export-lora lora\n"
+        "  peft-elastic merge --model supernet --subnet search/subnet.json --out small\n"
         "  peft-elastic merge --adapter adapter --model ./larger-than-memory --out merged --stream",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
+    _common.add_tuned_arguments(parser)
     _common.add_stream_argument(parser)
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the super-adapter, a folder or hub name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the merged model")
     parser.add_argument("--export-lora", type=Path, metavar="DIR", help="new folder for the plain LoRA adapter")
     parser.add_argument(
         "--subnet",
-        help="max, min, heuristic, or a file such as search/subnet.json (default: the adapter's active one)",
+        help="max, min, heuristic, or a file such as search/subnet.json (default: the active one)",
     )
     parser.add_argument(
         "--sparse",
@@ -84,10 +85,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "`--stream` goes with `--out`, and without `--sparse` and `--export-lora`, which need the whole model."
         )
-    base = _common.base_model_name(args.model, args.adapter)
-    stream = _common.streams(
-        args, base, possible=args.out is not None and not args.sparse and args.export_lora is None
-    )
+    if args.adapter is None:
+        base = _common.check_supernet(args.model)
+        for option in ("export_lora", "gptq", "stream"):
+            if getattr(args, option):
+                raise ValueError(
+                    f"`--{option.replace('_', '-')}` goes with `--adapter`: {base!r} is a super-network of the model's own weights."
+                )
+    else:
+        base = _common.base_model_name(args.model, args.adapter)
+    in_memory = args.adapter is None or args.out is None or args.sparse or args.export_lora is not None
+    stream = _common.streams(args, base, possible=not in_memory)
     for option, folder in (("--out", args.out), ("--export-lora", args.export_lora)):
         if folder is not None and not stream:
             _common.check_new_folder(folder, option)
@@ -105,9 +113,8 @@ def run(args: argparse.Namespace) -> int:
         _common.say_written([(args.out, f"merged model: {loads_with}")])
         return 0
     tokenizer = _common.load_tokenizer(base, required=False)
-    model = _common.load_adapter(_common.load_model(base, args.dtype, args.device), args.adapter)
-    quantized = any(getattr(config, "quantization_aware", False) for config in model.peft_config.values())
-    if args.gptq and not quantized:
+    model = _load(base, args)
+    if args.gptq and not any(getattr(config, "quantization_aware", False) for config in model.peft_config.values()):
         raise ValueError(
             "`--gptq`: the adapter was not trained with `--bits`, so there is nothing to write as integers."
         )
@@ -122,6 +129,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load(base: str, args: argparse.Namespace) -> Any:
+    if args.adapter is None:
+        return _common.load_supernet(base, args.dtype, args.device)
+    return _common.load_adapter(_common.load_model(base, args.dtype, args.device), args.adapter)
+
+
 def _fill(
     args: argparse.Namespace, model: Any, tokenizer: Any, written: list[tuple[Any, str]], folders: ExitStack
 ) -> None:
@@ -129,11 +142,7 @@ def _fill(
         model.export_lora(folders.enter_context(_common.new_folder(args.export_lora)))
         written.append((args.export_lora, "plain LoRA adapter: PeftModel.from_pretrained(base, ...)"))
     if args.out is not None:
-        targets = [module for choice in model.search_space for module in choice.modules]
-        before = _common.zero_share(model, targets)
-        merged = model.merge_and_unload(progressbar=True, safe_merge=True, sparse_kernel=False)
-        after = _common.zero_share(merged, targets)
-        _say_if_dense(before, after)
+        merged = model.extract_subnet(sparse_kernel=False) if args.adapter is None else _merge(model)
         loads_with = _LOADS
         if args.sparse:
             print(sparsify_linears(merged, args.sparse))
@@ -145,7 +154,15 @@ def _fill(
             _common.save_model(merged, tokenizer, folder)
             if _common.needs_this_package(folder):
                 loads_with = f"import peft_elastic; {loads_with}"
-        written.append((args.out, f"merged model: {loads_with}"))
+        written.append((args.out, f"{'smaller' if args.adapter is None else 'merged'} model: {loads_with}"))
+
+
+def _merge(model: Any) -> Any:
+    targets = [module for choice in model.search_space for module in choice.modules]
+    before = _common.zero_share(model, targets)
+    merged = model.merge_and_unload(progressbar=True, safe_merge=True, sparse_kernel=False)
+    _say_if_dense(before, _common.zero_share(merged, targets))
+    return merged
 
 
 def _say_if_dense(before: float, after: float) -> None:

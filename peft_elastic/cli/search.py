@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic search`: search the subnets of a super-adapter."""
+"""`peft-elastic search`: search the subnets of a super-adapter or super-network."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "search",
         help=summary(__doc__),
-        description="Evaluate subnets of a trained super-adapter on validation data, guided by NSGA-II towards those that\n"
-        "are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
+        description="Evaluate subnets of a trained super-adapter, or of a super-network of train --full, on validation data,\n"
+        "guided by NSGA-II towards those that are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
         "Interrupted, or asked for more evaluations, the same command continues where it stopped.\n"
         "Under torchrun or `accelerate launch` each process evaluates a share, with a copy of the model of its own.",
         epilog="examples:\n"
@@ -47,11 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "      --out search --select     the smallest subnet within a point of the largest; active from now on\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost parameters --budget 97% --out search\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --cost latency --max-latency 60% --out search\n"
+        "  peft-elastic search --model supernet --dataset validation.jsonl --out search     one that train --full has written\n"
         "  peft-elastic search --adapter adapter --dataset validation.jsonl --workers 4 --out search     in four processes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _common.add_model_arguments(parser, required=False, more_help=" (default: the one the adapter was trained on)")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the super-adapter, a folder or hub name")
+    _common.add_tuned_arguments(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the history and the results"
     )
@@ -144,7 +144,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="only subnets of at most this cost: a number, or a share of the max subnet's such as 97%%",
     )
     choice.add_argument(
-        "--select", action="store_true", help="make it the active subnet of the adapter, a local folder"
+        "--select",
+        action="store_true",
+        help="make it the active subnet of the adapter or the super-network, a local folder",
     )
     _data.add_data_arguments(parser, "evaluate on")
     parser.set_defaults(run=run, several_processes=True)
@@ -158,9 +160,11 @@ def run(args: argparse.Namespace) -> int:
     workload = parse_workload(args.latency_of)
     if args.worker_threads is not None and args.workers is None:
         raise ValueError("`--worker-threads` goes with `--workers`.")
-    if args.select and not Path(args.adapter).is_dir():
-        raise ValueError(f"`--select` needs a local adapter; {args.adapter!r} is no folder.")
-    base = _common.base_model_name(args.model, args.adapter)
+    tuned = args.adapter or _common.check_supernet(args.model)
+    if args.select and not Path(tuned).is_dir():
+        kind = "adapter" if args.adapter else "super-network"
+        raise ValueError(f"`--select` needs a local {kind}; {tuned!r} is no folder.")
+    base = _common.base_model_name(args.model, args.adapter) if args.adapter else tuned
     examples = _data.read_examples(args, args.samples)
     tokenizer = _common.load_tokenizer(base)
     load = _Load(base, args.adapter, args.dtype, args.device)
@@ -207,11 +211,13 @@ class _Load:
     """Loads the model, in a worker as here."""
 
     base: str
-    adapter: str
+    adapter: str | None  # None: the base is a super-network
     dtype: str
     device: str | None
 
     def __call__(self) -> Any:
+        if self.adapter is None:
+            return _common.check_causal_lm(_common.load_supernet(self.base, self.dtype, self.device), self.base)
         return _common.load_adapter(_common.load_causal_lm(self.base, self.dtype, self.device), self.adapter)
 
 
@@ -243,9 +249,11 @@ def _write(args: argparse.Namespace, model: Any, base: str, result: SearchResult
         (args.out / "subnet.json", f"the chosen subnet: evaluation {result.evaluation(chosen).index}"),
     ]
     if args.select:
-        _common.set_active_subnet(model, chosen, Path(args.adapter))
-        written.append((args.adapter, "the adapter, in which it is now active"))
-    merge = ["peft-elastic", "merge", "--model", base, "--adapter", args.adapter, "--out", "merged"]
+        tuned, kind = (args.adapter, "adapter") if args.adapter else (base, "super-network")
+        _common.set_active_subnet(model, chosen, Path(tuned))
+        written.append((tuned, f"the {kind}, in which it is now active"))
+    merge = ["peft-elastic", "merge", "--model", base]
+    merge += ["--adapter", args.adapter, "--out", "merged"] if args.adapter else ["--out", "small"]
     _common.say_written(written, merge if args.select else [*merge, "--subnet", args.out / "subnet.json"])
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`peft-elastic train`: train an elastic LoRA super-adapter on a (pruned) model."""
+"""`peft-elastic train`: train an elastic LoRA super-adapter on a (pruned) model, or all of its weights as a super-network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ from typing import Any
 from peft import get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from peft_elastic import ElasticLoraConfig, SparseQALoraConfig, SubnetSamplingCallback
+from peft_elastic import (
+    Bounds,
+    ElasticConfig,
+    ElasticLoraConfig,
+    ElasticModel,
+    SparseQALoraConfig,
+    SubnetSamplingCallback,
+    get_elastic_model,
+)
 from peft_elastic.common import ranks
 from peft_elastic.common.checks import wrong
 from peft_elastic.layers.grid import BITS
@@ -34,8 +42,12 @@ from peft_elastic.supernet.samplers import STRATEGIES
 
 from . import _common, _data
 from ._examples import encode
-from ._options import default_of, positive_int, summary
+from ._options import Noted, default_of, positive_int, summary
 from ._training import fit, last_checkpoint, sort
+
+
+# Of BERT's authors, and of EFTNAS: all weights take smaller steps than an adapter's.
+_FULL_LR = 2e-5
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -46,7 +58,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "optimizer step trains another random choice. The base model stays as it is. The defaults are those of\n"
         "the Shears paper, for 3 epochs; see the documentation of transformers' Trainer for what it does.\n"
         "With --elastic-width and --elastic-depth the base itself can become smaller: merging such an adapter writes a\n"
-        "model with fewer heads, channels and blocks (LoNAS).",
+        "model with fewer heads, channels and blocks (LoNAS).\n"
+        "With --full there is no adapter: all weights of the model are trained, as a super-network whose subnets have\n"
+        "those widths and blocks. What is written is an ordinary checkpoint, which search and merge make smaller.",
         epilog="examples:\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter\n"
         "  peft-elastic train --model pruned --dataset stanfordnlp/sst2 --template 'Review: {}\\nSentiment:' \\\n"
@@ -54,12 +68,26 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic train --model pruned --dataset train.jsonl --sparse-adapter --bits 4 --out adapter\n"
         "  peft-elastic train --model dense --dataset train.jsonl --elastic-width heads=1.0,0.75 mlp=1.0,0.75,0.5 \\\n"
         "      --elastic-depth 4-20 --strategy sandwich --distillation max --out adapter\n"
+        "  peft-elastic train --full --model dense --dataset train.jsonl --elastic-width heads=1.0,0.75 mlp=1.0,0.5 \\\n"
+        "      --strategy sandwich --distillation max --out supernet\n"
         "  peft-elastic train --model pruned --dataset train.jsonl --out adapter --resume     after an interruption\n"
         "  torchrun --nproc-per-node 4 -m peft_elastic train --model pruned --dataset train.jsonl --out adapter",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the adapter")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new folder for the adapter or, with --full, the super-network",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="train all weights of the model and no adapter; needs --elastic-width, --elastic-depth or both, and memory for four copies "
+        "of the weights. They are trained in float32 unless --dtype says otherwise",
+    )
     _common.add_seed_argument(parser, "everything random")
     parser.add_argument(
         "--resume",
@@ -67,25 +95,39 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="continue an interrupted training from its last checkpoint in DIR-checkpoints",
     )
 
-    adapter = parser.add_argument_group("adapter")
+    adapter = parser.add_argument_group("adapter", "None of these goes with --full.")
     # torchrun and `accelerate launch` take `--r` for an abbreviation of options of their own
     adapter.add_argument(
         "--r",
         "--max-rank",
+        action=Noted,
         type=int,
         default=32,
         help="largest rank; --max-rank under torchrun (default: %(default)s)",
     )
     adapter.add_argument(
-        "--ranks", type=int, nargs="+", metavar="K", help="ranks to choose from (default: r, 3/4 r and 1/2 r)"
+        "--ranks",
+        action=Noted,
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="ranks to choose from (default: r, 3/4 r and 1/2 r)",
     )
-    adapter.add_argument("--alpha", type=int, metavar="ALPHA", help="lora_alpha (default: 2 r)")
-    adapter.add_argument("--dropout", type=float, default=0.1, help="of the adapter's inputs (default: %(default)s)")
+    adapter.add_argument("--alpha", action=Noted, type=int, metavar="ALPHA", help="lora_alpha (default: 2 r)")
     adapter.add_argument(
-        "--targets", nargs="+", default=["all-linear"], metavar="MODULE", help="module names (default: all-linear)"
+        "--dropout", action=Noted, type=float, default=0.1, help="of the adapter's inputs (default: %(default)s)"
+    )
+    adapter.add_argument(
+        "--targets",
+        action=Noted,
+        nargs="+",
+        default=["all-linear"],
+        metavar="MODULE",
+        help="module names (default: all-linear)",
     )
     adapter.add_argument(
         "--groups",
+        action=Noted,
         nargs="+",
         default=[default_of(ElasticLoraConfig, "rank_groups")],
         metavar="GROUP",
@@ -95,17 +137,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     adapter.add_argument(
         "--sparse-adapter",
-        action="store_true",
+        action=Noted,
+        nargs=0,
+        const=True,
+        default=False,
         help="mask the update by the zeros of the pruned model, which merging then keeps (SparsePEFT)",
     )
     adapter.add_argument(
         "--bits",
+        action=Noted,
         type=int,
         choices=BITS,
         help="train with the rounding to so many bits, which merging then keeps exactly (QA-SparsePEFT)",
     )
     adapter.add_argument(
-        "--group-size", type=int, metavar="N", help="inputs that share a scale, with --bits (default: 128)"
+        "--group-size",
+        action=Noted,
+        type=int,
+        metavar="N",
+        help="inputs that share a scale, with --bits (default: 128)",
     )
 
     structure = parser.add_argument_group("width and depth of the base")
@@ -121,6 +171,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="BLOCK",
         help="blocks that may be skipped: numbers, ranges such as 4-8, or all; with .attention or .mlp behind it a part, "
         "such as all.mlp",
+    )
+    structure.add_argument(
+        "--bounds",
+        metavar="FILE",
+        help="instead of these two, what bounds_by_importance of the Python API has found for each block; --importance has to be what gave "
+        "its scores",
     )
     structure.add_argument(
         "--importance",
@@ -150,7 +206,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         choices=("max",),
         help="with --strategy sandwich: the other subnets of a step learn from the largest (default: from the labels alone)",
     )
-    training.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: %(default)s)")
+    training.add_argument(
+        "--lr",
+        action=Noted,
+        type=float,
+        default=3e-4,
+        help=f"peak learning rate (default: %(default)s, with --full {_FULL_LR})",
+    )
     training.add_argument(
         "--batch-size", type=positive_int, default=16, help="examples per step and device (default: %(default)s)"
     )
@@ -165,30 +227,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--save-steps", type=positive_int, default=100, help="steps between checkpoints (default: %(default)s)"
     )
     _data.add_data_arguments(parser, "train on")
-    parser.set_defaults(run=run, several_processes=True)
+    parser.set_defaults(run=run, several_processes=True, given={})
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.group_size is not None and args.bits is None:
-        raise ValueError("`--group-size` goes with `--bits`.")
-    config_class, options = ElasticLoraConfig, {}
-    if args.sparse_adapter or args.bits is not None:
-        config_class, options = SparseQALoraConfig, {"sparse_adapter": args.sparse_adapter}
-        if args.bits is not None:
-            options |= {"quantization_aware": True, "bits": args.bits, "group_size": args.group_size}
-    config = config_class(
-        r=args.r,
-        elastic_ranks=args.ranks,
-        lora_alpha=2 * args.r if args.alpha is None else args.alpha,
-        lora_dropout=args.dropout,
-        target_modules=args.targets[0] if args.targets == ["all-linear"] else args.targets,
-        rank_groups=parse_groups(args.groups),
-        elastic_width=parse_width(args.elastic_width),
-        elastic_depth=args.elastic_depth,
-        importance=args.importance,
-        task_type="CAUSAL_LM",
-        **options,
-    )
+    config: Any = _full_config(args) if args.full else _adapter_config(args)
     if args.distillation and args.strategy != "sandwich":
         raise ValueError(
             "`--distillation max` goes with `--strategy sandwich`, whose steps begin with the max subnet."
@@ -202,11 +245,10 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _common.load_tokenizer(args.model)
     features = encode(tokenizer, examples, args.max_length)
     print(f"{len(features)} training examples, of {len(examples)} read")
-    base = _common.load_causal_lm(args.model, args.dtype, args.device)
-    set_seed(args.seed)  # of the initial weights
-    model = get_peft_model(base, config)
-    sort(model, features[: args.calibration])
-    model.print_trainable_parameters()
+    calibration = features[: args.calibration]
+    model = (
+        _make_full(args, config, calibration, checkpoints) if args.full else _make_adapter(args, config, calibration)
+    )
     length = {"num_train_epochs": args.epochs} if args.steps is None else {"max_steps": args.steps}
     try:
         fit(
@@ -216,10 +258,11 @@ def run(args: argparse.Namespace) -> int:
             strategy=args.strategy,
             seed=args.seed,
             distillation=args.distillation,
-            learning_rate=args.lr,
+            learning_rate=_FULL_LR if args.full and "lr" not in args.given else args.lr,
             per_device_train_batch_size=args.batch_size,
             save_steps=args.save_steps,
             out=args.out,
+            tokenizer=tokenizer if args.full else None,
             **length,
         )
     except KeyboardInterrupt:
@@ -232,16 +275,102 @@ def run(args: argparse.Namespace) -> int:
             shutil.rmtree(checkpoints, ignore_errors=True)
     if ranks.is_main():
         shutil.rmtree(checkpoints, ignore_errors=True)
+    written = "the super-adapter, with the max subnet active"
+    model_words = ["--model", args.model, "--adapter", args.out]
+    if args.full:
+        written = "the super-network: a checkpoint of the largest subnet, which is active, and what is elastic in it"
+        model_words = ["--model", args.out]
     _common.say_written(
-        [(args.out, "the super-adapter, with the max subnet active")],
-        ["peft-elastic", "search", "--model", args.model, "--adapter", args.out]
-        + ["--dataset", "VALIDATION_DATA", "--out", "search"],
+        [(args.out, written)],
+        ["peft-elastic", "search", *model_words, "--dataset", "VALIDATION_DATA", "--out", "search"],
     )
     return 0
 
 
+def _adapter_config(args: argparse.Namespace) -> ElasticLoraConfig:
+    if args.group_size is not None and args.bits is None:
+        raise ValueError("`--group-size` goes with `--bits`.")
+    config_class, options = ElasticLoraConfig, {}
+    if args.sparse_adapter or args.bits is not None:
+        config_class, options = SparseQALoraConfig, {"sparse_adapter": args.sparse_adapter}
+        if args.bits is not None:
+            options |= {"quantization_aware": True, "bits": args.bits, "group_size": args.group_size}
+    return config_class(
+        r=args.r,
+        elastic_ranks=args.ranks,
+        lora_alpha=2 * args.r if args.alpha is None else args.alpha,
+        lora_dropout=args.dropout,
+        target_modules=args.targets[0] if args.targets == ["all-linear"] else args.targets,
+        rank_groups=parse_groups(args.groups),
+        importance=args.importance,
+        task_type="CAUSAL_LM",
+        **_width_and_depth(args),
+        **options,
+    )
+
+
+def _full_config(args: argparse.Namespace) -> ElasticConfig:
+    of_adapters = [option for name, option in args.given.items() if name != "lr"]
+    if of_adapters:
+        raise ValueError(f"`{of_adapters[0]}` is of an adapter, and `--full` trains the model without one.")
+    elastic = _width_and_depth(args)
+    if not any(elastic.values()):
+        raise ValueError(
+            "`--full` needs `--elastic-width`, `--elastic-depth` or both: nothing of the model would be elastic."
+        )
+    return ElasticConfig(**elastic, importance=args.importance)
+
+
+def _width_and_depth(args: argparse.Namespace) -> dict[str, Any]:
+    if args.bounds is None:
+        return {"elastic_width": parse_width(args.elastic_width), "elastic_depth": args.elastic_depth}
+    if args.elastic_width or args.elastic_depth:
+        raise ValueError("`--bounds` goes without `--elastic-width` and `--elastic-depth`, which it gives.")
+    bounds = Bounds.load(args.bounds)
+    return {"elastic_width": bounds.elastic_width, "elastic_depth": bounds.elastic_depth}
+
+
+def _load_base(args: argparse.Namespace, dtype: str) -> Any:
+    base = _common.load_causal_lm(args.model, dtype, args.device)
+    if args.bounds is not None:
+        Bounds.load(args.bounds).check(base)
+    return base
+
+
+def _make_adapter(args: argparse.Namespace, config: ElasticLoraConfig, calibration: Any) -> Any:
+    base = _load_base(args, args.dtype)
+    set_seed(args.seed)  # of the initial weights
+    model = get_peft_model(base, config)
+    sort(model, calibration)
+    model.print_trainable_parameters()
+    return model
+
+
+def _make_full(args: argparse.Namespace, config: ElasticConfig, calibration: Any, checkpoints: Path) -> ElasticModel:
+    # what the optimizer adds to a weight at a time is less than the last bit of one in half precision
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    checkpoint = ranks.share(last_checkpoint(checkpoints) if args.resume else None)
+    if checkpoint is not None:
+        # in its order: another run of the calibration may find another one, in which its weights are not
+        model = _common.load_supernet(checkpoint, dtype, args.device)
+        if model.elastic_config != config:
+            raise ValueError(
+                f"`--resume`: {checkpoint!r} was made with other `--elastic-width`, `--elastic-depth` or `--importance`."
+            )
+    else:
+        base = _load_base(args, dtype)
+        if getattr(base.config, "quantization_config", None) is not None:
+            raise ValueError(f"`--full` trains all weights, and those of `--model` {args.model!r} are packed.")
+        model = get_elastic_model(base, config)
+        sort(model, calibration)
+    print(
+        f"training all {sum(parameter.numel() for parameter in model.parameters()):,d} parameters; {model.search_space}"
+    )
+    return model
+
+
 def _check_folders(out: Path, checkpoints: Path, resume: bool) -> None:
-    if (out / "adapter_config.json").is_file():  # finished, and killed before this
+    if (out / "adapter_config.json").is_file() or _common.is_supernet(out):  # finished, and killed before this
         shutil.rmtree(checkpoints, ignore_errors=True)
     _common.check_new_folder(out)
     if resume and not last_checkpoint(checkpoints):

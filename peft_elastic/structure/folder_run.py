@@ -51,6 +51,8 @@ _SCRATCH = ".activations.partial"
 _FORMAT = "peft-elastic/folder-run"
 _VERSION = 1
 _ROW = Record(layers=ListOf(TEXT), rows=ListOf(ANYTHING))
+# What does not: this says which super-network the weights are that were, and not those that come.
+_NOT_BESIDE = "elastic_model.json"
 # What goes along with a model: tokenizers, generation settings, templates of chats, code of the model.
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
@@ -299,7 +301,7 @@ class FolderRun(Work):
                 "weight_map": {key: self._file_of[key] for key in sorted(self._file_of)},
             }
             atomic_write_text(self.output / INDEX_FILE, json.dumps(data, indent=2) + "\n")
-        left_out = {CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, *(texts or {})}
+        left_out = {CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, _NOT_BESIDE, *(texts or {})}
         for path in sorted(self.stored.folder.iterdir()):
             name = path.name
             if path.is_file() and name.endswith(_BESIDE) and not name.startswith(".") and name not in left_out:

@@ -45,6 +45,7 @@ TRAIN = [
 ]
 TRAIN += ["--steps", "8", "--device", "cpu", "--elastic-width", "mlp=1.0,0.5", "--importance", "activation"]
 TRAIN += ["--strategy", "sandwich"]
+FULL = ["--full", "--lr", "0.001", *TRAIN[TRAIN.index("--steps") :]]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(folder, out, *options):
-    return ["train", "--model", folder / "model", "--dataset", folder / "train.jsonl", "--out", out, *TRAIN, *options]
+def command(folder, out, *options, train=TRAIN):
+    return ["train", "--model", folder / "model", "--dataset", folder / "train.jsonl", "--out", out, *train, *options]
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,9 @@ BAD = {
 def done(folder):
     """What came of each of these commands in two processes, and the folder in which it was to write, by name."""
     (folder / "rank-0.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
-    places = {name: folder / "in two" / name for name in ("train", "prune", *BAD)}
+    places = {name: folder / "in two" / name for name in ("train", "full", "prune", *BAD)}
     commands = {"train": command(folder, places["train"] / "out", "--batch-size", "4")}
+    commands["full"] = command(folder, places["full"] / "out", "--batch-size", "4", train=FULL)
     commands["prune"] = [
         "prune",
         "--model",
@@ -131,6 +133,21 @@ def test_train_in_two_processes(done, alone):
     assert_same_adapter(place / "out", alone)
     assert [path.name for path in place.iterdir()] == ["out"]
     assert result.stdout.count("Written:") == result.stdout.count("training examples") == 1
+
+
+def test_train_all_weights_in_two_processes(done, folder):
+    result, place = done["full"]
+    assert result.returncode == 0, result.stderr
+    alone = folder / "full alone"
+    assert main([str(word) for word in command(folder, alone, "--batch-size", "8", train=FULL)]) == 0
+    assert [path.name for path in place.iterdir()] == ["out"]
+    assert sorted(path.name for path in alone.iterdir()) == sorted(path.name for path in (place / "out").iterdir())
+    for name in ("elastic_model.json", "config.json"):
+        assert (place / "out" / name).read_text() == (alone / name).read_text()
+    found, expected = (load_file(path / "model.safetensors") for path in (place / "out", alone))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-4)
+    assert result.stdout.count("Written:") == result.stdout.count("training all") == 1
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ OWN = {
     "quickstart": ("--fresh", "--smoke", "--width"),
     "prune": ("--structured", "--plan-only", "--stream", "--activations-on-disk"),
     "quantize": ("--method", "--stream", "--activations-on-disk"),
-    "train": ("--resume", "--sparse-adapter", "--calibration"),
+    "train": ("--full", "--bounds", "--resume", "--sparse-adapter", "--calibration"),
     "search": ("--cost", "--latency-of", "--select"),
     "merge": ("--gptq", "--stream"),
     "bench": ("--shapes", "--tokens"),

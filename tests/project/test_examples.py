@@ -16,11 +16,15 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from support import fresh
 from support.places import EXAMPLES
+from transformers import AutoModelForSequenceClassification
 
-from peft_elastic import PruningPlan
+from peft_elastic import Bounds, ElasticModel, PruningPlan, SearchResult
 from peft_elastic.layers import ops
 
 
@@ -97,6 +101,77 @@ def test_lonas_smoke_mode(script, train, test, options, shared_data, tmp_path):
     assert all(row["seconds"] > 0 for row in rows.values())
     assert "largest difference of a logit" in done.stdout
     assert (tmp_path / "out" / "extracted" / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "metric, options",
+    [
+        ("accuracy", []),
+        pytest.param("mcc", ["--task", "cola", "--order", "gradient", "--start", "teacher"], marks=pytest.mark.slow),
+    ],
+)
+def test_eftnas_smoke_mode(metric, options, shared_data, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, EXAMPLES / "eftnas_glue.py", "--smoke", "--out", out, *options]
+    command += ["--train", shared_data / "sst2_train.tsv", "--test", shared_data / "sst2_dev.tsv"]
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((out / "results.json").read_text())
+    rows = results["models"]
+    assert results["metric"] == metric and list(rows) == ["teacher", "max", "heuristic", "searched"]
+    for row in rows.values():
+        assert list(row["held-out"]) == [metric] and row["seconds"] > 0
+        assert all(-1 <= value <= 1 for value in (row["selected"], row["held-out"][metric]))
+    for name in ("macs", "parameters"):
+        assert rows["teacher"][name] == rows["max"][name] > rows["heuristic"][name]
+    # the cheapest within a point of the largest, by what was selected on
+    result = SearchResult.load(out / "search")
+    good = [e.metrics for e in result.history if e.metrics[metric] >= rows["max"]["selected"] - 0.01]
+    assert rows["searched"]["macs"] == min(metrics["macs"] for metrics in good)
+    model = ElasticModel.from_pretrained(out / "supernet")
+    assert model.active_subnet == result.best(max_drop=0.01)
+    bounds = Bounds.load(out / "bounds.json")
+    config = model.elastic_config
+    assert (config.elastic_width, config.elastic_depth) == (bounds.elastic_width, bounds.elastic_depth)
+    assert all(model.search_space.subnet(target.subnet) for target in bounds.targets)  # each of them is in it
+    assert "largest difference of a logit" in done.stdout and f"held-out {metric}" in done.stdout
+    small = AutoModelForSequenceClassification.from_pretrained(out / "extracted")
+    assert small.num_parameters() == rows["searched"]["parameters"]
+
+
+def test_eftnas_holds_out_both_splits_of_mnli(tmp_path, monkeypatch):
+    import eftnas_glue
+    import tasks
+
+    def read(source, split):
+        assert source == "nyu-mll/glue:mnli"
+        rows = [{"premise": f"{split} {i}", "hypothesis": f"no {i}", "label": i % 3} for i in range(24)]
+        return Dataset.from_list(rows if split != "validation_mismatched" else rows[:9:3])
+
+    monkeypatch.setattr(tasks, "read", read)
+    monkeypatch.setattr(sys, "argv", ["eftnas_glue.py", "--smoke", "--task", "mnli"])
+    args = eftnas_glue.parse_args()
+    data = eftnas_glue.prepare_classifier(args, "validation_matched", score=tasks.hits)
+    judged = eftnas_glue.held_out_of(args, data, score=tasks.hits)(data.model.eval())
+    assert list(judged) == ["accuracy", "accuracy, validation_mismatched"]
+    assert judged["accuracy"] == data.test_accuracy(data.model)
+    texts = [(f"validation_mismatched {i}", f"no {i}") for i in (0, 3, 6)]  # their label is 0
+    logits = [data.model(**data.tokenizer(*pair, return_tensors="pt")).logits for pair in texts]
+    hits = sum(int(row.argmax()) == 0 for row in logits)
+    assert judged["accuracy, validation_mismatched"] == pytest.approx(hits / 3)
+
+
+def test_matthews_correlation():
+    """It is Pearson's of two columns of zeros and ones."""
+    import tasks
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        found, right = torch.randint(0, 2, (2, 13), generator=generator)
+        expected = np.corrcoef(found.double().numpy(), right.double().numpy())[0, 1]
+        assert tasks.matthews(found, right) == pytest.approx(expected)
+    assert tasks.matthews(torch.ones(4).long(), torch.tensor([0, 1, 0, 1])) == 0
+    assert tasks.hits(torch.tensor([2, 0, 1]), torch.tensor([2, 1, 1])) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
