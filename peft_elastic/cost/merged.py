@@ -95,7 +95,7 @@ def is_mergeable(module: nn.Module) -> bool:
 
 
 def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
-    """The linear layers of the base model that `is_mergeable`, by their path."""
+    """The linear layers of the base model that `is_mergeable`, by their path. Weights that are not in memory count as dense."""
     shared = Counter(
         id(parameter)
         for _, module in base_modules(model)
@@ -119,7 +119,7 @@ def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
             grid = module._modules["grid"]
         stays_dense = shared[id(weight)] > 1 or module is output
         sparsity = 0.0
-        if masked and not stays_dense and weight.numel():
+        if masked and not stays_dense and weight.numel() and not weight.is_meta:
             # an adapter on a grid is masked by the zeros from before the rounding
             rounded = called is module and backend.on_grid
             values = grid.round(weight.detach()) if rounded else weight

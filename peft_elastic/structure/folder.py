@@ -218,7 +218,7 @@ def _batches(importance: str | Scores, calibration: Any, max_samples: int | None
 
 def _sortable_widths(model: nn.Module, kinds: tuple[str, ...]) -> list[Width]:
     widths = find_widths(model, Structure(model), kinds)
-    check_sortable(model, widths, in_memory=False)
+    check_sortable(model, widths)
     return widths
 
 

@@ -38,6 +38,7 @@ from .narrow import is_narrowed
 from .parts import KINDS, Slot, Width
 from .residence import residence_of
 from .sequential import BlockWalker, LayerWalker
+from .stored_model import is_stored
 
 
 IMPORTANCES = ("activation", "gradient", "magnitude", "none")
@@ -179,9 +180,8 @@ def measured_layers(model: nn.Module, widths: list[Width], importance: str) -> d
     return {path: layer_at(model, path) for path in sorted(wanted, key=lambda path: places.get(path, len(places)))}
 
 
-def check_sortable(model: nn.Module, widths: list[Width], in_memory: bool = True) -> None:
-    """ValueError if a layer of these widths cannot be put into another order; of a model that is to be read from its files, not
-    `in_memory`, whatever is not there yet."""
+def check_sortable(model: nn.Module, widths: list[Width]) -> None:
+    """ValueError if a layer of these widths cannot be put into another order."""
     for width in widths:
         for slot in width.slots:
             layer = layer_at(model, slot.path)
@@ -190,7 +190,7 @@ def check_sortable(model: nn.Module, widths: list[Width], in_memory: bool = True
             obstacle = "whose weight is of no known form." if backend is None else backend.obstacle("sort")
             if obstacle:
                 raise ValueError(f"`importance`: {slot.path!r} is of type {type(layer).__name__}, {obstacle}")
-            if in_memory and layer.get_parameter("weight").is_meta:
+            if not is_stored(model) and layer.get_parameter("weight").is_meta:
                 raise ValueError(
                     f"`importance`: the weight of {slot.path!r} is not in memory. Load the model without `device_map`, or go through "
                     "its folder block by block (`sort_folder`)."

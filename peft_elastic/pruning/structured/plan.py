@@ -136,14 +136,8 @@ class PruningPlan:
         structure = self.check(model)
         if not self.values:
             return  # nor is a model that was sorted before brought into its original order
-        orders = {}
-        for width in structure.widths:
-            for order in width.orders:
-                if order.name in self.units:
-                    kept = self.units[order.name]
-                    orders[order.name] = torch.tensor(kept + sorted(set(range(width.units)) - set(kept)))
         with whole_on_error(model):
-            reorder(model, orders)
+            reorder(model, self.orders(structure))
             activate(model, structure, self.values)
 
     def restore(self, model: nn.Module) -> None:
@@ -178,6 +172,16 @@ class PruningPlan:
             if is_narrowed(model):
                 extract_described(model, extractions)
         return model
+
+    def orders(self, structure: Structure) -> dict[str, torch.Tensor]:
+        """Which unit each unit is to be, so that those that are kept are the first: int64 (units,), by the name of an order."""
+        orders = {}
+        for width in structure.widths:
+            for order in width.orders:
+                if order.name in self.units:
+                    kept = self.units[order.name]
+                    orders[order.name] = torch.tensor(kept + sorted(set(range(width.units)) - set(kept)))
+        return orders
 
     def check(self, model: nn.Module) -> Structure:
         """The structure of a model that the plan fits.
