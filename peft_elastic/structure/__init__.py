@@ -15,6 +15,7 @@
 to feed calibration data through them block by block."""
 
 from .blocks import Structure
+from .folder import importance_of_folder, sort_folder
 from .importance import sort_by_importance
 from .layouts import AttentionLayout, BlockLayout, MLPLayout, register_layout, skip_attention, skip_to_zeros
 
@@ -24,8 +25,10 @@ __all__ = [
     "BlockLayout",
     "MLPLayout",
     "Structure",
+    "importance_of_folder",
     "register_layout",
     "skip_attention",
     "skip_to_zeros",
     "sort_by_importance",
+    "sort_folder",
 ]

@@ -162,9 +162,10 @@ class PruningPlan:
             the same model.
 
         Raises:
-            ValueError: if the plan does not fit the model, or what is left could be saved and not loaded. This, or an interrupt,
-                leaves the model as it was.
+            ValueError: if the plan does not fit the model, its weights are not in memory, or what is left could be saved and not
+                loaded. This, or an interrupt, leaves the model as it was.
         """
+        check_extractable(model)
         self.check(model)
         extractions = plan_extraction(model, self.values)
         with whole_on_error(model):
@@ -207,7 +208,7 @@ class PruningPlan:
         check_sortable(model, [width for width in moved if _is_out_of_order(model, width, self.units)])
         for width in narrowed:
             for slot in width.slots:
-                check_narrowable(layer_at(model, slot.path), slot.path)
+                check_here_to_narrow(layer_at(model, slot.path), slot.path)
         return structure
 
     # -- looking at it ------------------------------------------------------------------------------------------------
@@ -390,6 +391,32 @@ def check_whole(model: nn.Module) -> None:
         raise ValueError("model: it has adapters; merge them (`merge_and_unload`), or prune the base model before.")
     if is_narrowed(model):
         raise ValueError("model: a part of it is not active; restore it, or extract what is.")
+
+
+def check_extractable(model: nn.Module) -> None:
+    """ValueError if accelerate has offloaded weights of a model, of which nothing can be cut away then."""
+    for name, module in model.named_modules():
+        if _is_offloaded(module):
+            raise ValueError(
+                f"model: accelerate keeps the weight of {name} on a disk or another device (device_map), so that nothing can be removed "
+                "from it in place. Take `extract=False`, and carry the plan out from folder to folder: `extract_folder`."
+            )
+
+
+def check_here_to_narrow(layer: nn.Module, name: str) -> None:
+    """ValueError if a layer cannot compute with a part of its features, as `check_narrowable`; or accelerate brings its weight in each
+    pass, which is all of it."""
+    check_narrowable(layer, name)
+    if _is_offloaded(layer):
+        raise ValueError(
+            f"model: accelerate keeps the weight of {name} on a disk or another device (device_map), so that it cannot be narrowed. Load "
+            "the model without that; or remove channels and heads by their scores from its folder: `plan_folder`, `extract_folder`."
+        )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    own = module._parameters.values()
+    return hasattr(module, "_hf_hook") and any(parameter is not None and parameter.is_meta for parameter in own)
 
 
 def describe_model(model: nn.Module, structure: Structure) -> dict[str, Any]:
