@@ -34,6 +34,7 @@ from peft_elastic.pruning.structured import (
     from_pruning_config,
     to_pruning_config,
 )
+from peft_elastic.pruning.structured.folder import check_choosable
 from peft_elastic.pruning.structured.setup import needs_order_data, stage_shares
 
 from . import _common, _methods
@@ -151,6 +152,7 @@ def _choose(
     args: argparse.Namespace, config: StructuredPruningConfig, calibration: Callable[[Any], list[torch.Tensor]]
 ) -> int:
     """By scores alone, from a folder."""
+    check_choosable(config)
     if args.evaluations is not None:
         raise ValueError("`--evaluations` is of no use with `--stream`, with which nothing is evaluated.")
     needs_data = needs_order_data(config, stage_shares(config))

@@ -37,7 +37,6 @@ from peft_elastic import (
     importance_of_folder,
     plan_folder,
     prune_structured,
-    sort_by_importance,
     sort_folder,
 )
 from peft_elastic.common.safetensors_files import ShardFile
@@ -416,10 +415,6 @@ def test_the_rest_is_refused_by_name(kind, llama, tmp_path):
             prune_structured(model, config, data, extract=False, progress=False)
     with pytest.raises(ValueError, match="accelerate keeps the weight of .*`extract=False`.*extract_folder"):
         prune_structured(model, BlockPrunerConfig(ratio=0.3), data, progress=False)
-    with pytest.raises(
-        ValueError, match="`importance`: the weight of 'model.layers.0.* is not in memory.*`sort_folder`"
-    ):
-        sort_by_importance(model, "magnitude", progress=False)
 
 
 def test_an_empty_tensor_stands_for_what_is_removed(smaller):

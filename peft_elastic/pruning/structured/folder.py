@@ -76,26 +76,9 @@ def plan_folder(
         >>> config = WidthPrunerConfig(ratio=0.2, choose="uniform")
         >>> extract_folder("llama-70b", "smaller", plan_folder("llama-70b", config, calibration=loader))
     """
-    if not isinstance(config, StructuredPruningConfig):
-        raise wrong("config", "a `WidthPrunerConfig` or another structured config", config)
+    check_choosable(config)
     shares = stage_shares(config)
-    choices = dict(zip(config.stages, config.choose))
-    if any(choices[name] == "metric" for name in shares):
-        raise wrong(
-            "choose",
-            "'score', 'uniform' or 'random' for a model in a folder, which is not evaluated as a whole ('metric' does, in "
-            "`prune_structured`)",
-            config.choose,
-        )
-    if config.measure not in ("parameters", "macs"):  # bytes are those of the zeros in weights, which nobody has read
-        raise wrong("measure", "'parameters' or 'macs' for a model in a folder", config.measure)
     kinds = sorted_kinds(config, shares)
-    if kinds and config.order in ("gradient", "l1"):
-        raise wrong(
-            "order",
-            "'activation', 'magnitude', 'none' or scores for a model that is gone through block by block",
-            config.order,
-        )
     if needs_order_data(config, shares) and calibration is None:
         raise wrong("calibration", "an iterable of batches, e.g. a DataLoader, for this method", None)
     stored = StoredModel(source, dtype)
@@ -175,6 +158,29 @@ def extract_folder(
     files = rewritten(run.stored, small, names, takes)
     with run.working({}, {}, before=lambda name: None, after=lambda unit: ({}, []), files=files):
         run.finish(model=small, progress=progress)
+
+
+def check_choosable(config: Any) -> None:
+    """ValueError unless what a config removes is chosen without a pass through the model as a whole."""
+    if not isinstance(config, StructuredPruningConfig):
+        raise wrong("config", "a `WidthPrunerConfig` or another structured config", config)
+    shares = stage_shares(config)
+    choices = dict(zip(config.stages, config.choose))
+    if any(choices[name] == "metric" for name in shares):
+        raise wrong(
+            "choose",
+            "'score', 'uniform' or 'random' for a model in a folder, which is not evaluated as a whole ('metric' does, in "
+            "`prune_structured`)",
+            config.choose,
+        )
+    if config.measure not in ("parameters", "macs"):  # bytes are those of the zeros in weights, which nobody has read
+        raise wrong("measure", "'parameters' or 'macs' for a model in a folder", config.measure)
+    if sorted_kinds(config, shares) and config.order in ("gradient", "l1"):
+        raise wrong(
+            "order",
+            "'activation', 'magnitude', 'none' or scores for a model that is gone through block by block",
+            config.order,
+        )
 
 
 def _moved(orders: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
