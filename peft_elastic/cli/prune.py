@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "With --structured, remove whole attentions, MLPs, channels and heads instead (MultiPruner), and save what is\n"
         "left as a smaller model. It evaluates the model many times: fewer --samples of a smaller --max-length are\n"
         "faster. Interrupted, the same command continues where it stopped. With --stream as well, it carries out a --plan, or\n"
-        "chooses by scores alone (--choose uniform, score or random), which needs no model in memory.",
+        "chooses by scores alone (--method width --choose uniform), which needs no model in memory.",
         epilog="examples:\n"
         "  peft-elastic prune --model HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.5 --out pruned\n"
         "  peft-elastic prune --model ./my-model --sparsity 0.5 --dataset train.jsonl --out pruned\n"

@@ -79,25 +79,30 @@ def rewritten(stored: StoredModel, model: PreTrainedModel, names: Mapping[str, s
     Raises:
         ValueError: a tensor is in no file, or transformers cannot turn back what it did to tensors when it loaded them.
     """
-    groups: dict[int, list[str]] = {}  # what is made of the same tensors on disk
-    for name in _saved(model):
-        if name not in names or names[name] not in stored.origin:
-            raise ValueError(f"{name} is in no file of {stored.folder}.")
-        groups.setdefault(id(stored.origin[names[name]]), []).append(name)
-    files: dict[str, dict[str, Making]] = {file: {} for file in stored.shards.files}
+    # a tensor may have several names, in the model and on disk
     known = stored.model.state_dict(keep_vars=True)
-    takes_by_tensor = {id(known[name]): take for name, take in takes.items()}  # which may have several names
+    there = {id(known[name]): name for name in stored.origin if name in known}
+    takes_by_tensor = {id(known[name]): take for name, take in takes.items()}
+    groups: dict[int, dict[str, str]] = {}  # names here and there of what is made of the same tensors on disk
+    for name in _saved(model):
+        old = names.get(name)
+        if old is not None and old not in stored.origin:
+            old = there.get(id(known[old]))
+        if old is None:
+            raise ValueError(f"{name} is in no file of {stored.folder}.")
+        groups.setdefault(id(stored.origin[old]), {})[name] = old
+    files: dict[str, dict[str, Making]] = {file: {} for file in stored.shards.files}
     empty = dict(model.state_dict(keep_vars=True))
     for group in groups.values():
-        origin = stored.origin[names[group[0]]]
+        origin = stored.origin[next(iter(group.values()))]
         tensors = on_disk(model, {name: empty[name] for name in group})
-        own = {names[name]: takes_by_tensor.get(id(known[names[name]])) for name in group}
+        own = {old: takes_by_tensor.get(id(known[old])) for old in group.values()}
         if len(tensors) == 1 and origin.converter is None and not any(take is not None for take in own.values()):
             key, tensor = next(iter(tensors.items()))
             source = stored.shards.tensors[origin.keys[0]]
             files[source.file.name][key] = Making(NAMES_OF_DTYPES[tensor.dtype], tuple(tensor.shape), source)
             continue
-        make = _Maker(stored, model, {name: names[name] for name in group}, own)
+        make = _Maker(stored, model, group, own)
         homes = [stored.shards.tensors[key].file.name for key in sorted(origin.keys, key=_natural)]
         found = sorted(tensors.items(), key=lambda item: _natural(item[0]))
         if len(homes) != len(found):
@@ -155,7 +160,7 @@ def _saved(model: PreTrainedModel) -> list[str]:
     tied = getattr(model, "all_tied_weights_keys", {})
     same: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in ignored:
+        if name not in ignored and tensor.is_meta:  # what stands for what was removed is not
             same.setdefault(id(tensor), []).append(name)
     return [next((name for name in group if name not in tied), group[0]) for group in same.values()]
 

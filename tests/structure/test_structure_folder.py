@@ -155,6 +155,22 @@ def test_names_without_the_prefix_and_tied_weights_that_are_there_twice(tmp_path
     assert folders.same(whole(tmp_path / "out").state_dict(), full.state_dict())
 
 
+def test_a_tied_weight_under_its_other_name(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    source = folders.saved(model, tmp_path / "model", torch.float32, "1GB")
+    folders.rewrite(
+        source / "model.safetensors", lambda f: f.update({"lm_head.weight": f.pop("model.embed_tokens.weight")})
+    )
+    full, _ = sorted_in_memory(source, tmp_path / "expected", "activation", folders.batches(model))
+    assert (
+        torch.equal(full.lm_head.weight, model.lm_head.weight)
+        and full.lm_head.weight is full.model.embed_tokens.weight
+    )
+    sort_folder(source, tmp_path / "out", "activation", folders.batches(model), progress=False)
+    assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(tmp_path / "expected"))
+    assert folders.same(whole(tmp_path / "out").state_dict(), full.state_dict())
+
+
 def test_a_sorted_folder_loads_in_a_fresh_process(tmp_path):
     """Without this package too: the model is an ordinary one."""
     source = folders.saved(tiny_llama(), tmp_path / "model", torch.float32)

@@ -84,9 +84,8 @@ def plan_folder(
     stored = StoredModel(source, dtype)
     own = config
     if kinds and not isinstance(config.order, Mapping):
-        plan_run(
-            stored.model, replace(config, order="magnitude")
-        )  # what cannot be is refused before anything is measured
+        # what cannot be is refused before anything is measured
+        plan_run(stored.model, replace(config, order="magnitude"))
         scores = importance_of_folder(
             source,
             config.order,
@@ -123,8 +122,8 @@ def extract_folder(
             config.json and safetensors files. It is not changed.
         output: a new folder, or that of an interrupted run. What lies beside the weights (tokenizer, generation settings) is copied.
             `from_pretrained` loads it: if all blocks are alike without this package, otherwise after `import peft_elastic`.
-        plan: of `prune_structured(extract=False)`, say, of a part of the model's data on a machine with more memory, or of
-            `plan_folder`.
+        plan: of `plan_folder`, or of `prune_structured(extract=False)` with a model that accelerate has offloaded, or on a machine
+            with more memory.
         dtype: to save in: "auto" is that of the checkpoint, as in `from_pretrained`; or "float32", "bfloat16", "float16".
         progress: whether to show a progress bar.
 
@@ -147,14 +146,16 @@ def extract_folder(
     takes = takes_of(whole, structure.widths, _moved(orders), plan.values)
 
     small = copy.deepcopy(whole)
-    before = {id(tensor): name for name, tensor in reversed(small.state_dict(keep_vars=True).items())}
+    tensors = small.state_dict(keep_vars=True)  # which keeps them, so that nothing else gets their ids
+    before = {id(tensor): name for name, tensor in reversed(tensors.items())}
     if plan.values:
         extractions = plan_extraction(small, plan.values)
         note_orders(small, orders)
         activate(small, Structure(small), plan.values)
         if is_narrowed(small):
             extract_described(small, extractions)
-    names = {name: before[id(tensor)] for name, tensor in small.state_dict(keep_vars=True).items()}
+    left = small.state_dict(keep_vars=True).items()
+    names = {name: before[id(tensor)] for name, tensor in left if id(tensor) in before}
     files = rewritten(run.stored, small, names, takes)
     with run.working({}, {}, before=lambda name: None, after=lambda unit: ({}, []), files=files):
         run.finish(model=small, progress=progress)
