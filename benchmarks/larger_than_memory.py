@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Models larger than memory: time and peak memory of pruning a folder block by block.
+"""Models larger than memory: time and peak memory of pruning, sorting and narrowing a folder block by block.
 
     python benchmarks/larger_than_memory.py --work /scratch --out outputs/larger    # 8.6 GB of weights; 18 GB of disk; an hour
     python benchmarks/larger_than_memory.py --smoke --work /scratch/x --out outputs/larger-smoke    # seconds
 
 A random model of the shape of Llama-7B with fewer blocks is written to WORK/model, file by file, unless it is there. Each method then
 runs in a process of its own, whose private writable memory cannot exceed --limit (RLIMIT_DATA: more is an error in it), and
-`peak` is the high-water mark of its resident set (VmHWM). A model with two of the blocks is pruned in memory as well, and the weights
-are compared bit by bit. OUT/larger_than_memory.json holds everything, and the table is printed as Markdown.
+`peak` is the high-water mark of its resident set (VmHWM). A model with two of the blocks is worked on in memory as well, and the
+weights are compared bit by bit. OUT/larger_than_memory.json holds everything, and the table is printed as Markdown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,49 @@ from safetensors.torch import save_file
 from training import resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_elastic import MagnitudeConfig, WandaConfig, prune, prune_folder
+from peft_elastic import (
+    MagnitudeConfig,
+    WandaConfig,
+    WidthPrunerConfig,
+    extract_folder,
+    plan_folder,
+    prune,
+    prune_folder,
+    prune_structured,
+    sort_by_importance,
+    sort_folder,
+)
 from peft_elastic.common.writing import atomic_write_text
 
 
-WORKS: dict[str, Any] = {
-    "magnitude": MagnitudeConfig(sparsity=0.5),
-    "wanda": WandaConfig(sparsity=0.5),
-}
+Work = tuple[Callable[[Path, Path, list[torch.Tensor]], Any], Callable[[Any, list[torch.Tensor]], Any]]
+
+
+def works(smoke: bool) -> dict[str, Work]:
+    """What is done from folder to folder, and the same with a model in memory. A tiny model is mostly embeddings."""
+    magnitude, wanda = MagnitudeConfig(sparsity=0.5), WandaConfig(sparsity=0.5)
+    width = WidthPrunerConfig(ratio=0.01 if smoke else 0.2, choose="uniform")
+    return {
+        "magnitude": (
+            lambda source, target, data: prune_folder(source, target, magnitude),
+            lambda model, data: prune(model, magnitude),
+        ),
+        "wanda": (
+            lambda source, target, data: prune_folder(source, target, wanda, data),
+            lambda model, data: prune(model, wanda, data),
+        ),
+        "sort": (
+            lambda source, target, data: sort_folder(source, target, "activation", data),
+            lambda model, data: sort_by_importance(model, "activation", data),
+        ),
+        "structured": (
+            lambda source, target, data: extract_folder(source, target, plan_folder(source, width, data)),
+            lambda model, data: prune_structured(model, width, data),
+        ),
+    }
+
+
+WORKS = tuple(works(smoke=True))
 VOCABULARY = 32000
 
 
@@ -92,16 +127,17 @@ def calibration(sequences: int, length: int, seed: int) -> list[torch.Tensor]:
 
 
 def run_here(args: argparse.Namespace) -> dict[str, Any]:
-    config, data = WORKS[args.run], calibration(args.sequences, args.length, args.seed)
+    in_folder, in_memory = works(args.smoke)[args.run]
+    data = calibration(args.sequences, args.length, args.seed)
     before = resident("VmRSS")
     start = time.perf_counter()
     if args.in_memory:
         model = LlamaForCausalLM.from_pretrained(args.model, dtype="auto")
-        prune(model, config, data)
+        in_memory(model, data)
         model.save_pretrained(args.target)
         del model
     else:
-        prune_folder(args.model, args.target, config, data)
+        in_folder(args.model, args.target, data)
     return {"seconds": time.perf_counter() - start, "before_bytes": before, "peak_bytes": resident("VmHWM")}
 
 
@@ -125,6 +161,7 @@ def measured(
     ]
     command += ["--sequences", args.sequences, "--length", args.length, "--seed", args.seed]
     command += ["--in-memory"] if in_memory else []
+    command += ["--smoke"] if args.smoke else []
     limit = None if in_memory or args.smoke else int(args.limit * 2**30)
 
     def begin() -> None:
@@ -159,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder on a disk with room for two such models")
     parser.add_argument("--blocks", type=int, default=20, help="of 405 MB")
-    parser.add_argument("--works", nargs="+", choices=tuple(WORKS), default=list(WORKS))
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--limit", type=float, default=4.0, help="GiB of private writable memory of a process")
@@ -211,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     print(
         table(
-            ["method", "weights, GB", "where", "limit, GiB", "peak, GB", "seconds", "tensors that differ"],
+            ["work", "weights, GB", "where", "limit, GiB", "peak, GB", "seconds", "tensors that differ"],
             [
                 [
                     row["work"],

@@ -45,13 +45,15 @@ if TYPE_CHECKING:
         PruningPlan,
         TwoStagePrunerConfig,
         WidthPrunerConfig,
+        extract_folder,
+        plan_folder,
         prune_structured,
     )
     from .quantization import GPTQConfig, QuantizationReport, RTNConfig, load_gptq, save_gptq
     from .quantization.folder import quantize_folder
     from .quantization.quantize import quantize
     from .search import SearchResult, search_subnet
-    from .structure import sort_by_importance
+    from .structure import importance_of_folder, sort_by_importance, sort_folder
     from .structure.movement import MovementCallback
     from .supernet import (
         BalancedSampler,
@@ -118,11 +120,14 @@ __all__ = [
     "bounds_by_importance",
     "densify_linears",
     "explain_generation",
+    "extract_folder",
     "get_elastic_model",
+    "importance_of_folder",
     "load_gptq",
     "merge_and_requantize",
     "merge_folder",
     "optimize_generation",
+    "plan_folder",
     "prune",
     "prune_folder",
     "prune_structured",
@@ -132,6 +137,7 @@ __all__ = [
     "save_gptq",
     "search_subnet",
     "sort_by_importance",
+    "sort_folder",
     "sparsify_linears",
 ]
 
@@ -161,13 +167,15 @@ __getattr__, __dir__ = lazy_package(
             "PruningPlan",
             "TwoStagePrunerConfig",
             "WidthPrunerConfig",
+            "extract_folder",
+            "plan_folder",
             "prune_structured",
         ),
         ".quantization": ("GPTQConfig", "QuantizationReport", "RTNConfig", "load_gptq", "save_gptq"),
         ".quantization.folder": ("quantize_folder",),
         ".quantization.quantize": ("quantize",),
         ".search": ("SearchResult", "search_subnet"),
-        ".structure": ("sort_by_importance",),
+        ".structure": ("importance_of_folder", "sort_by_importance", "sort_folder"),
         ".structure.movement": ("MovementCallback",),
         ".supernet": (
             "BalancedSampler",

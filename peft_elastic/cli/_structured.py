@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from peft_elastic import MultiPrunerConfig, PruningPlan, prune_structured
+from peft_elastic import MultiPrunerConfig, PruningPlan, extract_folder, plan_folder, prune_structured
 from peft_elastic.common.documents import read_json
 from peft_elastic.pruning.structured import (
     STRUCTURED_METHODS,
@@ -34,6 +34,8 @@ from peft_elastic.pruning.structured import (
     from_pruning_config,
     to_pruning_config,
 )
+from peft_elastic.pruning.structured.folder import check_choosable
+from peft_elastic.pruning.structured.setup import needs_order_data, stage_shares
 
 from . import _common, _methods
 from ._options import parse_workload
@@ -95,14 +97,21 @@ def check_absent(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor]]) -> int:
     """The command; `calibration` makes the batches with a tokenizer."""
-    return _carry_out(args) if args.plan is not None else _search(args, calibration)
+    if args.plan is not None:
+        return _carry_out(args)
+    config = make_config(args)
+    if _common.streams(args, args.model, possible="metric" not in config.choose):
+        return _choose(args, config, calibration)
+    return _search(args, config, calibration)
 
 
 # -- making a plan -------------------------------------------------------------------------------------------------
 
 
-def _search(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Tensor]]) -> int:
-    config = make_config(args)
+def _search(
+    args: argparse.Namespace, config: StructuredPruningConfig, calibration: Callable[[Any], list[torch.Tensor]]
+) -> int:
+    _common.check_no_activations(args)
     evaluations = args.evaluations or args.out.with_name(f"{args.out.name}-evaluations")
     if args.evaluations is None and (args.out / "plan.json").is_file():  # finished, and killed before this
         shutil.rmtree(evaluations, ignore_errors=True)
@@ -136,6 +145,27 @@ def _search(args: argparse.Namespace, calibration: Callable[[Any], list[torch.Te
     _write(args, plan, model, tokenizer)
     if args.evaluations is None:
         shutil.rmtree(evaluations)
+    return 0
+
+
+def _choose(
+    args: argparse.Namespace, config: StructuredPruningConfig, calibration: Callable[[Any], list[torch.Tensor]]
+) -> int:
+    """By scores alone, from a folder."""
+    check_choosable(config)
+    if args.evaluations is not None:
+        raise ValueError("`--evaluations` is of no use with `--stream`, with which nothing is evaluated.")
+    needs_data = needs_order_data(config, stage_shares(config))
+    batches = calibration(_common.load_tokenizer(args.model)) if needs_data else None
+    plan = plan_folder(
+        args.model,
+        config,
+        batches,
+        dtype=args.dtype,
+        device=_common.usable_device(args.device),
+        scratch=args.out.parent if args.activations_on_disk else None,
+    )
+    _write_folder(args, plan)
     return 0
 
 
@@ -188,6 +218,15 @@ def _carry_out(args: argparse.Namespace) -> int:
     if args.order not in (None, "l1", "none"):
         raise ValueError("`--order` must be l1 or none with a `--plan` of Intel's, which was made with one of these.")
     plan = None if intels else PruningPlan.load(args.plan)
+    if args.activations_on_disk:
+        raise ValueError("`--activations-on-disk` is of no use with `--plan`, which needs no data.")
+    if _common.streams(args, args.model, possible=plan is not None):
+        if plan is None:
+            raise ValueError(
+                "`--stream` needs a plan.json as `--plan`; one of Intel's is carried out in memory, which writes one."
+            )
+        _write_folder(args, plan)
+        return 0
     _common.check_new_folder(args.out)
     tokenizer = _common.load_tokenizer(args.model, required=False)
     model = _common.load_model(args.model, args.dtype, args.device)
@@ -242,6 +281,36 @@ def _write(args: argparse.Namespace, plan: PruningPlan, model: Any, tokenizer: A
     if args.plan_only:
         following = ["peft-elastic", "prune", "--model", args.model, "--structured"]
         following += ["--plan", out / "plan.json", "--out", "pruned"]
+    _common.say_written(written, following)
+
+
+def _write_folder(args: argparse.Namespace, plan: PruningPlan) -> None:
+    """The same from folder to folder."""
+    print(plan)
+    out = args.out
+    written = [
+        (out / "plan.json", "what was removed: peft_elastic.PruningPlan.load, or --plan with another model like it")
+    ]
+    if args.plan_only:
+        with _common.new_folder(out) as folder:
+            plan.save(folder / "plan.json")
+        following = ["peft-elastic", "prune", "--model", args.model, "--structured", "--stream"]
+        following += ["--plan", out / "plan.json", "--out", "pruned"]
+    else:
+        extract_folder(args.model, out, plan, dtype=args.dtype)
+        plan.save(out / "plan.json")
+        loads_with = "import peft_elastic; " if _common.needs_this_package(out) else ""
+        written.insert(0, (out, f"the smaller model: {loads_with}AutoModelForCausalLM.from_pretrained(...)"))
+        following = [
+            "peft-elastic",
+            "train",
+            "--model",
+            out,
+            "--dataset",
+            args.dataset or "YOUR_DATA",
+            "--out",
+            "adapter",
+        ]
     _common.say_written(written, following)
 
 

@@ -49,7 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "SparseGPT, slower, lets the weights that stay make up for those that go. Magnitude looks at the weights alone.\n"
         "With --structured, remove whole attentions, MLPs, channels and heads instead (MultiPruner), and save what is\n"
         "left as a smaller model. It evaluates the model many times: fewer --samples of a smaller --max-length are\n"
-        "faster. Interrupted, the same command continues where it stopped.",
+        "faster. Interrupted, the same command continues where it stopped. With --stream as well, it carries out a --plan, or\n"
+        "chooses by scores alone (--method width --choose uniform), which needs no model in memory.",
         epilog="examples:\n"
         "  peft-elastic prune --model HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.5 --out pruned\n"
         "  peft-elastic prune --model ./my-model --sparsity 0.5 --dataset train.jsonl --out pruned\n"
@@ -59,7 +60,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "  peft-elastic prune --model ./larger-than-memory --sparsity 0.5 --dataset train.jsonl --out pruned --stream\n"
         "  peft-elastic prune --model ./my-model --structured --ratio 0.1 --dataset train.jsonl --out pruned\n"
         "  peft-elastic prune --model ./my-model --structured --method width --choose uniform --ratio 0.2 --out pruned\n"
-        "  peft-elastic prune --model ./my-model --structured --plan pruned/plan.json --out again",
+        "  peft-elastic prune --model ./my-model --structured --plan pruned/plan.json --out again\n"
+        "  peft-elastic prune --model ./larger-than-memory --structured --plan pruned/plan.json --out smaller --stream",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common.add_model_arguments(parser)
@@ -94,9 +96,6 @@ def run(args: argparse.Namespace) -> int:
             f"`--method {args.method}` goes {other} `--structured`; {needed} it are {', '.join(methods)}."
         )
     if args.structured:
-        _common.check_no_activations(args)
-        if args.stream:
-            raise ValueError("`--stream` goes without `--structured`, which evaluates the whole model many times.")
         if args.plan is not None and args.method is not None:
             raise ValueError("`--method` is of no use with `--plan`, which says what to remove.")
         for name, value in ((name, getattr(args, name)) for name in _methods.fields_of(_CONFIGS, _WITHOUT)):

@@ -95,7 +95,7 @@ def is_mergeable(module: nn.Module) -> bool:
 
 
 def merged_linears(model: nn.Module) -> dict[str, MergedLinear]:
-    """The linear layers of the base model that `is_mergeable`, by their path."""
+    """The linear layers of the base model that `is_mergeable`, by their path. Weights that are not in memory count as dense."""
     shared = Counter(
         id(parameter)
         for _, module in base_modules(model)

@@ -15,6 +15,7 @@
 to feed calibration data through them block by block."""
 
 from .blocks import Structure
+from .folder import importance_of_folder, sort_folder
 from .importance import sort_by_importance
 from .layouts import AttentionLayout, BlockLayout, MLPLayout, register_layout, skip_attention, skip_to_zeros
 from .scores import load_scores, save_scores
@@ -25,10 +26,12 @@ __all__ = [
     "BlockLayout",
     "MLPLayout",
     "Structure",
+    "importance_of_folder",
     "load_scores",
     "register_layout",
     "save_scores",
     "skip_attention",
     "skip_to_zeros",
     "sort_by_importance",
+    "sort_folder",
 ]

@@ -119,3 +119,19 @@ def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -
     if len(written) != len(tensors) or any(id(tensor) not in names for tensor in tensors.values()):
         return None
     return {key: names[id(tensor)] for key, tensor in tensors.items()}
+
+
+def on_disk(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` writes of these tensors of the model, by their names in it: those on disk, by their names there. What
+    belongs together, as the parts of one `Origin`, is to be given together.
+
+    Raises:
+        ValueError: transformers cannot turn back what it did to them when they were loaded.
+    """
+    try:
+        return revert_weight_conversion(model, dict(tensors))
+    except Exception as error:  # what its operations meet in tensors that they are not made for
+        raise ValueError(
+            f"transformers cannot write {next(iter(tensors))} of this {type(model).__name__}, which it makes of other tensors of the "
+            f"files ({type(error).__name__}: {error}). Work on the model in memory."
+        ) from error

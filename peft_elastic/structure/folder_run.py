@@ -23,16 +23,19 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..common.checks import check_bool
 from ..common.documents import ANYTHING, TEXT, ListOf, Record
 from ..common.files import alone
 from ..common.journal import Journal
+from ..common.progress import progress_bar
 from ..common.safetensors_files import (
     INDEX_FILE,
     ITEM_BYTES,
@@ -57,6 +60,25 @@ _NOT_BESIDE = "elastic_model.json"
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # (dtype of safetensors, shape) by the name on disk
+
+
+@dataclass(frozen=True)
+class Making:
+    """A tensor to write.
+
+    Args:
+        dtype: of safetensors.
+        shape: its sizes.
+        source: where it is, in the source; what makes it; or None if it comes when its layer has been visited.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: Stored | Callable[[], torch.Tensor] | None
+
+
+# What to write: by the name of each file the tensors in it, by their names on disk.
+Files = Mapping[str, Mapping[str, Making]]
 
 
 class FolderRun(Work):
@@ -122,6 +144,7 @@ class FolderRun(Work):
         before: Callable[[str], None],
         reload: Callable[[str, Mapping[str, Stored]], torch.Tensor] | None = None,
         after: Callable[[dict[str, nn.Module]], tuple[dict[str, torch.Tensor], list[Any]]],
+        files: Files | None = None,
     ) -> Iterator[StoredResidence]:
         """
         Walkers go through the model meanwhile, and what they do with a unit is kept.
@@ -134,11 +157,14 @@ class FolderRun(Work):
                 layer, and where its tensors are by their names on disk. Without it, the weight is read from where it was written.
             after: is called with the layers of a unit that were changed, by name; returns the tensors that were announced in
                 `new`, by their names on disk, and rows for the report.
+            files: what to write, by the names of the files, of a run whose visits write nothing (`new` has no tensors): `finish`
+                writes all of it. By default the files of the source, with what is in `new` in the place of what is in `old`.
         """
         self._before, self._after, self._reload = before, after, reload
         self._notes: dict[str, Any] = {}
         self._new, self._old = new, old
-        self._files = self._plan()
+        self._at_end = files is not None
+        self._files = self._shards_of(self._plan() if files is None else files)
         file_of = {key: file for file, (_, keys) in self._files.items() for key in keys}
         self._file_of = file_of
         self._waiting = {
@@ -184,29 +210,41 @@ class FolderRun(Work):
         by_name = {row["name"]: row for unit in self._journal.rows for row in unit["rows"]}
         return [by_name[name] for name in layers]
 
-    def _plan(self) -> dict[str, tuple[ShardFile, dict[str, Stored | None]]]:
-        """The files to write, each with its tensors, and where those come from that stay as they are."""
+    def _shards_of(self, files: Files) -> dict[str, tuple[ShardFile, Mapping[str, Making]]]:
+        """The files to write, by their names."""
+        known = self.stored.shards.metadata
+        return {
+            file: (
+                ShardFile(
+                    self.output / f".{file}.partial",
+                    {key: (making.dtype, making.shape) for key, making in tensors.items()},
+                    known.get(file, next(iter(known.values()))),
+                ),
+                tensors,
+            )
+            for file, tensors in files.items()
+        }
+
+    def _plan(self) -> Files:
+        """The files of the source, with the tensors that change in them, and those that stay as they are."""
         replaced: dict[str, list[str]] = {}
         for layer, keys in self._old.items():
             replaced.setdefault(keys[0], []).append(layer)
         gone = {key for keys in self._old.values() for key in keys}
         targets = self.stored.targets()
-        files: dict[str, tuple[ShardFile, dict[str, Stored | None]]] = {}
+        files: dict[str, dict[str, Making]] = {}
         shards = self.stored.shards
         for file in shards.files:
-            tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-            sources: dict[str, Stored | None] = {}
+            tensors: dict[str, Making] = {}
             for key, stored in shards.tensors.items():
                 if stored.file.name != file:
                     continue
                 for layer in replaced.get(key, ()):
-                    tensors |= self._new[layer]
-                    sources |= dict.fromkeys(self._new[layer])
+                    tensors |= {name: Making(dtype, shape, None) for name, (dtype, shape) in self._new[layer].items()}
                 if key not in gone and key in targets:
-                    dtype = self.stored.dtype_on_disk(key, targets)
-                    tensors[key] = NAMES_OF_DTYPES[dtype], stored.shape
-                    sources[key] = stored
-            files[file] = ShardFile(self.output / f".{file}.partial", tensors, shards.metadata[file]), sources
+                    dtype = NAMES_OF_DTYPES[self.stored.dtype_on_disk(key, targets)]
+                    tensors[key] = Making(dtype, stored.shape, stored)
+            files[file] = tensors
         return files
 
     def _check_space(self) -> None:
@@ -246,7 +284,8 @@ class FolderRun(Work):
         self._done |= layers.keys()
         for layer in layers:
             self._note_done(layer)
-        self._complete()
+        if not self._at_end:
+            self._complete()
 
     def _note_done(self, layer: str) -> None:
         """From now on the layer is read from where it was written, if that has the same tensors."""
@@ -267,27 +306,39 @@ class FolderRun(Work):
         whole = self.output / file
         return self._files[file][0].at(key, whole if whole.exists() else None)
 
-    def _complete(self) -> None:
+    def _complete(self, progress: bool = False) -> None:
         """Files of which all layers are done get the rest of their tensors, and their names."""
-        for file, (shard, sources) in self._files.items():
+        files = progress_bar(self._files.items(), desc=self._work, unit="file", disable=not progress)
+        for file, (shard, tensors) in files:
             if self._waiting[file] or (self.output / file).exists():
                 continue
-            for key, source in sources.items():
-                if source is not None:
-                    shard.copy(key, source)
+            for key, making in tensors.items():
+                if isinstance(making.source, Stored):
+                    shard.copy(key, making.source)
+                elif making.source is not None:
+                    shard.write(key, making.source())
             shard.sync()
             with writing(self.output):
                 os.replace(shard.path, self.output / file)
             self.stored.moved |= {key: self.at(key) for key in self.stored.moved if self._file_of[key] == file}
 
-    def finish(self, texts: Mapping[str, str] | None = None, config: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self,
+        texts: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        model: PreTrainedModel | None = None,
+        progress: bool = False,
+    ) -> None:
         """Write what belongs to the model besides its weights, config.json last, and end the run.
 
         Args:
             texts: more files, by name.
             config: entries to add to config.json.
+            model: whose configuration it is, if that is not the one that was read.
+            progress: whether to show a progress bar of the files that are left to write.
         """
-        self._complete()
+        model = self.model if model is None else model
+        self._complete(progress)
         if self.stored.shards.index is not None:
             size = sum(
                 math.prod(shape) * ITEM_BYTES[dtype]
@@ -295,9 +346,12 @@ class FolderRun(Work):
                 for dtype, shape in (shard.described(key) for key in shard.names)
             )
             known = self.stored.shards.index.get("metadata")
+            metadata = {**(known if isinstance(known, dict) else {}), "total_size": size}
+            if model is not self.model and "total_parameters" in metadata:
+                metadata["total_parameters"] = model.num_parameters()
             data = {
                 **self.stored.shards.index,
-                "metadata": {**(known if isinstance(known, dict) else {}), "total_size": size},
+                "metadata": metadata,
                 "weight_map": {key: self._file_of[key] for key in sorted(self._file_of)},
             }
             atomic_write_text(self.output / INDEX_FILE, json.dumps(data, indent=2) + "\n")
@@ -310,8 +364,8 @@ class FolderRun(Work):
                         shutil.copyfile(path, temporary)
         for name, text in (texts or {}).items():
             atomic_write_text(self.output / name, text)
-        own = copy.deepcopy(self.model.config)
-        own.architectures = [type(self.model).__name__]
+        own = copy.deepcopy(model.config)
+        own.architectures = [type(model).__name__]
         data = {**json.loads(own.to_json_string()), **(config or {})}
         atomic_write_text(self.output / CONFIG_FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")
         (self.output / JOURNAL_FILE).unlink()

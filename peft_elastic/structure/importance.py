@@ -37,7 +37,9 @@ from .inputs import InputCollector, is_encoder_decoder, is_language_model, own_l
 from .narrow import is_narrowed
 from .parts import KINDS, Slot, Width
 from .reading import Reading
-from .sequential import BlockWalker
+from .residence import residence_of
+from .sequential import BlockWalker, LayerWalker
+from .stored_model import is_stored
 
 
 # What is known of a model as it is, on the spot.
@@ -53,6 +55,9 @@ _SCORES_ATTRIBUTE = "_peft_elastic_movement"
 # What a user may give as scores: by the name of the block (MLP channels), or attention or stack (heads), one number for each
 # unit, or a function of it.
 Scores = Mapping[str, torch.Tensor]
+
+# By the path of a layer and its side, what it contributes to the score of each unit, float32 (units,).
+Parts = dict[tuple[str, str], torch.Tensor]
 
 
 def sort_by_importance(
@@ -95,20 +100,15 @@ def sort_by_importance(
         ValueError: if an argument is not allowed, or a weight cannot be sorted (packed or quantised by another library, not in
             memory), before anything is changed.
     """
-    if not isinstance(importance, (str, Mapping)):
-        raise ValueError(f"`importance` must be one of {list(IMPORTANCES)} or your own scores, got {importance!r}.")
-    if not kinds or set(kinds) - set(KINDS):
-        raise ValueError(f"`kinds` must be {list(KINDS)} or one of them, got {kinds!r}.")
+    check_importance(importance, kinds)
     model = getattr(model, "get_base_model", lambda: model)()
     if is_narrowed(model):
         raise ValueError("A part of `model` is not active; choose the widest subnet first, `model.set_subnet('max')`.")
     structure = Structure(model)
-    widths = [width for width in structure.widths if width.kind in kinds]
     if isinstance(importance, str) and importance == "none":
         return {}
     check_here("the model", model.parameters())
-    if not widths:
-        raise ValueError(f"`model` ({type(model).__name__}) has no block whose {' or '.join(kinds)} are known.")
+    widths = find_widths(model, structure, kinds)
     check_sortable(model, widths)
     if isinstance(importance, Mapping):  # scores of both kinds may be given where one of them is sorted
         others = {order.name for width in structure.widths if width.kind not in kinds for order in width.orders}
@@ -119,6 +119,26 @@ def sort_by_importance(
     return {name: score[orders[name]] for name, score in scores.items()}
 
 
+def check_importance(importance: Any, kinds: tuple[str, ...]) -> None:
+    """ValueError unless these are allowed arguments of `sort_by_importance`."""
+    if not isinstance(importance, (str, Mapping)):
+        raise ValueError(f"`importance` must be one of {list(IMPORTANCES)} or your own scores, got {importance!r}.")
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"`kinds` must be {list(KINDS)} or one of them, got {kinds!r}.")
+
+
+def find_widths(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> list[Width]:
+    """The widths of a model of these kinds.
+
+    Raises:
+        ValueError: there are none.
+    """
+    widths = [width for width in structure.widths if width.kind in kinds]
+    if not widths:
+        raise ValueError(f"`model` ({type(model).__name__}) has no block whose {' or '.join(kinds)} are known.")
+    return widths
+
+
 def measure_importance(
     model: nn.Module,
     widths: list[Width],
@@ -127,37 +147,48 @@ def measure_importance(
     *,
     max_samples: int | None = None,
     progress: bool = True,
+    parts: Parts | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The scores by the name of each `Order`, float32 (units,). Arguments and errors as in `sort_by_importance`."""
+    """The scores by the name of each `Order`, float32 (units,). Arguments and errors as in `sort_by_importance`.
+
+    Args:
+        parts (*optional*): of "activation" and "magnitude", what each layer contributes, as soon as it is known; layers whose
+            contributions are in it already are done by the residence of the model.
+    """
     if not isinstance(importance, str):
         return _own_scores(widths, importance)
     if importance not in IMPORTANCES:
         raise ValueError(f"`importance` must be one of {list(IMPORTANCES)} or your own scores, got {importance!r}.")
     if importance == "movement":
         return _learned_scores(model, widths)
+    parts = {} if parts is None else parts
     if importance == "magnitude":
-        return _for_each_order(widths, lambda slot, units: _absolute_weights(model, slot, units), all_slots=True)
+        _absolute_weights(model, widths, parts, progress)
+        return _for_each_order(widths, parts, all_slots=True)
+    check_calibration(importance, calibration)
+    batches = calibration_batches(calibration, max_samples)
+    if importance == "activation":
+        _products(model, widths, batches, parts, progress)
+    else:
+        parts |= {(path, "in"): part for path, part in _sensitivities(model, batches, widths, progress).items()}
+    summed = _for_each_order(widths, parts, all_slots=False)
+    return {name: total.sqrt() for name, total in summed.items()}
+
+
+def check_calibration(importance: str, calibration: Any) -> None:
+    """ValueError without data for an importance that needs some."""
     if calibration is None:
         raise ValueError(
             f"`calibration`: importance {importance!r} needs data, an iterable of batches. Without data there are "
             "'magnitude' and 'none'."
         )
-    batches = calibration_batches(calibration, max_samples)
-    readers = [slot.path for width in widths for slot in width.slots if slot.side == "in"]
-    if importance == "activation":
-        squares = _input_squares(model, batches, readers, progress)
 
-        def score(slot: Slot, units: int) -> torch.Tensor:
-            columns = _matrix(layer_at(model, slot.path)).float().square().sum(0)
-            return (columns * squares[slot.path].to(columns.device)).view(units, -1).sum(1).cpu()
-    else:
-        sensitivities = _sensitivities(model, batches, widths, progress)
 
-        def score(slot: Slot, units: int) -> torch.Tensor:
-            return sensitivities[slot.path]
-
-    summed = _for_each_order(widths, score, all_slots=False)
-    return {name: total.sqrt() for name, total in summed.items()}
+def measured_layers(model: nn.Module, widths: list[Width], importance: str) -> dict[str, nn.Module]:
+    """The layers that "activation" or "magnitude" look at, by their paths, in the order of the modules of the model."""
+    wanted = {slot.path for width in widths for slot in width.slots if importance == "magnitude" or slot.side == "in"}
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return {path: layer_at(model, path) for path in sorted(wanted, key=lambda path: places.get(path, len(places)))}
 
 
 def check_sortable(model: nn.Module, widths: list[Width]) -> None:
@@ -170,8 +201,11 @@ def check_sortable(model: nn.Module, widths: list[Width]) -> None:
             obstacle = "whose weight is of no known form." if backend is None else backend.obstacle("sort")
             if obstacle:
                 raise ValueError(f"`importance`: {slot.path!r} is of type {type(layer).__name__}, {obstacle}")
-            if layer.get_parameter("weight").is_meta:
-                raise ValueError(f"`importance`: the weight of {slot.path!r} is not in memory.")
+            if not is_stored(model) and layer.get_parameter("weight").is_meta:
+                raise ValueError(
+                    f"`importance`: the weight of {slot.path!r} is not in memory. Load the model without `device_map`, or go through "
+                    "its folder block by block (`sort_folder`)."
+                )
 
 
 def check_order(model: nn.Module, structure: Reading, importance: str, subnet: Mapping[str, int]) -> None:
@@ -364,23 +398,30 @@ def _matrix(layer: nn.Module) -> torch.Tensor:
     return backend_of(layer).weight(layer, whole=True)
 
 
-def _for_each_order(
-    widths: list[Width], score: Callable[[Slot, int], torch.Tensor], all_slots: bool
-) -> dict[str, torch.Tensor]:
-    """The sum of `score` over the layers of each order, or over those that read its units."""
+def _for_each_order(widths: list[Width], parts: Parts, all_slots: bool) -> dict[str, torch.Tensor]:
+    """The sum of what the layers of each order contribute, or those that read its units."""
     scores = {}
     for width in widths:
         for order in width.orders:
             slots = [slot for slot in order.slots if all_slots or slot.side == "in"]
-            scores[order.name] = torch.stack([score(slot, width.units) for slot in slots]).sum(0)
+            scores[order.name] = torch.stack([parts[slot.path, slot.side] for slot in slots]).sum(0)
     return scores
 
 
-def _absolute_weights(model: nn.Module, slot: Slot, units: int) -> torch.Tensor:
-    matrix = _matrix(layer_at(model, slot.path)).abs().float()
-    features = matrix.sum(1 if slot.side == "out" else 0)
-    parts = [features[start : start + length].view(units, -1).sum(1) for start, length in slot.parts]
-    return torch.stack(parts).sum(0).cpu()
+def _absolute_weights(model: nn.Module, widths: list[Width], parts: Parts, progress: bool) -> None:
+    """The sums of the absolute weights of each unit."""
+    slots: dict[str, list[tuple[Slot, int]]] = {}
+    for width in widths:
+        for slot in width.slots:
+            slots.setdefault(slot.path, []).append((slot, width.units))
+    walker = LayerWalker(model, measured_layers(model, widths, "magnitude"))
+    for unit in progress_bar(walker, desc="importance", unit="block", disable=not progress):
+        for path, layer in unit.items():
+            for slot, units in slots[path]:
+                matrix = _matrix(layer).abs().float()
+                features = matrix.sum(1 if slot.side == "out" else 0)
+                pieces = [features[start : start + length].view(units, -1).sum(1) for start, length in slot.parts]
+                parts[path, slot.side] = torch.stack(pieces).sum(0).cpu()
 
 
 class _InputSquares(InputCollector):
@@ -390,19 +431,23 @@ class _InputSquares(InputCollector):
         return tokens.square().sum(0)
 
 
-def _input_squares(
-    model: nn.Module, batches: list[dict[str, Any]], paths: list[str], progress: bool
-) -> dict[str, torch.Tensor]:
-    layers = {path: layer_at(model, path) for path in dict.fromkeys(paths)}
-    squares: dict[str, torch.Tensor] = {}
+def _products(
+    model: nn.Module, widths: list[Width], batches: list[dict[str, Any]], parts: Parts, progress: bool
+) -> None:
+    """The sums of squares of what each unit puts into the layers that read it, times the squared norm of their columns."""
+    units = {slot.path: width.units for width in widths for slot in width.slots if slot.side == "in"}
+    layers = measured_layers(model, widths, "activation")
+    if residence_of(model).is_done(layers):
+        return
     with calibration_mode(model):
         collector = _InputSquares(batches, is_encoder_decoder(model), fallback="its units keep their order")
         walker = BlockWalker(model, batches, layers)
         for unit in progress_bar(walker, desc="importance", unit="block", disable=not progress):
-            squares |= collector.collect(unit)
-    for path, layer in layers.items():
-        squares.setdefault(path, torch.zeros(layer_sizes(layer)[1]))
-    return squares
+            squares = collector.collect(unit)
+            for path, layer in unit.layers.items():
+                columns = _matrix(layer).float().square().sum(0)
+                reached = squares.get(path, torch.zeros(layer_sizes(layer)[1]))
+                parts[path, "in"] = (columns * reached.to(columns.device)).view(units[path], -1).sum(1).cpu()
 
 
 def _sensitivities(

@@ -38,6 +38,7 @@ from .checkpoint_names import Origin, origins
 
 CONFIG_FILE = "config.json"
 _DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+_ATTRIBUTE = "_peft_elastic_stored"
 _SAMPLE = 4096  # bytes of each tensor that tell one model from another
 
 
@@ -78,6 +79,7 @@ class StoredModel:
                 "gone through in floating point alone."
             )
         self.model = self._build(config, dtype)
+        self.model.__dict__[_ATTRIBUTE] = True
         self._empty_tensors = self.model.state_dict(
             keep_vars=True
         )  # by their names, whatever is put around the layers
@@ -197,6 +199,11 @@ class StoredModel:
                 stream.seek(stored.offset)
                 digest.update(stream.read(min(stored.size, _SAMPLE)))
         return digest.hexdigest()
+
+
+def is_stored(model: nn.Module) -> bool:
+    """Whether a model is that of a `StoredModel`, or a copy of it: what its weights are to be is done to them when they are read."""
+    return _ATTRIBUTE in model.__dict__
 
 
 @contextmanager

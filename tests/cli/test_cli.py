@@ -148,8 +148,6 @@ def test_prune_block_by_block(folder, pruned, tmp_path, monkeypatch, capsys):
     assert run(*command, "--stream") == 2 and "exists already" in capsys.readouterr().err
     assert run("prune", "--model", "some/name", "--sparsity", "0.5", "--out", tmp_path / "x", "--stream") == 2
     assert "needs a folder as `--model`" in capsys.readouterr().err
-    assert run("prune", "--model", folder / "model", "--structured", "--out", tmp_path / "x", "--stream") == 2
-    assert "`--stream` goes without `--structured`" in capsys.readouterr().err
 
 
 def test_merge_block_by_block(folder, adapter, tmp_path, capsys):

@@ -18,19 +18,22 @@ import math
 import os
 import shlex
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support import folders
 from support.fresh import run_fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_elastic import MultiPrunerConfig, PruningPlan, TwoStagePrunerConfig, WidthPrunerConfig, prune_structured
-from peft_elastic.cli import _structured, main
+from peft_elastic.cli import _common, _structured, main
 from peft_elastic.cli.main import build_parser
 from peft_elastic.cli.prune import calibration_batches
 from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
 from peft_elastic.common.journal import Journal
 from peft_elastic.pruning.structured import cost, from_pruning_config
+from peft_elastic.structure.folder_run import FolderRun
 
 
 def run(*arguments):
@@ -236,6 +239,76 @@ def test_a_plan_first(prune, data, tmp_path, capsys, monkeypatch):
     again, plan = (PruningPlan.load(tmp_path / name / "plan.json") for name in ("pruned", "look"))
     assert again == plan and (tmp_path / "pruned" / "plan.png").exists()
     AutoTokenizer.from_pretrained("pruned")
+
+
+def test_block_by_block(folder, prune, data, tmp_path, capsys, monkeypatch):
+    """Scores alone choose the same in a folder, and a plan is carried out there; an interrupted run goes on."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--method", "width", "--choose", "score", "--mlp-group", "8", "--ratio", "0.2", *data]
+    assert run(*prune, *options, "--out", "in_memory") == 0
+    capsys.readouterr()
+    finish = FolderRun.finish
+
+    def interrupted(self, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderRun, "finish", interrupted)
+    assert run(*prune, *options, "--stream", "--out", "out") == 130
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr(FolderRun, "finish", finish)
+    assert run(*prune, *options, "--stream", "--activations-on-disk", "--out", "out") == 0
+    printed = capsys.readouterr().out
+    plan, expected = (PruningPlan.load(tmp_path / name / "plan.json") for name in ("out", "in_memory"))
+    assert plan.values == expected.values and plan.units == expected.units and plan.values
+    assert (
+        "import peft_elastic; AutoModelForCausalLM" in printed
+        and f"parameters: {plan.before['parameters']:,}" in printed
+    )
+    assert folders.same(folders.tensors(tmp_path / "out"), folders.tensors(tmp_path / "in_memory"))
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "in_memory/config.json").read_bytes()
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    assert run(*prune, *options, "--stream", "--plan-only", "--out", "plan") == 0
+    assert [path.name for path in (tmp_path / "plan").iterdir()] == ["plan.json"]
+    following = next_command(capsys.readouterr().out)
+    assert "--stream" in following and run(*following) == 0
+    assert folders.same(folders.tensors(tmp_path / "pruned"), folders.tensors(tmp_path / "out"))
+    # by itself where the memory is too small
+    monkeypatch.setattr(_common.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert run(*prune, "--plan", "plan/plan.json", "--out", "again") == 0
+    assert "block by block, as with --stream" in capsys.readouterr().out
+    assert folders.same(folders.tensors(tmp_path / "again"), folders.tensors(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in_memory", "out", "plan", "pruned"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ratio", "0.2"], "`choose` must be 'score', 'uniform' or 'random' for a model in a folder"),
+        (["--ratio", "0.2", "--method", "width", "--choose", "score", "--order", "l1"], "`order` must be"),
+        (
+            ["--ratio", "0.2", "--method", "width", "--choose", "random", "--evaluations", "E"],
+            "`--evaluations` is of no use",
+        ),
+        (["--plan", "pruning_config.json"], "`--stream` needs a plan.json as `--plan`"),
+        (["--plan", "plan.json", "--activations-on-disk"], "`--activations-on-disk` is of no use with `--plan`"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(words, message, prune, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pruning_config.json").write_text("{}")
+    (tmp_path / "plan.json").write_text(
+        PruningPlan("by hand", {}, {"class": "", "blocks": {}}, {}, {}, {}, {}).to_json()
+    )
+    assert run(*prune, *words, "--stream", "--out", "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_the_whole_model_does_not_stream_by_itself(prune, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_common.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert run(*prune, *SMALL, *data, "--activations-on-disk", "--out", tmp_path / "out") == 2
+    assert "`--activations-on-disk` goes with `--stream`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order", ["l1", "none"])

@@ -24,6 +24,7 @@ from .config import (
     TwoStagePrunerConfig,
     WidthPrunerConfig,
 )
+from .folder import extract_folder, plan_folder
 from .intel import from_pruning_config, to_pruning_config
 from .plan import PruningPlan
 from .prune import prune_structured
@@ -37,7 +38,9 @@ __all__ = [
     "StructuredPruningConfig",
     "TwoStagePrunerConfig",
     "WidthPrunerConfig",
+    "extract_folder",
     "from_pruning_config",
+    "plan_folder",
     "prune_structured",
     "to_pruning_config",
 ]

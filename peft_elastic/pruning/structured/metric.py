@@ -109,7 +109,8 @@ class CalibrationLoss:
         self, model: nn.Module, structure: Structure, batches: list[dict[str, Any]], cache_bytes: float
     ) -> None:
         self._model, self._structure = model, structure
-        device = next(model.parameters()).device
+        # of a model that accelerate has offloaded nothing is anywhere, and its hooks move the inputs
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         self._predicts_tokens = is_language_model(model)
         moved = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches]
         self._batches = [batch for batch in moved if self._count(batch)]

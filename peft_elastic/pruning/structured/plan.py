@@ -136,14 +136,8 @@ class PruningPlan:
         structure = self.check(model)
         if not self.values:
             return  # nor is a model that was sorted before brought into its original order
-        orders = {}
-        for width in structure.widths:
-            for order in width.orders:
-                if order.name in self.units:
-                    kept = self.units[order.name]
-                    orders[order.name] = torch.tensor(kept + sorted(set(range(width.units)) - set(kept)))
         with whole_on_error(model):
-            reorder(model, orders)
+            reorder(model, self.orders(structure))
             activate(model, structure, self.values)
 
     def restore(self, model: nn.Module) -> None:
@@ -168,9 +162,10 @@ class PruningPlan:
             the same model.
 
         Raises:
-            ValueError: if the plan does not fit the model, or what is left could be saved and not loaded. This, or an interrupt,
-                leaves the model as it was.
+            ValueError: if the plan does not fit the model, its weights are not in memory, or what is left could be saved and not
+                loaded. This, or an interrupt, leaves the model as it was.
         """
+        check_extractable(model)
         self.check(model)
         extractions = plan_extraction(model, self.values)
         with whole_on_error(model):
@@ -178,6 +173,16 @@ class PruningPlan:
             if is_narrowed(model):
                 extract_described(model, extractions)
         return model
+
+    def orders(self, structure: Structure) -> dict[str, torch.Tensor]:
+        """Which unit each unit is to be, so that those that are kept are the first: int64 (units,), by the name of an order."""
+        orders = {}
+        for width in structure.widths:
+            for order in width.orders:
+                if order.name in self.units:
+                    kept = self.units[order.name]
+                    orders[order.name] = torch.tensor(kept + sorted(set(range(width.units)) - set(kept)))
+        return orders
 
     def check(self, model: nn.Module) -> Structure:
         """The structure of a model that the plan fits.
@@ -203,7 +208,7 @@ class PruningPlan:
         check_sortable(model, [width for width in moved if _is_out_of_order(model, width, self.units)])
         for width in narrowed:
             for slot in width.slots:
-                check_narrowable(layer_at(model, slot.path), slot.path)
+                check_here_to_narrow(layer_at(model, slot.path), slot.path)
         return structure
 
     # -- looking at it ------------------------------------------------------------------------------------------------
@@ -386,6 +391,32 @@ def check_whole(model: nn.Module) -> None:
         raise ValueError("model: it has adapters; merge them (`merge_and_unload`), or prune the base model before.")
     if is_narrowed(model):
         raise ValueError("model: a part of it is not active; restore it, or extract what is.")
+
+
+def check_extractable(model: nn.Module) -> None:
+    """ValueError if accelerate has offloaded weights of a model, of which nothing can be cut away then."""
+    for name, module in model.named_modules():
+        if _is_offloaded(module):
+            raise ValueError(
+                f"model: accelerate keeps the weight of {name} on a disk or another device (device_map), so that nothing can be removed "
+                "from it in place. Take `extract=False`, and carry the plan out from folder to folder: `extract_folder`."
+            )
+
+
+def check_here_to_narrow(layer: nn.Module, name: str) -> None:
+    """ValueError if a layer cannot compute with a part of its features, as `check_narrowable`; or accelerate brings its weight in each
+    pass, which is all of it."""
+    check_narrowable(layer, name)
+    if _is_offloaded(layer):
+        raise ValueError(
+            f"model: accelerate keeps the weight of {name} on a disk or another device (device_map), so that it cannot be narrowed. Load "
+            "the model without that; or remove channels and heads by their scores from its folder: `plan_folder`, `extract_folder`."
+        )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    own = module._parameters.values()
+    return hasattr(module, "_hf_hook") and any(parameter is not None and parameter.is_meta for parameter in own)
 
 
 def describe_model(model: nn.Module, structure: Structure) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from .config import StructuredPruningConfig
 from .execute import execute, hand_out
-from .plan import PruningPlan
+from .plan import PruningPlan, check_extractable
 from .setup import plan_run
 
 
@@ -45,7 +45,8 @@ def prune_structured(
 
     Args:
         model: a transformers model whose blocks have a known layout (see `peft_elastic.structure.register_layout`), without
-            adapters, in any floating-point type.
+            adapters, in any floating-point type. One that accelerate has offloaded (`device_map`) can lose blocks, attentions and
+            MLPs, with `extract=False`; `extract_folder` carries the plan out.
         config: `MultiPrunerConfig`, or that of another method: `BlockPrunerConfig`, `WidthPrunerConfig`, `TwoStagePrunerConfig`.
         calibration: an iterable of batches, as in `prune`. Of a language model every token but the first of a sequence is
             predicted, or `labels` if there are any; any other model needs `labels`. Use text like that the model will see.
@@ -71,6 +72,8 @@ def prune_structured(
         >>> print(plan)
         >>> model.save_pretrained("pruned")
     """
+    if extract:
+        check_extractable(model)
     setup = plan_run(model, config, calibration, metric, mode)
     plan = execute(setup, save_dir, progress)
     if extract:

@@ -17,10 +17,12 @@ what they have in common."""
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from ...common.documents import COUNT, NUMBER, TEXT, MapOf, Nullable, Record
@@ -91,9 +93,17 @@ def _key(data: str, order: str | None, state: State) -> tuple[Any, ...]:
 def _digest_of_model(model: nn.Module) -> str:
     """Hexadecimal digest of names, shapes and evenly spaced elements of the parameters."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
-        digest.update(sample.numpy().tobytes())
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        own = {key: id(parameter) for key, parameter in module._parameters.items() if parameter is not None}
+        names = [key for key, parameter in own.items() if parameter not in seen]
+        seen.update(own.values())
+        with align_module_device(module) if names else nullcontext():  # brings what is offloaded
+            for key in names:
+                parameter: Any = module._parameters[key]
+                digest.update(f"{path}.{key}".lstrip(".").encode())
+                digest.update(f" {tuple(parameter.shape)} {parameter.dtype}".encode())
+                flat = parameter.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.float32)
+                digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

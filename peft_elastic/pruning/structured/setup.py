@@ -28,7 +28,6 @@ from ...structure.calibration import calibration_batches
 from ...structure.description import undescribable
 from ...structure.features import layer_at
 from ...structure.importance import check_sortable
-from ...structure.narrow import check_narrowable
 from ...structure.parts import Width
 from ...structure.space import PARTS
 from ...supernet.host import HOST_ATTRIBUTE
@@ -36,7 +35,7 @@ from .config import StructuredPruningConfig
 from .cost import Costs, measure_latency
 from .evaluation import Evaluation
 from .greedy import Stage, smallest_state
-from .plan import check_whole
+from .plan import check_here_to_narrow, check_whole
 from .units import Units
 
 
@@ -246,7 +245,7 @@ def _check_units(model: nn.Module, units: Units, config: StructuredPruningConfig
     for key, width in units.widths.items():
         if width.kind in narrowed and len(units.space[key].options) > 1:
             for slot in width.slots:
-                check_narrowable(layer_at(model, slot.path), slot.path)
+                check_here_to_narrow(layer_at(model, slot.path), slot.path)
             if sorted_kinds(config, shares):
                 check_sortable(model, [width])
     if isinstance(config.order, Mapping):
