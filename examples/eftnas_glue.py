@@ -229,6 +229,7 @@ def run(args: argparse.Namespace, data: Prepared, held_out: Callable[[Any], dict
         data: what `prepare_classifier` returned.
         held_out: judges a model on data that nothing else sees.
     """
+    args.out.mkdir(parents=True, exist_ok=True)
     teacher = make_teacher(args, data)
     scores = find_scores(args, data, teacher)
     model = copy.deepcopy(teacher if args.start == "teacher" else data.model)

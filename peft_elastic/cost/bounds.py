@@ -253,7 +253,7 @@ def bounds_by_importance(
             `peft_elastic.search.CostModel`), or `"latency"` in seconds, which is predicted from measurements of every width that a layer
             can have: a `multiple` of 64 or more makes that quicker. Of latencies, which may rise where a layer becomes smaller,
             the result is the nearest of those that were looked at.
-        targets (`Sequence`): shares of the cost of the whole model, `"50%"`, or costs; no two alike. `numpy.linspace(11.5e9,
+        targets (`Sequence`): shares of the cost of the whole model, `"50%"`, or costs; no two alike. `numpy.linspace(11.2e9,
             4.4e9, 5) / 128` are five, spaced evenly.
         kinds (`tuple[str, ...]`): "heads", "mlp" or both; what is not named keeps its width.
         sequence_length (`int`, *optional*): of `"macs"`, to count the attention products of sequences of that many tokens.
