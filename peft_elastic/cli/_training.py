@@ -83,7 +83,8 @@ def fit(
     tokenizer: Any = None,
     **training_arguments: Any,
 ) -> dict[str, Any]:
-    """Train the elastic adapter of `model`, or all weights of a super-network, other subnets in each step, from the last checkpoint if there is one.
+    """Train the elastic adapter of `model`, or all weights of a super-network, other subnets in each step; from the last checkpoint,
+    if there is one.
 
     All processes of a run call this together; the main one writes.
 

@@ -38,7 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "search",
         help=summary(__doc__),
         description="Evaluate subnets of a trained super-adapter, or of a super-network of train --full, on validation data,\n"
-        "guided by NSGA-II towards those that are good and small, and choose one. Use data that was neither trained on nor will be reported on.\n"
+        "guided by NSGA-II towards those that are good and small, and choose one. Use data that was neither trained on nor\n"
+        "will be reported on.\n"
         "Interrupted, or asked for more evaluations, the same command continues where it stopped.\n"
         "Under torchrun or `accelerate launch` each process evaluates a share, with a copy of the model of its own.",
         epilog="examples:\n"
