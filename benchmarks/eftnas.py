@@ -235,7 +235,9 @@ class Run:
         if not path.exists():
             started = time.monotonic()
             if order == "movement":
-                model, callback = self.model(self.pretrained), MovementCallback()
+                model = self.model(self.pretrained)
+                # the paper's schedule goes on behind `end`, so that the rate is not zero there
+                callback = MovementCallback(learning_rate=self.args.lr)
                 learn = arguments(self.args, self.seed, self.folder, num_train_epochs=self.args.movement_epochs)
                 Trainer(
                     model,
