@@ -37,10 +37,11 @@ class ElasticConfig:
         elastic_depth (`"all"`, `int`, `str` or a list or `range` of them, *optional*):
             The transformer blocks that may be skipped: their numbers, `"4-8"`, paths inside the model, or `"all"` of them but the
             first. `".attention"` or `".mlp"` behind one of them, as in `"all.mlp"`, makes that part of it skippable alone.
-        importance (`"activation"`, `"gradient"`, `"magnitude"` or `"none"`):
+        importance (`"activation"`, `"gradient"`, `"magnitude"`, `"movement"` or `"none"`):
             What heads and channels are sorted by before anything is narrowed, see `peft_elastic.sort_by_importance`. "magnitude"
             needs no data, and `get_elastic_model` sorts by it at once; for the others call `model.sort_by_importance(calibration)`
-            before the training. "none": the model is sorted already.
+            before the training ("movement" takes the scores that a `MovementCallback` has left on the model). "none": the model is
+            sorted already.
 
     Raises:
         ValueError: for malformed options, or if nothing is elastic.
