@@ -66,15 +66,17 @@ def assert_same(folder, alone):
     print(
         f"{folder.name}: losses from {max(expected['losses']):.3f} to {min(expected['losses']):.3f} differ by {difference:.1e} at most"
     )
-    for what in ("losses", "norms"):
-        torch.testing.assert_close(found[what], expected[what], rtol=2e-6, atol=1e-5)
+    # losses that are sums over subnets, and norms, have as many digits as float32 has
+    for what, relative in (("losses", 2e-6), ("norms", 1e-5)):
+        torch.testing.assert_close(found[what], expected[what], rtol=relative, atol=1e-5)
     name = "model.safetensors" if folder.name.startswith("weights") else "adapter_model.safetensors"
     weights, wanted = (load_file(path / "adapter" / name) for path in (folder, alone))
     if folder.name.startswith("weights"):
         assert ElasticModel.from_pretrained(folder / "adapter").search_space.size > 1
     assert weights.keys() == wanted.keys()
     for name, weight in wanted.items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4)
+        # they move by up to 1e-2 a step, and AdamW makes rounding errors of what has next to no gradient as large
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-3)
     return found
 
 

@@ -89,7 +89,11 @@ def settings_of(engine, method):
     if engine.startswith("zero"):
         return {
             "deepspeed": {
-                "zero_optimization": {"stage": int(engine[4]), "stage3_param_persistence_threshold": 0},
+                "zero_optimization": {"stage": int(engine[4]), "stage3_param_persistence_threshold": 0}
+                | (
+                    # or a whole model is saved in shards of DeepSpeed's own
+                    {"stage3_gather_16bit_weights_on_model_save": True} if engine[4] == "3" else {}
+                ),
                 "train_micro_batch_size_per_gpu": "auto",
                 "gradient_accumulation_steps": "auto",
                 "gradient_clipping": "auto",
