@@ -124,7 +124,8 @@ def keep_places(arguments: Iterable[Any], layers: tuple[int, ...], hidden_states
         layers: numbers of these layers.
         hidden_states: the new tokens, (sequences, length, features).
     """
-    cache: Any = next((argument for argument in arguments if isinstance(argument, Cache)), None)
+    caches: list[Any] = [argument for argument in arguments if isinstance(argument, Cache)]
+    cache = caches[0] if caches else None  # torch.compile of torch 2.7 does not follow `next` of a generator
     if cache is None or not layers:
         return
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

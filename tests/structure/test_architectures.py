@@ -199,7 +199,10 @@ def outcome(model_type: str, classes: list[type]) -> dict[str, Any]:
             break
         except Exception as error:  # noqa: BLE001 - a crash is as wrong as a wrong number
             row["wrong"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    structure = Structure(model)
+    try:
+        structure = Structure(model)
+    except Exception:  # noqa: BLE001 - `check` has met it too, and `wrong` says what it is
+        return row
     row["blocks"] = len(structure.blocks)
     row["unknown"] = len(structure.unknown)
     row["refused"] = sorted(

@@ -407,7 +407,8 @@ def test_training_copies_and_pickles(name):
 
 
 def test_compile():
-    model, inputs = flexible("llama")
+    model, _ = flexible("llama")
+    inputs = {"input_ids": tokens(), "use_cache": False}  # torch 2.7 cannot follow how transformers makes a cache
     subnet = {
         **model.search_space.max,
         "mlp:model.layers.0": 24,
@@ -416,15 +417,15 @@ def test_compile():
     }
     extracted = model.extract_subnet(subnet, sparse_kernel=False)
     compiled = torch.compile(extracted, backend="aot_eager", fullgraph=True)
-    close(outputs(compiled, {"input_ids": tokens()}), outputs(extracted, {"input_ids": tokens()}))
+    close(outputs(compiled, inputs), outputs(extracted, inputs))
     # and the narrowed super-network, whose attributes are those of classes made for it
     model.set_subnet(subnet)
-    expected = outputs(model, {"input_ids": tokens()})
+    expected = outputs(model, inputs)
     compiled = torch.compile(model, backend="aot_eager")
-    close(outputs(compiled, {"input_ids": tokens()}), expected)
+    close(outputs(compiled, inputs), expected)
     model.set_subnet("max")
-    expected = outputs(model, {"input_ids": tokens()})
-    close(outputs(compiled, {"input_ids": tokens()}), expected)
+    expected = outputs(model, inputs)
+    close(outputs(compiled, inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

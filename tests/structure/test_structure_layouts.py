@@ -81,6 +81,14 @@ def test_head_size_that_is_not_hidden_size_over_heads():
     assert structure.blocks[0].attentions[0].head_dim == 12
 
 
+def test_layers_that_a_block_leaves_out():
+    """DeepSeek-V2 with queries of low rank has None for `q_proj`: a block is read by what it has."""
+    model = tiny_llama()
+    model.model.layers[0].self_attn.q_proj = None
+    model.model.layers[1].mlp.gate_proj = None
+    assert [block.layout.name for block in Structure(model).blocks] == ["gated MLP", "Llama attention"]
+
+
 class TestRegistering:
     @pytest.fixture(autouse=True)
     def _put_back(self):

@@ -394,6 +394,7 @@ def test_an_interrupt_leaves_a_trainer_that_evaluates_and_trains_again(tmp_path)
 
 
 def sft_trainer(folder, elastic, wrapped_by="user", callbacks=(), **settings):
+    pytest.importorskip("trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -464,6 +465,7 @@ def test_trl_sft_trainer_makes_the_adapter_and_evaluates(tmp_path, distillation)
 
 
 def test_trl_losses_that_cannot_be_distilled_are_refused(tmp_path):
+    pytest.importorskip("trl")
     with pytest.raises(ValueError, match="`distillation` works with `loss_type='nll'` only, got 'dft'"):
         sft_trainer(tmp_path, {"distillation": "max"}, loss_type="dft")
     trainer = sft_trainer(tmp_path, {}, loss_type="dft", max_steps=1)

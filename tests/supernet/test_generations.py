@@ -142,7 +142,7 @@ def rewards(completions, **kwargs):
 
 
 def online_trainer(kind, folder, tokenizer, model, callbacks=(), cls=None, **options):
-    import trl
+    trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     args = getattr(trl, f"{kind}Config")(
@@ -243,9 +243,9 @@ def test_a_resumed_run_is_not_clipped_either(tmp_path, tokenizer):
 
 
 def test_several_subnets_a_step_are_refused_on_own_generations(tmp_path, tokenizer):
-    from trl import GRPOTrainer
+    trl = pytest.importorskip("trl")
 
-    class Several(ElasticTrainerMixin, GRPOTrainer):
+    class Several(ElasticTrainerMixin, trl.GRPOTrainer):
         pass
 
     with pytest.raises(
@@ -298,7 +298,7 @@ def test_what_cannot_be_done_is_refused_before_the_first_step(tmp_path, fields, 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
 def test_probabilities_of_the_reference_do_not_depend_on_the_subnet(tmp_path, tokenizer, kind):
     """Computed beforehand or in each step, they are those of the base."""
-    import trl
+    trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     losses = {}

@@ -189,7 +189,10 @@ def test_lora_fa_on_experts_is_refused():
         lambda p: torch.optim.RMSprop(p, lr=1e-2),
         lambda p: torch.optim.Adagrad(p, lr=1e-2),
         lambda p: torch.optim.Adafactor(p, lr=1e-2),
-        lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0),
+        pytest.param(
+            lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0),
+            marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 is the first to have Muon"),
+        ),
     ],
     ids=["SGD", "AdamW", "RMSprop", "Adagrad", "Adafactor", "Muon"],
 )

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging import version
 from support.models import outputs, tiny_llama, tokens
 from support.sparse_qa import ALL_KINDS, KINDS, QUANTIZED, adapted, base_weights, layers, pruned
 from support.training import checkpointing, make_trainer
@@ -233,12 +234,29 @@ def test_compiled_by_inductor(kind):
     torch._dynamo.reset()
 
 
+READS_PROPERTIES = version.parse(torch.__version__) >= version.parse(
+    "2.13"
+)  # not with 2.7; those between were not tried
+
+
+@pytest.mark.parametrize(
+    "strict",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                not READS_PROPERTIES, reason="an older torch takes the parameter for the property"
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_exported_programs(kind):
+def test_exported_programs(kind, strict):
     model, x = two_layers(**ALL_KINDS[kind]), torch.randn(5, 32)
     model.set_subnet("min")
     with torch.no_grad():
-        program = torch.export.export(model.base_model.model, (x,))
+        program = torch.export.export(model.base_model.model, (x,), strict=strict)
     expected = outputs(model, x)
     model.set_subnet("max")
     torch.testing.assert_close(program.module()(x), expected)
