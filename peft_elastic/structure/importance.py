@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from ..common.parameters import check_here, check_parameters
 from ..common.progress import progress_bar
 from ..layers.backends import backend_of, find_backend
+from ..layers.backends.bitsandbytes import unpack
 from .blocks import Structure
 from .calibration import calibration_batches, calibration_mode
 from .features import layer_at, layer_sizes, permute
@@ -459,6 +460,10 @@ def _sensitivities(
     sequences = 0
     device = next(model.parameters()).device
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    for (
+        module
+    ) in model.modules():  # an evaluation before this may have left weights in an order that no backward pass can read
+        unpack(module)
     with calibration_mode(model), torch.enable_grad(), ExitStack() as hooks:
         inputs: dict[str, list[torch.Tensor]] = {}
 

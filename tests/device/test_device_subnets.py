@@ -385,7 +385,8 @@ def test_bitsandbytes(quant_type, device, tmp_path):
                 each.zero_grad()
                 each(**moved(INPUTS, device), labels=moved(INPUTS["input_ids"], device)).loss.backward()
             # on processors with AVX512-BF16 bitsandbytes evaluates in that, whatever is asked for
-            close(on(device, model), on(device, plain), 1e-2 if device.type == "cpu" else 1e-3)
+            rough = device.type == "cpu"
+            close(on(device, model), on(device, plain), 1e-2 if rough else 1e-3)
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    close(parameter.grad, plain.get_parameter(name).grad, 1e-2)
+                    close(parameter.grad, plain.get_parameter(name).grad, 5e-2 if rough else 1e-2)

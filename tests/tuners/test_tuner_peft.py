@@ -55,6 +55,8 @@ from support.models import (
 from torch import nn
 
 from peft_elastic import ElasticLoraConfig
+from peft_elastic.structure.blocks import Structure
+from peft_elastic.structure.importance import measure_importance
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1035,18 +1037,30 @@ def test_dora_on_bitsandbytes_evaluates_as_it_trains(quantized, packing):
     late = elastic(base, target_modules=["q_proj", "up_proj", "down_proj"], use_dora=True)
     close(outputs(late, tokens()), outputs(fresh, tokens()), 0.05)
     late.unload()
-    assert all(getattr(m, "support_avx512bf16_for_cpu", True) for m in base.modules())
+    assert all(getattr(m, "support_avx512bf16_for_cpu", True) and not m._forward_pre_hooks for m in base.modules())
 
 
-def test_training_on_bitsandbytes_goes_on_after_an_evaluation(quantized, packing):
-    """Nothing flows back through a weight that is in the order of inference."""
+@pytest.mark.parametrize("mode", [True, False])
+def test_training_on_bitsandbytes_goes_on_after_an_evaluation(quantized, packing, mode):
+    """Nothing flows back through a weight that is in the order of inference, in whatever mode."""
     evaluated, fresh = after_an_evaluation(quantized)
     for model in (evaluated, fresh):
-        model.train()
+        model.train(mode)
         model(input_ids=tokens(), labels=tokens()).loss.backward()
     for a, b in zip(evaluated.parameters(), fresh.parameters(), strict=True):
         if a.requires_grad:
             assert (a.grad - b.grad).norm() < 0.05 * b.grad.norm() + 1e-6
+
+
+def test_importance_by_gradient_after_an_evaluation(quantized, packing):
+    models = [quantized(4, packs=packs).eval() for packs in (True, False)]
+    outputs(models[0], tokens())
+    found, expected = (
+        measure_importance(model, Structure(model).widths, "gradient", [{"input_ids": tokens()}], progress=False)
+        for model in models
+    )
+    for name, score in expected.items():
+        assert (found[name] - score).norm() < 0.1 * score.norm()
 
 
 # -- warnings and mistakes ---------------------------------------------------------------------------------------------

@@ -126,8 +126,22 @@ def keep_unpacked(layer: nn.Module) -> None:
         layer.__dict__[_KEPT] = True
 
 
+def unpack_for_gradients(layer: nn.Module) -> None:
+    """From now on, `unpack` a layer of bitsandbytes before a forward pass that has a backward pass to come: also in evaluation mode, in
+    which one without gradients has reordered its weight."""
+    if hasattr(layer, _PACKS) and _HOOK not in layer.__dict__:
+        layer.__dict__[_HOOK] = layer.register_forward_pre_hook(_unpack_if_differentiated)
+
+
+def _unpack_if_differentiated(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled() and args and args[0].requires_grad:
+        unpack(layer)
+
+
 def allow_packing(layer: nn.Module) -> None:
-    """The inverse of `keep_unpacked`."""
+    """The inverse of `keep_unpacked` and of `unpack_for_gradients`."""
+    if (hook := layer.__dict__.pop(_HOOK, None)) is not None:
+        hook.remove()
     if layer.__dict__.pop(_KEPT, False):
         setattr(layer, _PACKS, True)
 
@@ -135,6 +149,7 @@ def allow_packing(layer: nn.Module) -> None:
 # Of a layer of bitsandbytes, whether it reorders its weight; and the note that `keep_unpacked` has switched that off.
 _PACKS = "support_avx512bf16_for_cpu"
 _KEPT = "_peft_elastic_kept_unpacked"
+_HOOK = "_peft_elastic_unpacks_for_gradients"
 
 
 def _unpacked(data: torch.Tensor, quant_state: Any) -> tuple[torch.Tensor, Any]:

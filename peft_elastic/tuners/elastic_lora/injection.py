@@ -29,7 +29,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ...common.names import has_suffix
-from ...layers.backends.bitsandbytes import BITSANDBYTES, keep_unpacked
+from ...layers.backends.bitsandbytes import BITSANDBYTES, keep_unpacked, unpack_for_gradients
 from ...structure.importance import noted_orders
 from ...supernet.host import HOST_ATTRIBUTE
 from .config import ElasticLoraConfig
@@ -187,6 +187,8 @@ def check_target(module: nn.Module, path: str, rank: int, config: ElasticLoraCon
 
 def make_layers_elastic(model: nn.Module, adapter_name: str) -> None:
     """Make what peft has injected elastic, all ranks active."""
+    for module in model.modules():
+        unpack_for_gradients(module)
     for name, layer in find_layers(model, adapter_name):
         make_elastic(layer, adapter_name, name)
         layer.kwargs.pop("tied_adapter", None)  # views that would keep the model from being copied
