@@ -163,7 +163,8 @@ class Bounds:
         lines = text_table(rows, left={0, 4})
         for kind, widths in (self.elastic_width or {}).items():
             counts = [len(options) for options in widths.values()]
-            lines.append(f"{kind}: {len(counts)} elastic, with {min(counts)} to {max(counts)} options")
+            numbers = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+            lines.append(f"{kind}: {len(counts)} elastic, with {numbers} options")
         if self.elastic_depth:
             lines.append(f"may be skipped: {_few(self.elastic_depth)}")
         return "\n".join(lines)
@@ -487,9 +488,10 @@ def _resolved(targets: list[Any], cost: str, whole: float, least: float) -> list
         value = float(parse_bound(given, whole))
         room = _TOLERANCE * whole
         if not least - room <= value <= whole + room:
+            hint = "" if isinstance(given, str) or value > 1 else f" A share is a string: '{value:.0%}'."
             raise ValueError(
                 f"`targets` has {given!r}, {value:,.6g} {unit}, which is out of reach: the subnets cost {least:,.6g} "
-                f"({least / whole:.1%}) to {whole:,.6g}."
+                f"({least / whole:.1%}) to {whole:,.6g}.{hint}"
             )
         if any(math.isclose(value, other, rel_tol=_TOLERANCE) for _, other in resolved):
             raise ValueError(f"`targets` must differ, and {given!r} is there twice, {value:,.6g} {unit}.")

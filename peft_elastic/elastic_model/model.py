@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from ..common.checks import wrong
 from ..common.parameters import check_here
 from ..layers.narrowed import change_class
+from ..quantization.saving import state_to_save
 from ..structure.blocks import Structure
 from ..structure.description import check_describable, extract_described
 from ..structure.importance import check_order, check_sortable, sort_by_importance
@@ -108,7 +109,8 @@ class ElasticModel(nn.Module):
                 A subnet of `search_space`, a dict from choice key to value, or `"max"`, `"min"`, `"heuristic"`.
 
         Raises:
-            ValueError: if the subnet does not belong to the search space, or is narrower than a model that is not sorted yet.
+            ValueError: if the subnet does not belong to the search space, is narrower than a model that is not sorted yet, or
+                smaller than one that got an adapter meanwhile.
         """
         own = self._own
         checked = own.space.subnet(subnet)
@@ -157,6 +159,7 @@ class ElasticModel(nn.Module):
         check_order(self, own.structure, own.config.importance, subnet)
         if subnet != own.space.max:
             check_units(self, own.structure.widths)
+            _check_unadapted(self, "A subnet smaller than the whole model")
         activate(self, own.structure, subnet)
         own.active = subnet
 
@@ -265,7 +268,7 @@ class ElasticModel(nn.Module):
             `from_pretrained`: of a subnet whose blocks are all alike without this package, otherwise after `import peft_elastic`.
 
         Raises:
-            ValueError: as `set_subnet`, and on a wrong argument.
+            ValueError: as `set_subnet`, on a wrong argument, and if the model has got an adapter.
         """
         from ..deploy.merged import can_be_sparse, make_sparse
 
@@ -274,6 +277,7 @@ class ElasticModel(nn.Module):
         checked = chosen if subnet is None else own.space.subnet(subnet)
         check_order(self, own.structure, own.config.importance, checked)
         check_here("the model", self.parameters())
+        _check_unadapted(self, "`extract_subnet`")
         swap = can_be_sparse(self, sparse_kernel, sparse_dtype)
         copied = copy.deepcopy(self)
         copied._activate(checked)
@@ -304,12 +308,14 @@ class ElasticModel(nn.Module):
         those of the model's own `save_pretrained`.
 
         Raises:
-            ValueError: if the model is none of transformers.
+            ValueError: if the model is none of transformers, has an adapter or quantised layers; what is in the folder stays then.
         """
         if not isinstance(self, PreTrainedModel):
             raise ValueError(
                 f"`save_pretrained` is for models of transformers, got {self.plain_class.__name__}: save `state_dict()`."
             )
+        _check_unadapted(self, "`save_pretrained`")
+        state_to_save(self)  # refuses quantised layers, before the file of an earlier checkpoint is removed
         is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
         if is_main and not os.path.isfile(save_directory):
             saving.remove(save_directory)
@@ -336,7 +342,7 @@ class ElasticModel(nn.Module):
             `ElasticModel`: in evaluation mode, as transformers' `from_pretrained`.
 
         Raises:
-            ValueError: if it is none, is damaged, or the model does not have that search space.
+            ValueError: if it is none, is damaged, has an adapter beside it, or the model does not have that search space.
         """
         if cls is not ElasticModel:
             return cls.plain_class.from_pretrained(name_or_path, *args, **kwargs)  # type: ignore[attr-defined]
@@ -345,6 +351,11 @@ class ElasticModel(nn.Module):
         config = ElasticConfig.from_dict(saved["config"])
         model = (model_class or saving.class_of(saved)).from_pretrained(name_or_path, *args, **kwargs)
         model = model[0] if isinstance(model, tuple) else model  # `output_loading_info`
+        if (adapted := _adapted(model)) is not None:
+            raise ValueError(
+                f"{os.fspath(name_or_path)!r} must not hold an adapter beside the super-network, got one in {adapted!r}, which transformers "
+                "loads with it: move adapter_config.json and the weights of the adapter to another folder."
+            )
         saving.take_orders(model, saved)
         structure, space = _read(model, config)
         if space.fingerprint != saving.space_of(saved).fingerprint:
@@ -390,7 +401,7 @@ def get_elastic_model(model: nn.Module, config: ElasticConfig) -> Any:
         raise wrong("config", "an `ElasticConfig`", config)
     if isinstance(model, ElasticModel):
         raise ValueError("`model` is elastic already; `model.unload()` makes it an ordinary one.")
-    adapted = next((path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    adapted = _adapted(model)
     if adapted is not None or getattr(model, HOST_ATTRIBUTE, None) is not None:
         raise ValueError(
             f"`model` must have no adapters, got one in {adapted!r}: merge it (`merge_and_unload()`), or make the adapter elastic "
@@ -421,6 +432,20 @@ def _read(model: nn.Module, config: ElasticConfig) -> tuple[Structure, SearchSpa
     check_narrowable_layers(model, structure, choices)
     _check_whole(structure, choices)
     return structure, SearchSpace(choices, layer_shapes(model, structure, choices, {}))
+
+
+def _adapted(model: nn.Module) -> str | None:
+    """Where a model has an adapter, if it does."""
+    return next((path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+
+
+def _check_unadapted(model: nn.Module, what: str) -> None:
+    """ValueError if the model got an adapter after it became elastic: that is of the whole layers, and not narrowed along."""
+    if (path := _adapted(model)) is not None:
+        raise ValueError(
+            f"{what} is not possible while the elastic model has an adapter, as in {path!r}: merge it (`merge_and_unload()`) or take it "
+            "off (`unload()`) at the whole width, and add adapters to what `extract_subnet` returns."
+        )
 
 
 def _check_whole(structure: Structure, choices: list[Choice]) -> None:

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from ..common.documents import ANYTHING, COUNT, TEXT, Document, ListOf, MapOf, Nullable, Record
 from ..common.writing import atomic_write_text
-from ..structure.importance import is_stored_in, note_orders, noted_orders
+from ..structure.importance import digest_of, note_orders, noted_orders, order_digest
 from ..supernet.space import SearchSpace, Subnet
 from .config import ElasticConfig
 
@@ -40,6 +40,8 @@ _DOCUMENT = Document(
         model_class=TEXT,
         config=MapOf(ANYTHING),
         search_space=MapOf(ANYTHING),
+        # of the checkpoint: also where it was sorted before it became elastic, and `orders` are not known
+        order=Nullable(TEXT),
         orders=MapOf(ListOf(COUNT)),
         active_subnet=Nullable(MapOf(COUNT)),
     ),
@@ -66,6 +68,7 @@ def write(
         "model_class": model.plain_class.__name__,  # FSDP2 gives a model another one
         "config": config.to_dict(),
         "search_space": json.loads(space.to_json()),
+        "order": order_digest(model),
         "orders": {name: order.tolist() for name, order in noted_orders(model).items()},
         "active_subnet": None if chosen is None else chosen.to_dict(),
     }
@@ -130,12 +133,13 @@ def take_orders(model: torch.nn.Module, saved: dict[str, Any]) -> None:
     for name, order in orders.items():
         if sorted(order.tolist()) != list(range(len(order))):
             raise ValueError(f"{FILE}: the order of {name!r} is no permutation; the file is damaged.")
-    if orders and not is_stored_in(model, orders):
+    if orders and digest_of(orders) != saved["order"]:
+        raise ValueError(f"{FILE}: `orders` are others than when it was written; the file is damaged.")
+    stored = order_digest(model)
+    if stored != saved["order"]:
         raise ValueError(
-            f"{FILE} says that heads and channels are sorted, and config.json does not: the two were not saved together."
+            f"{FILE} and config.json were not saved together: by the one, heads and channels are in another order than by the "
+            "other."
         )
-    if not orders and is_stored_in(model, orders):
-        raise ValueError(
-            f"config.json says that heads and channels are sorted, and {FILE} does not: the two were not saved together."
-        )
-    note_orders(model, orders)
+    if orders:
+        note_orders(model, orders)

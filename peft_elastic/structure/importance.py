@@ -256,7 +256,7 @@ def note_orders(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> None:
     model.__dict__.pop(ORDER_ATTRIBUTE, None)
     if orders:
         model.__dict__[ORDER_ATTRIBUTE] = dict(orders)
-        settings[ORDER_SETTING] = _digest(orders)
+        settings[ORDER_SETTING] = digest_of(orders)
 
 
 def is_stored_in(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> bool:
@@ -268,7 +268,7 @@ def is_stored_in(model: nn.Module, orders: Mapping[str, torch.Tensor]) -> bool:
     digest = _settings(model).get(ORDER_SETTING)
     if digest is None or ORDER_ATTRIBUTE in model.__dict__:
         return False
-    if orders and digest != _digest(orders):
+    if orders and digest != digest_of(orders):
         raise ValueError(
             "The heads and channels of the model were sorted when it was saved, in another order than this adapter needs. Load "
             "the adapter on the model that it was trained with."
@@ -281,7 +281,8 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     return config.__dict__ if isinstance(config, PreTrainedConfig) else {}
 
 
-def _digest(orders: Mapping[str, torch.Tensor]) -> str:
+def digest_of(orders: Mapping[str, torch.Tensor]) -> str:
+    """What tells these orders from others."""
     lines = [f"{name} {order.tolist()}" for name, order in sorted(orders.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -295,7 +296,7 @@ def noted_orders(model: nn.Module) -> dict[str, torch.Tensor]:
 def order_digest(model: nn.Module) -> str | None:
     """What tells the order that the units of a model are in from others; None for that of the original model."""
     orders = noted_orders(model)
-    return _digest(orders) if orders else _settings(model).get(ORDER_SETTING)
+    return digest_of(orders) if orders else _settings(model).get(ORDER_SETTING)
 
 
 def note_scores(model: nn.Module, scores: Mapping[str, torch.Tensor]) -> None:

@@ -28,6 +28,7 @@ from ..common.names import has_suffix
 from ..common.parameters import check_parameters
 from ..layers.backends import backend_of
 from .modules import enclosing_names, find_stacks, linear_layers, output_head, routers
+from .narrow import is_narrowed
 
 
 _PRUNABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -107,8 +108,10 @@ def check_changeable(
 
     Raises:
         ValueError: a weight is quantised, shared with another module, computed from other parameters, not in memory or not
-            finite, or an adapter is merged into it.
+            finite, or an adapter is merged into it; or a part of the model is not active, which no calibration would reach.
     """
+    if is_narrowed(model):
+        raise ValueError("A part of `model` is not active; choose the widest subnet first, `model.set_subnet('max')`.")
     check_parameters(layers)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     merged = {

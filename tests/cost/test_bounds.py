@@ -540,7 +540,7 @@ def test_files(llama, tmp_path):
             r"`targets` has '3%', .* MACs per token, .* out of reach: the subnets cost .* to 26,112",
         ),
         ({"targets": ["101%"]}, "`targets` has '101%', 26,373.1 MACs per token, which is out of reach"),
-        ({"targets": [0.5]}, "`targets` has 0.5, 0.5 MACs per token, which is out of reach"),
+        ({"targets": [0.5]}, "`targets` has 0.5, 0.5 MACs .* to 26,112. A share is a string: '50%'."),
         ({"targets": ["50%", 13056]}, "`targets` must differ, and 13056 is there twice"),
         ({"targets": []}, r"`targets` must be a list such as \['100%', '50%'\], got \[\]"),
         ({"targets": "50%"}, "`targets` must be a list .*, got '50%'"),

@@ -34,8 +34,13 @@ from peft_elastic import (
     ElasticLoraConfig,
     ElasticModel,
     LatencyModel,
+    MagnitudeConfig,
+    RTNConfig,
+    WandaConfig,
     bounds_by_importance,
     get_elastic_model,
+    prune,
+    quantize,
     search_subnet,
 )
 from peft_elastic.cost.counts import CostModel
@@ -51,6 +56,18 @@ WIDTH = {"heads": [1.0, 0.5], "mlp": [1.0, 0.5, 1 / 6]}
 
 def elastic(model, **settings):
     return get_elastic_model(model.eval(), ElasticConfig(**{"elastic_width": WIDTH, "importance": "none"} | settings))
+
+
+def prune_by_magnitude(model):
+    prune(model, MagnitudeConfig(sparsity=0.5))
+
+
+def prune_by_wanda(model):
+    prune(model, WandaConfig(sparsity=0.5), [{"input_ids": tokens()}], progress=False)
+
+
+def round_to_nearest(model):
+    quantize(model, RTNConfig(bits=4, group_size=16), progress=False)
 
 
 def some_subnets(space):
@@ -297,14 +314,14 @@ def saved(folder, importance="magnitude", **settings):
 def test_what_was_not_saved_together_is_refused(tmp_path):
     saved(tmp_path / "sorted")
     saved(tmp_path / "plain", importance="none")
-    for one, other, message in (("sorted", "plain", "does not: the two"), ("plain", "sorted", "does not: the two")):
+    for one, other in (("sorted", "plain"), ("plain", "sorted")):
         text = (tmp_path / one / "elastic_model.json").read_text()
         mixed = tmp_path / f"{one}-{other}"
         mixed.mkdir()
         for path in (tmp_path / other).iterdir():
             (mixed / path.name).write_bytes(path.read_bytes())
         (mixed / "elastic_model.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="elastic_model.json and config.json were not saved together"):
             ElasticModel.from_pretrained(mixed)
 
 
@@ -318,6 +335,8 @@ def test_what_was_not_saved_together_is_refused(tmp_path):
         (lambda d: d.update(active_subnet={"mlp:nowhere": 3}), "does not belong to this search space"),
         (lambda d: d.update(model_class="NoSuchModel"), "`model_class` is needed.*'NoSuchModel'"),
         (lambda d: d["orders"].update({next(iter(d["orders"])): [0, 0]}), "no permutation"),
+        (lambda d: d["orders"].popitem(), "`orders` are others than when it was written"),
+        (lambda d: d.update(order=None, orders={}), "were not saved together"),
     ],
 )
 def test_damaged_files(change, message, tmp_path):
@@ -326,6 +345,71 @@ def test_damaged_files(change, message, tmp_path):
     change(data)
     (tmp_path / "elastic_model.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=message):
+        ElasticModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_that_was_sorted_before(tmp_path):
+    saved(tmp_path / "first")
+    stock = BertForSequenceClassification.from_pretrained(tmp_path / "first")
+    model = elastic(stock)
+    model.set_subnet("min")
+    model.save_pretrained(tmp_path / "second")
+    again = ElasticModel.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(outputs(again, {"input_ids": tokens()}), outputs(model, {"input_ids": tokens()}))
+    again.save_pretrained(tmp_path / "third")
+    first, second, third = (
+        json.loads((tmp_path / name / "elastic_model.json").read_text()) for name in ("first", "second", "third")
+    )
+    assert first["order"] == second["order"] and second["orders"] == {} and second == third
+
+
+def test_quantised_layers_are_refused_before_the_folder_changes(tmp_path):
+    model = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    quantize(model, RTNConfig(bits=4, group_size=16), progress=False)
+    with pytest.raises(ValueError, match="would write the weights of 12 quantised layers"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [prune_by_magnitude, prune_by_wanda, round_to_nearest])
+def test_weights_of_a_narrowed_model_are_not_changed(change):
+    model = elastic(tiny_llama())
+    before = copy.deepcopy(model.state_dict())
+    for subnet in (model.search_space.min, {**model.search_space.max, "mlp:model.layers.1": 24}):
+        model.set_subnet(subnet)
+        with pytest.raises(ValueError, match="A part of `model` is not active; choose the widest subnet first"):
+            change(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.set_subnet("max")
+    change(model)
+
+
+def test_adapters_go_on_what_is_extracted(tmp_path):
+    model = elastic(tiny_llama())
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    model.set_subnet("max")
+    for refused in (
+        lambda: model.set_subnet("min"),
+        lambda: model.sample_subnet("min"),
+        lambda: model.extract_subnet("min"),
+        lambda: model.extract_subnet("max"),
+        lambda: model.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(
+            ValueError, match="while the elastic model has an adapter, as in 'model.layers.0.self_attn.q_proj'"
+        ):
+            refused()
+    assert model.active_subnet == model.search_space.max and not list(tmp_path.iterdir())
+    adapted.merge_and_unload()
+    model.set_subnet("min")
+    get_peft_model(model.extract_subnet(), LoraConfig(r=4, target_modules=["q_proj"]))(tokens())
+
+
+def test_a_folder_with_an_adapter_in_it(tmp_path):
+    get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path)
+    saved(tmp_path)
+    with pytest.raises(ValueError, match="must not hold an adapter beside the super-network"):
         ElasticModel.from_pretrained(tmp_path)
 
 
