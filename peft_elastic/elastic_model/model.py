@@ -33,7 +33,7 @@ from ..layers.narrowed import change_class
 from ..quantization.saving import state_to_save
 from ..structure.blocks import Structure
 from ..structure.description import check_describable, extract_described
-from ..structure.importance import check_order, check_sortable, sort_by_importance
+from ..structure.importance import check_order, check_sortable, order_digest, sort_by_importance
 from ..structure.narrow import check_units
 from ..structure.parts import KINDS
 from ..structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
@@ -237,6 +237,23 @@ class ElasticModel(nn.Module):
         """What makes such a model of a folder, in the workers of a search."""
         return ElasticModel.from_pretrained
 
+    def check_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """ValueError if a training is about to go on from the checkpoint of another super-network: its weights fit any, and would be
+        trained on silently as subnets of this one.
+
+        Args:
+            folder: of the checkpoint; nothing is said of one that is not there, or has no `elastic_model.json`.
+        """
+        if not os.path.isfile(os.path.join(folder, saving.FILE)):
+            return
+        own, saved = self._own, saving.read(folder)
+        same = saving.space_of(saved).fingerprint == own.space.fingerprint and saved["order"] == order_digest(self)
+        if not same:
+            raise ValueError(
+                f"{os.fspath(folder)!r} is a checkpoint of a super-network with other options, or with heads and channels in another "
+                "order. Go on with the model that it was: `ElasticModel.from_pretrained(checkpoint)`, and resume from it."
+            )
+
     # -- search ------------------------------------------------------------------------------------------------------
 
     def search_subnet(self, *args: Any, **kwargs: Any) -> Any:
@@ -399,6 +416,10 @@ def get_elastic_model(model: nn.Module, config: ElasticConfig) -> Any:
         raise wrong("model", "a model (`nn.Module`)", model)
     if not isinstance(config, ElasticConfig):
         raise wrong("config", "an `ElasticConfig`", config)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "`model` must be made elastic before `torch.compile`: compile what `get_elastic_model` returns."
+        )
     if isinstance(model, ElasticModel):
         raise ValueError("`model` is elastic already; `model.unload()` makes it an ordinary one.")
     adapted = _adapted(model)

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,6 +140,8 @@ class SubnetSamplingCallback(TrainerCallback):
             _check_nothing_skipped(
                 host.search_space, [host.search_space.min], "`strategy` trains one subnet a step, which"
             )
+        if state.global_step and (check := getattr(host, "check_checkpoint", None)):
+            check(_checkpoint(args, state))
         plan = StagePlan(self.stages, host.search_space, args, state.max_steps, lr_scheduler)
         if self.eval_subnet is None:
             host.restore_subnet()  # an earlier run may have been interrupted in the middle of a step
@@ -213,6 +216,12 @@ class SubnetSamplingCallback(TrainerCallback):
             logger.log(logging.INFO if message == self._reported else logging.WARNING, message)
         self._reported = message
         return name, parameters
+
+
+def _checkpoint(args: Any, state: Any) -> str:
+    """Where the Trainer has most likely resumed from; it does not say."""
+    given = args.resume_from_checkpoint
+    return given if isinstance(given, str) else os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
 def _check_nothing_skipped(space: SearchSpace, subnets: Sequence[Subnet], who: str) -> None:

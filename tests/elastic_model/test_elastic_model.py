@@ -543,6 +543,8 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="`model` must have no adapters"):
         get_elastic_model(get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])), config)
     model = get_elastic_model(tiny_bert(), config)
+    with pytest.raises(ValueError, match="before `torch.compile`"):
+        get_elastic_model(torch.compile(tiny_bert()), config)
     with pytest.raises(ValueError, match="elastic already"):
         get_elastic_model(model, config)
     with pytest.raises(ValueError, match="elastic itself"):

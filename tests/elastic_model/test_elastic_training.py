@@ -122,6 +122,20 @@ torch.save((record.training, weights), f"{{folder}}/{{stop}}.pt")
     assert all(torch.equal(second[1][name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("config", [{"elastic_depth": None}, {"importance": "none"}])
+def test_a_checkpoint_of_another_super_network_is_not_gone_on_from(config, tmp_path):
+    """Its weights fit any of the same model, so that nobody else would notice."""
+    train(tmp_path, stop=3)
+    other = get_elastic_model(
+        tiny_llama(num_hidden_layers=3),
+        ElasticConfig(**{"elastic_width": WIDTH, "elastic_depth": "all", "importance": "magnitude"} | config),
+    )
+    args = arguments(tmp_path, max_steps=6)
+    trainer = Trainer(other, args, train_dataset=dataset(), callbacks=[SubnetSamplingCallback()])
+    with pytest.raises(ValueError, match="checkpoint of a super-network with other options, or with heads"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_two_processes_train_as_one_does(tmp_path):
     """DDP over gloo, with width and depth, several subnets a step and gradient accumulation: the same losses to 1e-5."""
     _, alone = train(tmp_path / "alone", dropout=0.0)
