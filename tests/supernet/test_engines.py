@@ -35,6 +35,10 @@ DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is not installed; `make test-engines` makes an environment with it",
 )
+FSDP2 = pytest.mark.skipif(
+    torch.__version__.startswith("2.7."),
+    reason="torch 2.7 adds gradients up under `fully_shard` with gloo, where newer versions average them (norms of twice the size)",
+)
 # with one subnet a step, blocks that are skipped have no gradient, see `test_deepspeed_moves_skipped_blocks`
 SKIPPING = [case for case in CASES if case in ("shape,one", "all,one", "weights,one")]
 
@@ -90,6 +94,7 @@ def test_ddp(train, case):
     assert assert_same(train("ddp", case), train("one", case))["wrapper"] == "DistributedDataParallel"
 
 
+@FSDP2
 @pytest.mark.parametrize("case", quick(CASES, "all,sandwich"))
 def test_fsdp2_of_accelerate(train, case):
     found = assert_same(train("fsdp2", case), train("one", case))
@@ -133,6 +138,7 @@ LOOPS = [
 ]
 
 
+@FSDP2
 @pytest.mark.slow
 @pytest.mark.parametrize("unit, case", LOOPS)
 def test_fully_shard_in_a_loop_of_ones_own(train, unit, case):
