@@ -476,7 +476,7 @@ def test_the_search_holds_no_second_copy_of_the_weights():
         gc.collect()
         storages = {}
         for each in gc.get_objects():
-            if isinstance(each, torch.Tensor):
+            if type(each) in (torch.Tensor, nn.Parameter):  # and not what other tests have left of torch.compile
                 storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
         return sum(storages.values())
 

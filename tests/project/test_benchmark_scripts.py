@@ -52,6 +52,7 @@ SCRIPTS = {
         [EXTENSION, pytest.mark.slow],
     ),
     "crossover": (["--out", "--smoke", "--threads", "1"], [EXTENSION]),
+    "eftnas": (["--out", "--smoke"], [MINILM, REVIEWS]),
     "expansion": (["--out", "--smoke"], [EXTENSION, COMPILER]),
     "generate": (["--out", "--smoke", "--threads", "1", "--sparsities", "0.5"], [EXTENSION, PROC]),
     "gpu": (["--out", "--smoke"], []),

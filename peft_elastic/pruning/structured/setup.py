@@ -103,7 +103,8 @@ def plan_run(
     _check_arguments(config, metric, mode)
     if hasattr(model, HOST_ATTRIBUTE):
         raise ValueError(
-            "model: it is elastic; merge its adapter (`merge_and_unload`), or extract a subnet (`extract_subnet`), before."
+            "model: it has an elastic adapter, or is elastic itself; merge it (`merge_and_unload`), or extract a subnet "
+            "(`extract_subnet`), before."
         )
     check_whole(model)
     structure = Structure(model)
