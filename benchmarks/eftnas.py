@@ -30,7 +30,8 @@ For each task and seed:
   distillation for as many multiply-accumulates as the whole training of the super-network took.
 
 Super-networks and one-shot models both start from the teacher, so that neither has had more of the data. (The paper starts from the
-pretrained weights.) MACs count the attention products at 32 tokens.
+pretrained weights.) MACs count the attention products at 32 tokens. Scores of heads and channels are compared as they are (`per="unit"`): with `per="cost"` the
+validation loss of the one-shot models was far worse with activation and gradient in a trial (whole attentions go).
 
     python benchmarks/eftnas.py --out outputs/eftnas --sst2 ../shared/data   # 5 seeds, some hours on two cores
     python benchmarks/eftnas.py --smoke --out outputs/eftnas-smoke           # a minute
@@ -78,9 +79,6 @@ SHARES = ("50%", "33%")
 TARGETS = ("100%", "80%", "60%", "50%", "33%")
 UNIFORM = {"heads": [1.0, 0.75, 0.5, 0.25], "mlp": [1.0, 0.75, 0.5, 0.25]}
 LENGTH = 32  # tokens, for MACs and latency
-# How scores of heads and channels are compared: sums over the weights of a unit by what it costs, as a head has many more of them;
-# movement, which AdamW makes of one size, as it is.
-PER = {"magnitude": "cost", "activation": "cost", "gradient": "cost", "movement": "unit"}
 SUPERNETS = {"automatic (movement)": "movement", "automatic (gradient)": "gradient", "uniform": "movement"}
 DISTILLATION = {"distillation_weight": 0.9, "distillation_temperature": 2.0}
 
@@ -261,7 +259,7 @@ class Run:
 
     def bounds(self, order: str, targets: tuple[str, ...]) -> Any:
         model = self.model(self.folder / "teacher")
-        return bounds_by_importance(model, self.scores(order), targets=targets, per=PER[order], sequence_length=LENGTH)
+        return bounds_by_importance(model, self.scores(order), targets=targets, sequence_length=LENGTH)
 
     def cut(self, order: str, share: str) -> Any:
         """The teacher, cut to a share of its MACs by a global threshold on the scores."""
