@@ -49,12 +49,12 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
 from _support import describe_machine, machine, table
-from scipy import stats
+from _support.classification import Example, batches, collate, quality, student
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
@@ -81,9 +81,6 @@ UNIFORM = {"heads": [1.0, 0.75, 0.5, 0.25], "mlp": [1.0, 0.75, 0.5, 0.25]}
 LENGTH = 32  # tokens, for MACs and latency
 SUPERNETS = {"automatic (movement)": "movement", "automatic (gradient)": "gradient", "uniform": "movement"}
 DISTILLATION = {"distillation_weight": 0.9, "distillation_temperature": 2.0}
-
-Example = dict[str, Any]  # text, label
-
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
@@ -119,33 +116,6 @@ def sst2(args: argparse.Namespace) -> tuple[list[Example], list[Example], list[E
 
 
 TASKS = {"amazon": amazon, "sst2": sst2}
-
-
-def batches(tokenizer: Any, data: list[Example], size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of sentences of similar length."""
-    data = sorted(data, key=lambda example: len(example["text"]))
-    return [collate(tokenizer, data[i : i + size]) for i in range(0, len(data), size)]
-
-
-def collate(tokenizer: Any, examples: list[Example]) -> dict[str, torch.Tensor]:
-    encoded = tokenizer([example["text"] for example in examples], padding=True, return_tensors="pt")
-    return {**encoded, "labels": torch.tensor([example["label"] for example in examples])}
-
-
-def quality(data: list[dict[str, torch.Tensor]]) -> Callable[[nn.Module], dict[str, float]]:
-    """Mean loss of a model, and its share of right answers in percent."""
-    count = sum(len(batch["labels"]) for batch in data)
-
-    @torch.no_grad()
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        loss, right = 0.0, 0
-        for batch in data:
-            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-            loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            right += int((logits.argmax(1) == batch["labels"]).sum())
-        return {"loss": loss / count, "accuracy": 100 * right / count}
-
-    return evaluate
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -433,14 +403,6 @@ def step_costs(args: argparse.Namespace) -> dict[str, Any]:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def student(values: list[float], digits: int = 1, sign: str = "") -> str:
-    """Mean and 95% interval by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:{sign}.{digits}f}"
-    width = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):{sign}.{digits}f} ± {width:.{digits}f}"
-
-
 def report(results: dict[str, Any]) -> str:
     parts = [f"{describe_machine(results['machine'])} Settings: {results['settings']}."]
     step = results["step"]
@@ -476,8 +438,8 @@ def _report_task(task: str, runs: list[dict[str, Any]]) -> list[str]:
             "100%",
             "",
             "1.00",
-            student([r["teacher"]["validation"]["accuracy"] for r in runs]),
-            student(teacher),
+            student([r["teacher"]["validation"]["accuracy"] for r in runs], 1, ""),
+            student(teacher, 1, ""),
             "100",
         ]
     ]
@@ -497,9 +459,9 @@ def _report_task(task: str, runs: list[dict[str, Any]]) -> list[str]:
                     f"{100 * mean(entry['macs'] for entry in found):.0f}%",
                     f"{mean(entry['parameters'] for entry in found) / 1e6:.1f} M",
                     f"{mean(times):.2f}",
-                    student([entry["validation"]["accuracy"] for entry in found]),
-                    student(accuracy),
-                    student([100 * a / t for a, t in zip(accuracy, teacher)]),
+                    student([entry["validation"]["accuracy"] for entry in found], 1, ""),
+                    student(accuracy, 1, ""),
+                    student([100 * a / t for a, t in zip(accuracy, teacher)], 1, ""),
                 ]
             )
         auto = arms["super-network, automatic (movement)"]
@@ -510,13 +472,13 @@ def _report_task(task: str, runs: list[dict[str, Any]]) -> list[str]:
                     for key in ("accuracy", "loss")
                 ]
                 differences.append(
-                    [f"{share}: automatic (movement) - {name}", student(cells[0], 1, "+"), student(cells[1], 3, "+")]
+                    [f"{share}: automatic (movement) - {name}", student(cells[0], 1), student(cells[1], 3)]
                 )
     orders = [
         [
             order,
             *(
-                student([run["orders"][order][when]["held_out"][key] for run in runs], digits)
+                student([run["orders"][order][when]["held_out"][key] for run in runs], digits, "")
                 for when in ("before", "after")
                 for key, digits in (("accuracy", 1), ("loss", 3))
             ),

@@ -39,16 +39,14 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from _support import describe_machine, machine, table
+from _support.classification import Example, batches, collate, quality, student
 from peft import PeftModel, get_peft_model
-from scipy import stats
-from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from peft_elastic import ElasticLoraConfig, ElasticTrainer, SearchResult, search_subnet
@@ -73,9 +71,6 @@ SEARCH: dict[str, Any] = {"objectives": ("loss", "macs"), "mode": {"loss": "min"
 RANKS = [16, 12, 8]
 WIDTH = {"heads": [1.0, 0.75, 0.5], "mlp": [1.0, 0.75, 0.5, 0.25]}
 
-Example = dict[str, Any]  # text, label
-
-
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
@@ -89,33 +84,6 @@ def reviews(longest: int) -> list[Example]:
     ]
     random.Random(0).shuffle(found)
     return found
-
-
-def batches(tokenizer: Any, data: list[Example], size: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of examples of similar length."""
-    data = sorted(data, key=lambda example: len(example["text"]))
-    return [collate(tokenizer, data[i : i + size]) for i in range(0, len(data), size)]
-
-
-def collate(tokenizer: Any, examples: list[Example]) -> dict[str, torch.Tensor]:
-    encoded = tokenizer([example["text"] for example in examples], padding=True, return_tensors="pt")
-    return {**encoded, "labels": torch.tensor([example["label"] for example in examples])}
-
-
-def quality(data: list[dict[str, torch.Tensor]]) -> Callable[[nn.Module], dict[str, float]]:
-    """Mean loss of a model, and its share of right answers in percent."""
-    count = sum(len(batch["labels"]) for batch in data)
-
-    @torch.no_grad()
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        loss, right = 0.0, 0
-        for batch in data:
-            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-            loss += float(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-            right += int((logits.argmax(1) == batch["labels"]).sum())
-        return {"loss": loss / count, "accuracy": 100 * right / count}
-
-    return evaluate
 
 
 # -- super-networks ----------------------------------------------------------------------------------------------------
@@ -190,14 +158,6 @@ def best_within(result: SearchResult, limit: float) -> Any:
     """The evaluation with the lowest loss at no more MACs than that; the cheapest of equals."""
     affordable = [evaluation for evaluation in result.history if evaluation.metrics["macs"] <= limit]
     return min(affordable, key=lambda e: (e.metrics["loss"], e.metrics["macs"]))
-
-
-def student(values: list[float], digits: int) -> str:
-    """Mean and 95% interval by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:+.{digits}f}"
-    width = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):+.{digits}f} ± {width:.{digits}f}"
 
 
 def report(results: dict[str, Any]) -> str:

@@ -61,7 +61,9 @@ def train(tmp_path_factory):
     return trained
 
 
-def assert_same(folder, alone):
+def assert_same(folder, alone, tolerance=1e-4):
+    """`tolerance` is that of the weights, which move by up to 1e-2 a step: AdamW makes as much of rounding errors where there is next to no
+    gradient, as there is in many places of a whole model."""
     assert not isinstance(folder, str), folder
     assert not isinstance(alone, str), alone
     found, expected = (json.loads((path / "rank-0.json").read_text()) for path in (folder, alone))
@@ -70,17 +72,17 @@ def assert_same(folder, alone):
     print(
         f"{folder.name}: losses from {max(expected['losses']):.3f} to {min(expected['losses']):.3f} differ by {difference:.1e} at most"
     )
-    # losses that are sums over subnets, and norms, have as many digits as float32 has
+    # of a whole model more is added up, in as many digits as float32 has
+    whole = folder.name.startswith("weights")
     for what, relative in (("losses", 2e-6), ("norms", 1e-5)):
-        torch.testing.assert_close(found[what], expected[what], rtol=relative, atol=1e-5)
-    name = "model.safetensors" if folder.name.startswith("weights") else "adapter_model.safetensors"
+        torch.testing.assert_close(found[what], expected[what], rtol=relative if whole else 0, atol=1e-5)
+    name = "model.safetensors" if whole else "adapter_model.safetensors"
     weights, wanted = (load_file(path / "adapter" / name) for path in (folder, alone))
-    if folder.name.startswith("weights"):
+    if whole:
         assert ElasticModel.from_pretrained(folder / "adapter").search_space.size > 1
     assert weights.keys() == wanted.keys()
     for name, weight in wanted.items():
-        # they move by up to 1e-2 a step, and AdamW makes rounding errors of what has next to no gradient as large
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-3)
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-3 if whole else tolerance)
     return found
 
 
@@ -118,7 +120,7 @@ def test_deepspeed_moves_skipped_blocks(train, engine, case):
     in one process that does the same, which is another training than one that leaves it alone. It is refused; the refusal is taken out
     here. Should this fail because a newer DeepSpeed leaves them alone, the refusal can go."""
     same = train("one-zeros" if engine == "zero2" else "one-stale", case)
-    found = assert_same(train(f"{engine}-unchecked", case), same)["losses"]
+    found = assert_same(train(f"{engine}-unchecked", case), same, tolerance=1e-3)["losses"]
     alone = json.loads((train("one", case) / "rank-0.json").read_text())["losses"]
     assert max(abs(a - b) for a, b in zip(found, alone)) > 1e-4
     message = train(engine, case)
