@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
 from support import folders
+from support.commands import fill_folder
 from support.places import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
@@ -37,7 +38,7 @@ from peft_elastic import SearchResult, Subnet
 from peft_elastic.cli import _common, _data, _evaluation, main
 from peft_elastic.cli._examples import Collator, Example, encode, pack
 from peft_elastic.cli._training import last_checkpoint
-from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
+from peft_elastic.cli.quickstart.smoke import smoke_examples
 from peft_elastic.cli.quickstart.splits import split_examples
 from peft_elastic.cost import timing
 from peft_elastic.quantization import load_gptq
@@ -56,16 +57,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tiny model, and data with the columns prompt and label."""
-    folder = tmp_path_factory.mktemp("cli")
-    examples = smoke_examples()
-    model, tokenizer = smoke_model(examples)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    splits = split_examples(examples, {"validation": 32}, seed=0)
-    for name, part in splits.items():
-        records = [{"prompt": example.prompt, "label": example.completion.strip()} for example in part]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    return fill_folder(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import folders
+from support.commands import fill_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, trainer
 
 from peft_elastic import ElasticModel, SearchResult, Subnet, bounds_by_importance
 from peft_elastic.cli import _common, _evaluation, _training, main
 from peft_elastic.cli._data import load_records, to_examples
 from peft_elastic.cli._training import last_checkpoint
-from peft_elastic.cli.quickstart.smoke import smoke_examples, smoke_model
-from peft_elastic.cli.quickstart.splits import split_examples
 from peft_elastic.quantization import load_gptq
 from peft_elastic.structure.blocks import Structure
 from peft_elastic.structure.importance import measure_importance
@@ -47,15 +46,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a tiny model, and data with the columns prompt and label."""
-    folder = tmp_path_factory.mktemp("full")
-    examples = smoke_examples()
-    model, tokenizer = smoke_model(examples)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, part in split_examples(examples, {"validation": 32}, seed=0).items():
-        records = [{"prompt": example.prompt, "label": example.completion.strip()} for example in part]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+    return fill_folder(tmp_path_factory.mktemp("full"))
 
 
 @pytest.fixture(scope="module")

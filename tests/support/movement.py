@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import training
 from support.models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -145,20 +146,9 @@ def classified(size: int = 48) -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(folder: Any, **settings: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": 8,
-            "num_train_epochs": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        | settings
+    """Two epochs, which the times of the callback are counted in."""
+    return training.arguments(
+        folder, **{"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": -1} | settings
     )
 
 
