@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.checks import check_whole
 from ..common.names import has_suffix
+from ..layers.convolutional import is_matrix_name
 from ..structure.reading import Reading
 from ..structure.removed import Removed
 from ..supernet.space import Choice, LayerShape, SearchSpace
@@ -64,6 +65,9 @@ COST_NAMES = tuple(name for name, cost in COSTS.items() if cost.counted)
 ALWAYS_RECORDED = tuple(name for name, cost in COSTS.items() if cost.always_recorded)
 
 
+_KINDS = ("rank", "heads", "mlp", "channels", "kernel", "depth")
+
+
 def parse_bound(bound: Any, whole: float) -> Any:
     """A number as it is, a percentage as a share of `whole`, NaN for any other text."""
     if not isinstance(bound, str):
@@ -78,7 +82,7 @@ class CostModel:
     """Multiply-accumulates per token, number of parameters and size on disk of the subnets of a model.
 
     - `macs`: each linear layer, `lm_head` included, counts in_features * out_features, each convolution its kernel
-      once (so: per output position), and each adapter its active rank * (active in_features + active out_features). Zeros
+      once (so: per output position; of a model whose channels were traced, all output positions, so that MACs are those of an image), and each adapter its active rank * (active in_features + active out_features). Zeros
       of a pruned weight count like any other. Left out are embedding look-ups, normalisation, and what depends on the routing,
       fused mixture-of-experts weights. With a `sequence_length` n the two products of every attention whose heads a layout
       knows (`peft_elastic.structure`) count as well, Q K^T and P V: 2 * n * heads * head_dim for a token that sees n others, as
@@ -106,18 +110,18 @@ class CostModel:
 
     def __init__(self, model: nn.Module, space: SearchSpace, sequence_length: int | None = None) -> None:
         check_whole("sequence_length", sequence_length, least=1, optional=True)
-        unknown = sorted({choice.kind for choice in space} - {"rank", "heads", "mlp", "depth"})
+        unknown = sorted({choice.kind for choice in space} - set(_KINDS))
         if unknown:
-            raise ValueError(
-                f"`space` has choices of kind {unknown}, the cost model knows rank, heads, mlp and depth."
-            )
-        used = {key for layer in space.layers for key in (layer.width, *layer.depth)}
+            raise ValueError(f"`space` has choices of kind {unknown}, the cost model knows {', '.join(_KINDS)}.")
+        used = {key for layer in space.layers for key in layer.choices if key != layer.rank}
         idle = [choice.key for choice in space if choice.kind != "rank" and choice.key not in used]
         if idle:
             raise ValueError(
                 f"`space` has the choices {idle}, on which none of its `layers` depends: their cost is unknown."
             )
         self.space = space
+        # of traced models: how often each layer is computed
+        described = {layer.name: layer for layer in space.layers if layer.positions != 1 or layer.kernel_size}
         self.base_macs = 0
         self.base_parameters = 0
         self.base_bytes = 0
@@ -129,7 +133,10 @@ class CostModel:
             if name.rpartition(".")[0] in linears:
                 continue  # the grid of a quantised layer
             linear = linears.get(name)
-            self.base_macs += linear.out_features * linear.in_features if linear else _macs(module)
+            if name in described:
+                self.base_macs += described[name].whole_macs
+            else:
+                self.base_macs += linear.out_features * linear.in_features if linear else _macs(module)
             self.base_parameters += _parameters(module, counted)
             if linear is not None:
                 weight = module._parameters["weight"]
@@ -160,15 +167,12 @@ class CostModel:
         total = self.base_macs + self.space.count_parameters(subnet)
         # an adapter on an embedding looks A up, so that only B (rank x dim) computes
         total -= sum(subnet[key] * number for key, number in self._looked_up.items())
-        for layer in self.space.layers:
-            out_features, in_features = layer.size(subnet)
-            total -= layer.out_features * layer.in_features - out_features * in_features
+        total -= sum(layer.whole_macs - layer.macs(subnet) for layer in self.space.layers)
         return total + sum(math.prod(product.size(subnet)) for product in self._products)
 
     def parameters(self, subnet: Mapping[str, int]) -> int:
         """Parameters of the active part of the base model and of the adapter."""
-        whole = sum(layer.out_features * (layer.in_features + layer.bias) for layer in self.space.layers)
-        inactive = whole - self.space.count_base_parameters(subnet)
+        inactive = sum(layer.whole_parameters for layer in self.space.layers) - self.space.count_base_parameters(subnet)
         return self.base_parameters - inactive + self.space.count_parameters(subnet)
 
     def bytes(self, subnet: Mapping[str, int]) -> int:
@@ -176,11 +180,11 @@ class CostModel:
         total = float(self.base_bytes)
         for layer, linear, per_parameter in self._layers:
             whole, active = (layer.out_features, layer.in_features), layer.size(subnet)
-            if whole == active:
+            if whole == active and (layer.kernel is None or layer.area(subnet) == math.prod(layer.kernel_size)):
                 continue
             bias = layer.bias * (whole[0] - active[0])
             if linear is None:
-                total -= per_parameter * (whole[0] * whole[1] - active[0] * active[1] + bias)
+                total -= per_parameter * (layer.whole_parameters - layer.parameters(subnet))
             else:
                 total -= linear.stored_bytes(*whole) - linear.stored_bytes(*active) + per_parameter * bias
         return round(total)
@@ -246,7 +250,8 @@ def _parameters(module: nn.Module, counted: set[int]) -> int:
     """Parameters that `module` itself holds and that are not yet in `counted`, which is extended."""
     total = 0
     linear_size = _linear_size(module)
-    own = dict(module.named_parameters(recurse=False))
+    # matrices of elastic kernels are merged in what is deployed
+    own = {name: p for name, p in module.named_parameters(recurse=False) if not is_matrix_name(name)}
     for name, parameter in own.items():
         if id(parameter) not in counted:
             counted.add(id(parameter))
@@ -258,7 +263,9 @@ def _parameters(module: nn.Module, counted: set[int]) -> int:
 
 def _saved_bytes(module: nn.Module, stored: set[int]) -> int:
     """Bytes of what `module` itself adds to a state dict and is not yet in `stored`, which is extended."""
-    tensors: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in module.named_parameters(recurse=False) if not is_matrix_name(name)
+    }
     tensors |= {
         name: buffer
         for name, buffer in module.named_buffers(recurse=False)

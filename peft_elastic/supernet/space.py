@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,17 @@ _SUBNET = Document("subnet", "peft-elastic/subnet", 1, Record(None, ANYTHING, va
 _CHOICE = Record(
     None, ANYTHING, kind=TEXT, name=TEXT, options=ListOf(COUNT), modules=ListOf(TEXT), unit_parameters=COUNT
 )
+_RUN = Record(length=COUNT, choice=Nullable(TEXT), full=POSITIVE)
 _LAYER = Record(
+    # of layers of traced models
+    {
+        "out_runs": ListOf(_RUN),
+        "in_runs": ListOf(_RUN),
+        "positions": COUNT,
+        "kernel": Nullable(TEXT),
+        "kernel_size": ListOf(POSITIVE),
+        "per_output": COUNT,
+    },
     name=TEXT,
     out_features=COUNT,
     in_features=COUNT,
@@ -65,8 +75,8 @@ class Choice:
 
     Args:
         kind (`str`):
-            What the value means: `"rank"` (of the adapters of `modules`), `"heads"` (attention heads), `"mlp"` (MLP channels)
-            or `"depth"` (1: computed, 0: skipped).
+            What the value means: `"rank"` (of the adapters of `modules`), `"heads"` (attention heads), `"mlp"` (MLP channels),
+            `"channels"` (of a convolutional model), `"kernel"` (size of a convolution's) or `"depth"` (1: computed, 0: skipped).
         name (`str`):
             Where it applies, e.g. a module path or a transformer block with the module names it ties.
         options (`tuple[int, ...]`):
@@ -105,8 +115,26 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Features in a row on one side of a layer, of which a choice decides how many are active.
+
+    Args:
+        length (`int`): how many there are.
+        choice (`str`, *optional*): key of the choice; None: they always are.
+        full (`int`): the value of that choice at which all are active; `length * value // full` are.
+    """
+
+    length: int
+    choice: str | None = None
+    full: int = 1
+
+    def active(self, subnet: Mapping[str, int]) -> int:
+        return self.length if self.choice is None else self.length * subnet[self.choice] // self.full
+
+
+@dataclass(frozen=True)
 class LayerShape:
-    """A linear layer whose size, or whose presence, depends on the subnet.
+    """A linear layer or convolution whose size, or whose presence, depends on the subnet.
 
     Args:
         name (`str`): path inside the base model.
@@ -118,6 +146,13 @@ class LayerShape:
         narrows (`"out"` or `"in"`): which of its two sides that is.
         rank (`str`, *optional*): key of the choice of the rank of its adapter.
         depth (`tuple[str, ...]`): keys of the choices that must all be 1 for the layer to be there.
+        out_runs, in_runs (`tuple[Run, ...]`): what the sides of a layer of a traced model consist of, each of which other choices
+            may narrow; empty for one that is fixed, or narrowed by `width`. The inputs of a convolution with groups are those of one group.
+        positions (`int`): output positions for each sample: height * width of a convolution. The layers of a traced model are all
+            listed, those that nothing narrows too, for the sake of this number.
+        kernel (`str`, *optional*): key of the choice of the kernel size; with value k each side of it is at most k.
+        kernel_size (`tuple[int, ...]`): of the whole convolution; empty for a linear layer.
+        per_output (`int`): parameters for each output beside the matrix and the bias, of norms.
     """
 
     name: str
@@ -129,12 +164,22 @@ class LayerShape:
     narrows: str = "out"
     rank: str | None = None
     depth: tuple[str, ...] = ()
+    out_runs: tuple[Run, ...] = ()
+    in_runs: tuple[Run, ...] = ()
+    positions: int = 1
+    kernel: str | None = None
+    kernel_size: tuple[int, ...] = ()
+    per_output: int = 0
 
     def size(self, subnet: Mapping[str, int]) -> tuple[int, int]:
         """(out, in) features that are active in a subnet; (0, 0) where the layer is skipped."""
         if not all(subnet[key] for key in self.depth):
             return 0, 0
         out_features, in_features = self.out_features, self.in_features
+        if self.out_runs:
+            out_features = sum(run.active(subnet) for run in self.out_runs)
+        if self.in_runs:
+            in_features = sum(run.active(subnet) for run in self.in_runs)
         if self.width is not None:
             if self.narrows == "out":
                 out_features = out_features * subnet[self.width] // self.full_width
@@ -145,12 +190,34 @@ class LayerShape:
     def parameters(self, subnet: Mapping[str, int]) -> int:
         """Active parameters of the layer itself."""
         out_features, in_features = self.size(subnet)
-        return out_features * in_features + self.bias * out_features
+        return out_features * (in_features * self.area(subnet) + self.bias + self.per_output)
+
+    @property
+    def whole_parameters(self) -> int:
+        """Parameters of the whole layer."""
+        return self.out_features * (self.in_features * math.prod(self.kernel_size) + self.bias + self.per_output)
+
+    def area(self, subnet: Mapping[str, int]) -> int:
+        """Positions of the kernel that is active."""
+        if self.kernel is None:
+            return math.prod(self.kernel_size)
+        return math.prod(min(size, subnet[self.kernel]) for size in self.kernel_size)
+
+    def macs(self, subnet: Mapping[str, int]) -> int:
+        """Multiply-accumulates that are active, for all output positions."""
+        return math.prod(self.size(subnet)) * self.area(subnet) * self.positions
+
+    @property
+    def whole_macs(self) -> int:
+        """Multiply-accumulates of the whole layer."""
+        return self.out_features * self.in_features * math.prod(self.kernel_size) * self.positions
 
     @property
     def choices(self) -> tuple[str, ...]:
         """Keys of all choices it depends on."""
-        return tuple(key for key in (self.width, self.rank, *self.depth) if key is not None)
+        runs = (run.choice for run in (*self.out_runs, *self.in_runs))
+        keys = (self.width, self.rank, self.kernel, *self.depth, *runs)
+        return tuple(dict.fromkeys(key for key in keys if key is not None))
 
 
 class Subnet(Mapping[str, int]):
@@ -428,7 +495,7 @@ class SearchSpace:
             }
             for choice in self.choices
         ]
-        layers = {"layers": [asdict(layer) for layer in self.layers]} if self.layers else {}
+        layers = {"layers": [_row_of(layer) for layer in self.layers]} if self.layers else {}
         return json.dumps(_SPACE.wrap({"choices": choices, **layers}), indent=2)
 
     @classmethod
@@ -449,7 +516,23 @@ class SearchSpace:
             )
             for row in data["choices"]
         ]
-        return cls(choices, [LayerShape(**{**row, "depth": tuple(row["depth"])}) for row in data.get("layers", [])])
+        return cls(choices, [_layer_of(row) for row in data.get("layers", [])])
+
+
+_TRACED = ("out_runs", "in_runs", "positions", "kernel", "kernel_size", "per_output")
+_DEFAULTS = {field.name: field.default for field in fields(LayerShape)}
+
+
+def _row_of(layer: LayerShape) -> dict[str, Any]:
+    """For JSON: without what only layers of traced models have, of the others."""
+    row = asdict(layer)
+    return {name: value for name, value in row.items() if name not in _TRACED or getattr(layer, name) != _DEFAULTS[name]}
+
+
+def _layer_of(row: Mapping[str, Any]) -> LayerShape:
+    tuples = {name: tuple(row[name]) for name in ("depth", "kernel_size") if name in row}
+    runs = {name: tuple(Run(**run) for run in row[name]) for name in ("out_runs", "in_runs") if name in row}
+    return LayerShape(**{**row, **tuples, **runs})
 
 
 def _is_count(value: Any) -> bool:
