@@ -299,7 +299,9 @@ class ElasticModel(nn.Module):
             `nn.Module`: this very object.
         """
         self.restore_subnet()
-        activate(self, self._own.structure, self._own.parts.space.max)
+        own = self._own
+        own.parts.activate(self, own.parts.space.max)
+        own.parts.take_back(self)
         return self._as_plain()
 
     def _as_plain(self) -> nn.Module:

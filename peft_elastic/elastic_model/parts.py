@@ -21,6 +21,7 @@ from typing import Any, Optional, Protocol
 import torch
 from torch import nn
 
+from ..common.calls import batches_of
 from ..common.checks import wrong
 from ..layers.convolutional import add_matrices, remove_matrices
 from ..structure.blocks import Structure
@@ -31,7 +32,7 @@ from ..structure.parts import KINDS
 from ..structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
 from ..structure.tracing.description import extract_channels
 from ..structure.tracing.graph import example_of
-from ..structure.tracing.order import batches_of, measure_channels, sort_channels
+from ..structure.tracing.order import measure_channels, sort_channels
 from ..structure.tracing.proof import prove, prove_choices
 from ..structure.tracing.shapes import traced_shapes
 from ..structure.tracing.structure import TracedStructure

@@ -44,6 +44,7 @@ class Probe:
         targets (`tuple[Objective, ...]`): the objectives, the metric first.
         recorded (`tuple[str, ...]`): the costs that are computed otherwise, whose names are taken.
         seed (`int`): of the global generators, before each call.
+        prepare (`Callable`, *optional*): what is done to the model before each call.
     """
 
     evaluate: Evaluate
@@ -51,18 +52,21 @@ class Probe:
     targets: tuple[Objective, ...]
     recorded: tuple[str, ...]
     seed: int
+    prepare: Callable[[Any], Any] | None = None
 
     @property
     def functions(self) -> dict[str, Callable[[Any], Any]]:
         """Those of the user, by the name that messages give them."""
         functions = {"`evaluate`": self.evaluate} | ({} if self.held_out is None else {"`held_out`": self.held_out})
+        functions |= {} if self.prepare is None else {"`prepare`": self.prepare}
         named = {_objective(target.name): target.function for target in self.targets if target.function is not None}
         return functions | named
 
     def with_functions(self, functions: Mapping[str, Any]) -> Probe:
         """The same with other functions under these names."""
         targets = tuple(replace(target, function=functions.get(_objective(target.name))) for target in self.targets)
-        return replace(self, evaluate=functions["`evaluate`"], held_out=functions.get("`held_out`"), targets=targets)
+        named = {name: functions.get(f"`{name}`") for name in ("held_out", "prepare")}
+        return replace(self, evaluate=functions["`evaluate`"], targets=targets, **named)
 
     def read(
         self, what: str, model: torch.nn.Module, host: ElasticHost, evaluation: Evaluation
@@ -105,6 +109,11 @@ class Probe:
     ) -> Values:
         host.set_subnet(evaluation.subnet)
         with eval_mode(model), seeded(self.seed), torch.no_grad():
+            if self.prepare is not None:
+                self.prepare(model)
+                if host.active_subnet != evaluation.subnet:
+                    raise ValueError(f"`prepare` changed the active subnet of the model ({_where(evaluation)}).")
+        with eval_mode(model), seeded(self.seed), torch.no_grad():
             value = function(model)
         if host.active_subnet != evaluation.subnet:
             raise ValueError(f"{what} changed the active subnet of the model ({_where(evaluation)}).")
@@ -132,12 +141,13 @@ class Meter:
         latency: LatencyModel | None,
         bounded: Iterable[str],
         sequence_length: int | None = None,
+        prepare: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model, self.host = model, host
         self.cost_model, self.latency = CostModel(model, host.search_space, sequence_length), latency
         asked = {target.name for target in targets if target.function is None} | set(bounded)
         self.recorded = [name for name in COSTS if name in {*asked, *ALWAYS_RECORDED}]
-        self.probe = Probe(evaluate, held_out, tuple(targets), tuple(self.recorded), seed)
+        self.probe = Probe(evaluate, held_out, tuple(targets), tuple(self.recorded), seed, prepare)
         self.costs = lru_cache(maxsize=4096)(self._compute_costs)
 
     def _compute_costs(self, subnet: Subnet) -> dict[str, float]:

@@ -72,6 +72,7 @@ def search_subnet(
     devices: Sequence[str] | None = None,
     worker_threads: int | None = None,
     sequence_length: int | None = None,
+    prepare: Callable[[torch.nn.Module], Any] | None = None,
 ) -> SearchResult:
     """Search the subnets of an elastic model for the best trade-offs.
 
@@ -144,6 +145,10 @@ def search_subnet(
         sequence_length (`int`, *optional*):
             Tokens of the sequences whose attention products `"macs"` counts, as published figures do; by default it counts
             none of them (see `CostModel`).
+        prepare (`Callable`, *optional*):
+            Called as `prepare(model)` when a subnet has been activated, before each call of `evaluate`, `held_out` and functions among the
+            objectives: `BatchNormRecalibration` averages the statistics of BatchNorm for the subnet. Its attribute `fingerprint`, or
+            its name, is part of what a continued search must have in common with the one in `save_dir`.
 
     Returns:
         `SearchResult`: all evaluations, with `pareto`, `best(...)`, `plot(...)`.
@@ -171,6 +176,7 @@ def search_subnet(
         "save_dir": save_dir,
         "latency": latency,
         "sequence_length": sequence_length,
+        "prepare": prepare,
         "constraints": constraints,
         "keywords": {
             "max_bytes": max_bytes,
@@ -187,7 +193,7 @@ def search_subnet(
         settings = SearchSettings.checked(host.search_space, **arguments)
         functions = settings.evaluate, settings.held_out, settings.targets
         costs = settings.latency, settings.bounds, settings.sequence_length
-        return settings, Meter(model, host, *functions, settings.seed, *costs)
+        return settings, Meter(model, host, *functions, settings.seed, *costs, settings.prepare)
 
     if isinstance(executor, str):  # "ranks"
         return on_ranks(checked, lambda settings, meter, crew: _search(settings, meter, crew, progress))

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class SearchSettings:
         folder (`Path`, *optional*): `save_dir`.
         latency (`LatencyModel`, *optional*): the one to predict with: that of the folder, if a search began there.
         sequence_length (`int`, *optional*): whose attention products count.
+        prepare (`Callable`, *optional*): as given.
         bounds (`dict[str, Any]`): by name of the cost, as the user wrote them.
         reference_points (`list[list[float]]`, *optional*): in the order and the units of the objectives.
     """
@@ -64,6 +65,7 @@ class SearchSettings:
     folder: Path | None = None
     latency: LatencyModel | None = None
     sequence_length: int | None = None
+    prepare: Callable[[Any], Any] | None = None
     bounds: dict[str, Any] = field(default_factory=dict)
     reference_points: list[list[float]] | None = None
 
@@ -138,6 +140,7 @@ class SearchSettings:
         header |= {f"{name} of the max subnet": largest[name] for name in ALWAYS_RECORDED}
         header |= {"constraints": self.bounds} if self.bounds else {}
         header |= {} if self.sequence_length is None else {"sequence_length": self.sequence_length}
+        header |= {} if self.prepare is None else {"prepare": _fingerprint_of(self.prepare)}
         return header | ({} if self.latency is None else {"latency": self.latency.workload})
 
 
@@ -151,11 +154,14 @@ def _check_arguments(
     seed: int,
     latency: Any,
     sequence_length: Any,
+    prepare: Any,
 ) -> None:
     if not callable(evaluate):
         raise wrong("evaluate", "a function of the model", evaluate)
     if held_out is not None and not callable(held_out):
         raise wrong("held_out", "a function of the model", held_out)
+    if prepare is not None and not callable(prepare):
+        raise wrong("prepare", "a function of the model, or None", prepare)
     check_choice("algorithm", algorithm, sorted(ALGORITHMS))
     check_whole("n_evals", n_evals, least=1)
     check_whole("population", population, least=4)
@@ -167,6 +173,12 @@ def _check_arguments(
         raise ValueError(
             f"`latency` was measured for another search space ({latency.space!r}) than that of `model` ({space!r})."
         )
+
+
+def _fingerprint_of(prepare: Any) -> str:
+    """What tells a preparation from others: its attribute `fingerprint`, or else its name."""
+    named = prepare if hasattr(prepare, "__qualname__") else type(prepare)
+    return f"{named.__qualname__} {getattr(prepare, 'fingerprint', '')}".strip()
 
 
 def _parse_reference_points(

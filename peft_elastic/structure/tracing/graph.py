@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...common.checks import wrong
+from ...common.calls import as_arguments
 
 
 class Graph:
@@ -115,21 +115,6 @@ class Graph:
         (name,) = found
         source = next(other for other in self.nodes if other.name == name)
         return self.tensor_of(source, site) if shape_of(source) == shape_of(node) else None
-
-
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and named arguments of a call.
-
-    Raises:
-        ValueError: unless `inputs` is a tensor, a tuple or list with one, or a dict of arguments with one.
-    """
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, (tuple, list)) and any(isinstance(value, torch.Tensor) for value in inputs):
-        return tuple(inputs), {}
-    if isinstance(inputs, Mapping) and any(isinstance(value, torch.Tensor) for value in inputs.values()):
-        return (), inputs
-    raise wrong("example_inputs", "a tensor, or a tuple or dict of the arguments of a call, with a tensor", inputs)
 
 
 def example_of(model: nn.Module, inputs: Any) -> Any:

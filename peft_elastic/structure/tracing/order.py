@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...common.calls import split_batch
 from ...common.checks import wrong
 from ...layers.backends.float import permute_parameter
 from ..importance import Scores, note_orders, noted_orders
 from ..modules import module_at
-from .graph import as_arguments
 from .groups import Runs
 from .proof import permutation_of
 from .structure import TracedStructure, reads
@@ -273,23 +273,6 @@ def _features(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(2).transpose(1, 2)
 
 
-def split_batch(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """(positional arguments, named ones, labels or None) of a batch: images, (images, labels), or a dict."""
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    if isinstance(batch, Mapping):
-        kwargs = {name: moved(value) for name, value in batch.items() if name != "labels"}
-        return (), kwargs, moved(batch.get("labels"))
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(value, torch.Tensor) for value in batch):
-        images, labels = batch
-        if not labels.is_floating_point() and labels.dim() <= 1:
-            return (moved(images),), {}, moved(labels)
-    args, named = as_arguments(batch)
-    return tuple(moved(value) for value in args), {name: moved(value) for name, value in named.items()}, None
-
-
 def _loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any) -> torch.Tensor:
     if labels is None:
         raise ValueError("`calibration`: importance 'gradient' needs batches with labels: (images, labels), or dicts with `labels`.")
@@ -311,40 +294,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def batches_of(calibration: Any, max_samples: int | None = None) -> list[Any] | None:
-    """A list of batches of images, whose first tensors have `max_samples` samples at most.
-
-    Raises:
-        ValueError: if there are none, or one is neither a tensor, nor (images, labels), nor a dict.
-    """
-    if calibration is None:
-        return None
-    if isinstance(calibration, (torch.Tensor, Mapping)):
-        calibration = [calibration]
-    if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
-        raise wrong("calibration", "an iterable of batches of images", calibration)
-    batches: list[Any] = []
-    samples = 0
-    for batch in calibration:
-        args, kwargs = as_arguments(batch)
-        count = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0]
-        if max_samples is not None and samples + count > max_samples:
-            keep = max_samples - samples
-            batch = (
-                {k: v[:keep] if isinstance(v, torch.Tensor) and v.shape[:1] == (count,) else v for k, v in batch.items()}
-                if isinstance(batch, Mapping)
-                else batch[:keep]
-                if isinstance(batch, torch.Tensor)
-                else type(batch)(v[:keep] if isinstance(v, torch.Tensor) else v for v in batch)
-            )
-            count = keep
-        if count:
-            batches.append(batch)
-            samples += count
-        if max_samples is not None and samples >= max_samples:
-            break
-    if not batches:
-        raise ValueError("`calibration` must have at least one sample, it yielded none.")
-    return batches

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...common.calls import as_arguments
 from ...layers.convolutional import CONVOLUTIONS, kernel_problem, set_kernel
 from ...supernet.space import Choice
 from ..modules import module_at
 from .cutting import cut
-from .graph import as_arguments, tensors_of, trial_copy
+from .graph import tensors_of, trial_copy
 from .groups import Runs, ranges_of
 from .structure import Channels, TracedStructure, reads, set_block_skipped
 

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from ...common.names import has_suffix
 from ...common.tables import text_table
-from ...layers.batch_norm import set_norm_narrowed
+from ...layers.batch_norm import BATCH_NORMS, set_norm_narrowed
 from ...layers.convolutional import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -44,7 +44,6 @@ from .groups import Runs, groups_of, length_of, ranges_of
 from .propagation import _ELEMENTWISE, Call, Propagation, _name
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Fractions of channels are rounded to this many, of layers that have more.
 _MULTIPLE = 8
 _ADDITIONS = frozenset(("add", "sub"))
@@ -308,7 +307,7 @@ class TracedStructure:
         touched = [key for key, runs in self.sides.items() if any(g.number in moved for g in groups_of(runs))]
         for path, name, dim in touched:
             module = module_at(model, path)
-            if isinstance(module, _NORMS):
+            if isinstance(module, BATCH_NORMS):
                 continue  # `_tell_norms`
             if layer_mixin(module) is not None:
                 runs = self.sides[path, name, dim]
@@ -386,7 +385,7 @@ def _check_layers(model: nn.Module, found: Propagation) -> None:
         module = model.get_submodule(path)
         reason = None
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            reason = None if type(module) in _NORMS else f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
+            reason = None if type(module) in BATCH_NORMS else f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
         elif layer_mixin(module) is None and isinstance(module, nn.modules.batchnorm._NormBase):
             reason = f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
         elif name and hasattr(module, "parametrizations"):
