@@ -55,6 +55,13 @@ class Probe:
     prepare: Callable[[Any], Any] | None = None
 
     @property
+    def preparation(self) -> str | None:
+        """What tells `prepare` from others: its name, and its attribute `fingerprint` if it has one."""
+        if self.prepare is None:
+            return None
+        return fingerprint_of(self.prepare)
+
+    @property
     def functions(self) -> dict[str, Callable[[Any], Any]]:
         """Those of the user, by the name that messages give them."""
         functions = {"`evaluate`": self.evaluate} | ({} if self.held_out is None else {"`held_out`": self.held_out})
@@ -175,6 +182,12 @@ class Meter:
             return measured
         costs = self.costs(evaluation.subnet)
         return measured | {name: costs[name] for name in self.recorded} | computed
+
+
+def fingerprint_of(prepare: Any) -> str:
+    """What tells a preparation from others: its name, and its attribute `fingerprint` if it has one."""
+    named = prepare if hasattr(prepare, "__qualname__") else type(prepare)
+    return f"{named.__qualname__} {getattr(prepare, 'fingerprint', '')}".strip()
 
 
 def _objective(name: str) -> str:
