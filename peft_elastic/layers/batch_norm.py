@@ -110,6 +110,9 @@ class NarrowedBatchNorm(Narrowed):
         mean, variance = mean.to(input.device), variance.to(input.device)
         return F.batch_norm(input, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, active={self.num_features}"
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if (statistics := self.__dict__.get("statistics")) is not None:

@@ -28,7 +28,7 @@ from typing import Any
 from torch import fx
 
 from .graph import Graph, is_tensor, shape_of
-from .groups import Dims, Group, Groups, Run, Runs, length_of, scaled
+from .groups import Dims, Group, Groups, Run, Runs, groups_of, length_of, scaled
 
 
 # What computes each feature by itself, or changes nothing of the channels.
