@@ -105,9 +105,9 @@ class NarrowedBatchNorm(Narrowed):
             output = F.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
             sums.add(input.shape[0], mean, variance)
             return output
-        mean, variance = self.__dict__.get("statistics") or (self.running_mean, self.running_var)
+        used: Any = self.__dict__.get("statistics") or (self.running_mean, self.running_var)
         # a copy that nn.DataParallel makes has the statistics of the first device
-        mean, variance = mean.to(input.device), variance.to(input.device)
+        mean, variance = (tensor.to(input.device) for tensor in used)
         return F.batch_norm(input, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:
@@ -135,7 +135,7 @@ def check_narrowable_norm(name: str, layer: nn.Module) -> None:
         name (`str`): of the layer in its model, for the message.
         layer (`nn.Module`): of the class `nn.BatchNorm1d`, `2d` or `3d`, or one that takes their forward as it is.
     """
-    cls = layer.plain_class if isinstance(layer, NarrowedBatchNorm) else type(layer)
+    cls = plain_class(layer)
     reason = None
     if isinstance(layer, nn.SyncBatchNorm):
         reason = "it averages over processes in a forward of its own; make the model elastic before it is converted"

@@ -72,8 +72,8 @@ class Probe:
     def with_functions(self, functions: Mapping[str, Any]) -> Probe:
         """The same with other functions under these names."""
         targets = tuple(replace(target, function=functions.get(_objective(target.name))) for target in self.targets)
-        named = {name: functions.get(f"`{name}`") for name in ("held_out", "prepare")}
-        return replace(self, evaluate=functions["`evaluate`"], targets=targets, **named)
+        held_out, prepare = functions.get("`held_out`"), functions.get("`prepare`")
+        return replace(self, evaluate=functions["`evaluate`"], held_out=held_out, targets=targets, prepare=prepare)
 
     def read(
         self, what: str, model: torch.nn.Module, host: ElasticHost, evaluation: Evaluation

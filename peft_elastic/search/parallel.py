@@ -452,10 +452,11 @@ def on_ranks(
             raise ValueError(
                 f"`executor='ranks'`: rank {number} has another model than rank 0, whose is `model`: {difference}."
             )
-    for number, (*_, other) in enumerate(started):
-        if other != started[0][-1]:
+    preparations = [found for *_, found in started]
+    for number, found in enumerate(preparations):
+        if found != preparations[0]:
             raise ValueError(
-                f"`executor='ranks'`: `prepare` of rank {number} is {other!r}, that of rank 0 is {started[0][-1]!r}. Each rank evaluates "
+                f"`executor='ranks'`: `prepare` of rank {number} is {found!r}, that of rank 0 is {preparations[0]!r}. Each rank evaluates "
                 "other subnets, so all need the same."
             )
     settings, meter = mine

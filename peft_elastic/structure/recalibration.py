@@ -130,8 +130,8 @@ class BatchNormRecalibration:
         error: Exception | None = None
         try:
             self._run(model, norms, sums)
-        except Exception as found:  # the others wait in the reduction
-            error = found
+        except Exception as caught:  # the others wait in the reduction
+            error = caught
         failed = _reduce(sums, norms, error is not None)
         if error is not None:
             raise error

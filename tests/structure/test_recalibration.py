@@ -24,6 +24,7 @@ import torch
 from support.normed_net import NormedNet, images, reference
 from torch import nn
 
+from peft_elastic import ElasticConfig, get_elastic_model
 from peft_elastic.common import ranks
 from peft_elastic.layers.batch_norm import set_norm_narrowed
 from peft_elastic.structure.recalibration import BatchNormRecalibration, recalibrate_batch_norm
@@ -314,6 +315,51 @@ def test_layer_that_is_not_reached_takes_its_own():
     assert model.aside.__dict__["statistics"][0].tolist() == [1, 2]
 
 
+class Plain(nn.Module):
+    """A convolutional network that knows nothing of this package."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.norm1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.dropout, self.head = nn.Dropout(0.5), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+def test_traced_model_is_extracted_with_the_statistics_of_its_subnet():
+    model = get_elastic_model(
+        Plain().eval(), ElasticConfig(elastic_width={"channels": [1.0, 0.5]}), example_inputs=images()[0]
+    )
+    model.sort_by_importance()
+    state = buffers(model)
+    model.set_subnet("min")
+    without = outputs(model)
+    BatchNormRecalibration(images())(model)
+    found = outputs(model)
+    assert (found - without).abs().max() > 1e-2
+    small = model.extract_subnet().eval()
+    assert type(small.norm1) is nn.BatchNorm2d and small.norm1.running_mean.shape == (8,)
+    torch.testing.assert_close(outputs(small), found, rtol=1e-5, atol=1e-5)
+    # the same by hand, by the ordinary network, whose layers move on to the statistics of each batch
+    theirs = {model.norm1: small.norm1, model.norm2: small.norm2}
+    for norm in theirs.values():
+        norm.momentum = 1.0
+        norm.train()
+    sums = dict.fromkeys(theirs, 0)
+    for batch in images():
+        small(batch)
+        sums = {norm: total + len(batch) * theirs[norm].running_var.double() for norm, total in sums.items()}
+    for norm, total in sums.items():
+        variance = norm.__dict__["statistics"][1].double()
+        torch.testing.assert_close(variance, total / sum(map(len, images())), rtol=1e-5, atol=1e-5)
+    assert_same(state, model)
+
+
 def test_compiled_model():
     model = NormedNet()
     model.set_subnet(model.subnet(*SMALL))
@@ -359,7 +405,14 @@ def share(rank, wrapped=False):
     model.set_subnet(model.subnet(*SMALL))
     # unequal shares: two batches and one
     mine = images()[:2] if rank == 0 else images()[2:]
-    recalibrate_batch_norm(nn.parallel.DistributedDataParallel(model) if wrapped else model, mine)
+    if wrapped:
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        # its own call would send all buffers round, once for each batch, of which the others have another number
+        calls = Calls(wrapper)
+        recalibrate_batch_norm(wrapper, mine)
+        assert calls.number == 0
+    else:
+        recalibrate_batch_norm(model, mine)
     return [tensor for norm in model.norms().values() for tensor in norm.__dict__["statistics"]]
 
 
