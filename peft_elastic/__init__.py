@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .search import SearchResult, search_subnet
     from .structure import importance_of_folder, sort_by_importance, sort_folder
     from .structure.movement import MovementCallback
+    from .structure.recalibration import BatchNormRecalibration, recalibrate_batch_norm
     from .supernet import (
         BalancedSampler,
         Choice,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BalancedSampler",
+    "BatchNormRecalibration",
     "BlockPrunerConfig",
     "Bounds",
     "Choice",
@@ -133,6 +135,7 @@ __all__ = [
     "prune_structured",
     "quantize",
     "quantize_folder",
+    "recalibrate_batch_norm",
     "restore_generation",
     "save_gptq",
     "search_subnet",
@@ -177,6 +180,7 @@ __getattr__, __dir__ = lazy_package(
         ".search": ("SearchResult", "search_subnet"),
         ".structure": ("importance_of_folder", "sort_by_importance", "sort_folder"),
         ".structure.movement": ("MovementCallback",),
+        ".structure.recalibration": ("BatchNormRecalibration", "recalibrate_batch_norm"),
         ".supernet": (
             "BalancedSampler",
             "Choice",

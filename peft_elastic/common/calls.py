@@ -23,8 +23,8 @@ import torch
 from .checks import wrong
 
 
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and named arguments of a call.
+def as_arguments(inputs: Any, name: str = "example_inputs") -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and named arguments of a call; `name` is that of the argument, for the message.
 
     Raises:
         ValueError: unless `inputs` is a tensor, a tuple or list with one, or a dict of arguments with one.
@@ -35,7 +35,7 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return tuple(inputs), {}
     if isinstance(inputs, Mapping) and any(isinstance(value, torch.Tensor) for value in inputs.values()):
         return (), inputs
-    raise wrong("example_inputs", "a tensor, or a tuple or dict of the arguments of a call, with a tensor", inputs)
+    raise wrong(name, "a tensor, or a tuple or dict of the arguments of a call, with a tensor", inputs)
 
 
 def split_batch(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -47,7 +47,11 @@ def split_batch(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict
     if isinstance(batch, Mapping):
         kwargs = {name: moved(value) for name, value in batch.items() if name != "labels"}
         return (), kwargs, moved(batch.get("labels"))
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(value, torch.Tensor) for value in batch):
+    if (
+        isinstance(batch, (tuple, list))
+        and len(batch) == 2
+        and all(isinstance(value, torch.Tensor) for value in batch)
+    ):
         images, labels = batch
         if not labels.is_floating_point() and labels.dim() <= 1:
             return (moved(images),), {}, moved(labels)
@@ -55,8 +59,8 @@ def split_batch(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict
     return tuple(moved(value) for value in args), {name: moved(value) for name, value in named.items()}, None
 
 
-def batches_of(calibration: Any, max_samples: int | None = None) -> list[Any] | None:
-    """A list of batches of images, whose first tensors have `max_samples` samples at most.
+def batches_of(calibration: Any, max_samples: int | None = None, name: str = "calibration") -> list[Any] | None:
+    """A list of batches of images, whose first tensors have `max_samples` samples at most; `name` is that of the argument, for messages.
 
     Raises:
         ValueError: if there are none, or one is neither a tensor, nor (images, labels), nor a dict.
@@ -66,16 +70,19 @@ def batches_of(calibration: Any, max_samples: int | None = None) -> list[Any] | 
     if isinstance(calibration, (torch.Tensor, Mapping)):
         calibration = [calibration]
     if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
-        raise wrong("calibration", "an iterable of batches of images", calibration)
+        raise wrong(name, "an iterable of batches of images", calibration)
     batches: list[Any] = []
     samples = 0
     for batch in calibration:
-        args, kwargs = as_arguments(batch)
+        args, kwargs = as_arguments(batch, name)
         count = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0]
         if max_samples is not None and samples + count > max_samples:
             keep = max_samples - samples
             batch = (
-                {k: v[:keep] if isinstance(v, torch.Tensor) and v.shape[:1] == (count,) else v for k, v in batch.items()}
+                {
+                    k: v[:keep] if isinstance(v, torch.Tensor) and v.shape[:1] == (count,) else v
+                    for k, v in batch.items()
+                }
                 if isinstance(batch, Mapping)
                 else batch[:keep]
                 if isinstance(batch, torch.Tensor)
@@ -88,5 +95,5 @@ def batches_of(calibration: Any, max_samples: int | None = None) -> list[Any] | 
         if max_samples is not None and samples >= max_samples:
             break
     if not batches:
-        raise ValueError("`calibration` must have at least one sample, it yielded none.")
+        raise ValueError(f"`{name}` must have at least one sample, it yielded none.")
     return batches

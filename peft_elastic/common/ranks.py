@@ -38,6 +38,8 @@ _TIMEOUT = timedelta(days=1)
 
 _FAILED = "peft_elastic/failed"
 
+_apart = False
+
 
 def world_size() -> int:
     """How many processes the run has; as long as they have not joined, what the launcher says."""
@@ -59,6 +61,22 @@ def is_joined() -> bool:
     # who has not imported the module has no process group
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def are_together() -> bool:
+    """Whether several processes have joined and all do the same now, so that one may reduce over them: False inside `apart`."""
+    return is_joined() and world_size() > 1 and not _apart
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, each of the processes does something of its own, so nothing that is called there may wait for the others."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def join(device: str | None = None) -> None:

@@ -69,13 +69,14 @@ def set_in_replica(layer: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def is_asked_by_name() -> bool:
-    """Whether the property that calls this is read by `get_parameter`, of whatever module above, or by FSDP2. torch fetches the
-    parameter as an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the whole
+    """Whether the property that calls this is read by `get_parameter` or `get_buffer`, of whatever module above, or by FSDP2. torch
+    fetches the parameter as an attribute there, and whoever goes by names, as TRL does to copy one adapter to another, means the whole
     parameter; and so does FSDP2, which looks in the first forward pass whether its shards have been replaced."""
     if torch.compiler.is_compiling():  # cannot look at frames, and a forward pass does not go by names
         return False
     frame = sys._getframe(2)
-    return frame.f_code is nn.Module.get_parameter.__code__ or frame.f_globals.get("__name__", "").startswith(_FSDP)
+    by_name = nn.Module.get_parameter.__code__, nn.Module.get_buffer.__code__
+    return frame.f_code in by_name or frame.f_globals.get("__name__", "").startswith(_FSDP)
 
 
 class Narrowed(nn.Module):

@@ -15,14 +15,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..common.checks import check_whole
+from ..common.checks import check_whole, wrong
 from ..supernet import Choice, ElasticHost, SearchSpace, Subnet, get_elastic_host
 from ..supernet.context import eval_mode, subnet_restored
 
@@ -70,7 +70,11 @@ class ChoiceEffects:
 
 
 def estimate_effects(
-    model: Any, batches: Iterable[Mapping[str, torch.Tensor]], per_batch: int = 8, seed: int = 0
+    model: Any,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    per_batch: int = 8,
+    seed: int = 0,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> ChoiceEffects:
     """Estimate by regression how much each choice matters.
 
@@ -84,11 +88,14 @@ def estimate_effects(
         batches (`Iterable[Mapping[str, torch.Tensor]]`): inputs with labels; see `ValueError` for how many it takes.
         per_batch (`int`): subnets per batch, at least 2.
         seed (`int`): of the subnets drawn.
+        prepare (`Callable`, *optional*): as of `search_subnet`, called as `prepare(model)` with each subnet active.
 
     Raises:
         ValueError: if there are too few evaluations for the number of choices, or the model returns no loss.
     """
     check_whole("per_batch", per_batch, least=2)
+    if prepare is not None and not callable(prepare):
+        raise wrong("prepare", "a function of the model, or None", prepare)
     host = get_elastic_host(model)
     space = host.search_space
     elastic = [choice for choice in space if len(choice.options) > 1]
@@ -98,7 +105,7 @@ def estimate_effects(
     with subnet_restored(host), eval_mode(model):
         for batch in batches:
             subnets = [space.sample(rng) for _ in range(per_batch)]
-            measured = np.array([_loss(model, host, batch, subnet) for subnet in subnets])
+            measured = np.array([_loss(model, host, batch, subnet, prepare) for subnet in subnets])
             design = np.array([[_lowered(choice, subnet) for choice in elastic] for subnet in subnets])
             rows.append(design - design.mean(axis=0))
             losses.append(measured - measured.mean())
@@ -127,8 +134,16 @@ def _lowered(choice: Choice, subnet: Subnet) -> float:
 
 
 @torch.no_grad()
-def _loss(model: Any, host: ElasticHost, batch: Mapping[str, torch.Tensor], subnet: Subnet) -> float:
+def _loss(
+    model: Any,
+    host: ElasticHost,
+    batch: Mapping[str, torch.Tensor],
+    subnet: Subnet,
+    prepare: Callable[[Any], Any] | None,
+) -> float:
     host.sample_subnet(subnet)
+    if prepare is not None:
+        prepare(model)
     device = next(model.parameters()).device
     output = model(**{name: value.to(device) for name, value in batch.items()})
     if getattr(output, "loss", None) is None:

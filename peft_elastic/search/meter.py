@@ -55,6 +55,13 @@ class Probe:
     prepare: Callable[[Any], Any] | None = None
 
     @property
+    def preparation(self) -> str | None:
+        """What tells `prepare` from others: its name, and its attribute `fingerprint` if it has one."""
+        if self.prepare is None:
+            return None
+        return fingerprint_of(self.prepare)
+
+    @property
     def functions(self) -> dict[str, Callable[[Any], Any]]:
         """Those of the user, by the name that messages give them."""
         functions = {"`evaluate`": self.evaluate} | ({} if self.held_out is None else {"`held_out`": self.held_out})
@@ -65,8 +72,8 @@ class Probe:
     def with_functions(self, functions: Mapping[str, Any]) -> Probe:
         """The same with other functions under these names."""
         targets = tuple(replace(target, function=functions.get(_objective(target.name))) for target in self.targets)
-        named = {name: functions.get(f"`{name}`") for name in ("held_out", "prepare")}
-        return replace(self, evaluate=functions["`evaluate`"], targets=targets, **named)
+        held_out, prepare = functions.get("`held_out`"), functions.get("`prepare`")
+        return replace(self, evaluate=functions["`evaluate`"], held_out=held_out, targets=targets, prepare=prepare)
 
     def read(
         self, what: str, model: torch.nn.Module, host: ElasticHost, evaluation: Evaluation
@@ -175,6 +182,12 @@ class Meter:
             return measured
         costs = self.costs(evaluation.subnet)
         return measured | {name: costs[name] for name in self.recorded} | computed
+
+
+def fingerprint_of(prepare: Any) -> str:
+    """What tells a preparation from others: its name, and its attribute `fingerprint` if it has one."""
+    named = prepare if hasattr(prepare, "__qualname__") else type(prepare)
+    return f"{named.__qualname__} {getattr(prepare, 'fingerprint', '')}".strip()
 
 
 def _objective(name: str) -> str:

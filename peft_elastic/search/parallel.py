@@ -417,7 +417,8 @@ def _answer(meter: Meter, what: str, part: Sequence[Evaluation]) -> tuple[Any, A
     """What this process has to say of a round: what it read, or its exception; neither if nothing was left for it."""
     mine = part[ranks.rank() : ranks.rank() + 1]
     try:
-        return (meter.read(what, mine[0]) if mine else None), None
+        with ranks.apart():
+            return (meter.read(what, mine[0]) if mine else None), None
     except Exception as error:
         return None, pack_error(error)
 
@@ -432,23 +433,31 @@ def on_ranks(
         search (`Callable`): the search, given these and its crew.
     """
     mine: tuple[Settings, Meter] | None = None
-    packed = identity = None
+    packed = identity = preparation = None
     try:
         mine = checked()
+        preparation = mine[1].probe.preparation
         identity = Identity.of(mine[1].model, mine[1].host)
     except Exception as error:
         packed = pack_error(error)
-    started = ranks.gather((packed, identity))
-    for failed, _ in started:
+    started = ranks.gather((packed, identity, preparation))
+    for failed, *_ in started:
         if failed is not None:
             raise unpack_error(failed)
     assert mine is not None
-    identities = [found for _, found in started if found is not None]
+    identities = [found for _, found, _ in started if found is not None]
     for number, other in enumerate(identities):
         difference = identities[0].difference(other)
         if difference:
             raise ValueError(
                 f"`executor='ranks'`: rank {number} has another model than rank 0, whose is `model`: {difference}."
+            )
+    preparations = [found for *_, found in started]
+    for number, found in enumerate(preparations):
+        if found != preparations[0]:
+            raise ValueError(
+                f"`executor='ranks'`: `prepare` of rank {number} is {found!r}, that of rank 0 is {preparations[0]!r}. Each rank evaluates "
+                "other subnets, so all need the same."
             )
     settings, meter = mine
     if not ranks.is_main():

@@ -29,6 +29,7 @@ from ..cost.latency import LatencyModel
 from ..supernet.space import SearchSpace
 from .algorithms import ALGORITHMS, EVOLUTIONARY
 from .constraints import collect_bounds, is_number
+from .meter import fingerprint_of
 from .objectives import Evaluate, Objective, ObjectiveLike, parse_objectives
 from .result import minimised
 
@@ -140,7 +141,7 @@ class SearchSettings:
         header |= {f"{name} of the max subnet": largest[name] for name in ALWAYS_RECORDED}
         header |= {"constraints": self.bounds} if self.bounds else {}
         header |= {} if self.sequence_length is None else {"sequence_length": self.sequence_length}
-        header |= {} if self.prepare is None else {"prepare": _fingerprint_of(self.prepare)}
+        header |= {} if self.prepare is None else {"prepare": fingerprint_of(self.prepare)}
         return header | ({} if self.latency is None else {"latency": self.latency.workload})
 
 

@@ -166,3 +166,22 @@ def test_budget_too_small(model):
     effects = estimate_effects(model, make_batches(model, 8))
     with pytest.raises(ValueError, match="max_parameters"):
         effects.subnet(1)
+
+
+def test_subnets_are_prepared(model):
+    seen = []
+    batches = make_batches(model, 4)
+    effects = estimate_effects(model, batches, per_batch=4, prepare=lambda m: seen.append(dict(m.active_subnet)))
+    assert len(seen) == effects.n_evaluations == 16 and len({tuple(subnet.values()) for subnet in seen}) > 8
+    assert effects == estimate_effects(model, batches, per_batch=4)
+    # what it does to the model is there when the loss is measured
+
+    def silent(m):
+        for channel in m.base_model.model.channels.values():
+            channel.lora_B["default"].weight.data.zero_()
+
+    assert all(
+        abs(effect) < 1e-6 for effect in estimate_effects(model, batches, per_batch=4, prepare=silent).effects.values()
+    )
+    with pytest.raises(ValueError, match="`prepare` must be a function"):
+        estimate_effects(model, batches, prepare="recalibrate")

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from ...common.names import has_suffix
 from ...common.tables import text_table
-from ...layers.batch_norm import BATCH_NORMS, set_norm_narrowed
+from ...layers.batch_norm import BATCH_NORMS, check_narrowable_norm, set_norm_narrowed
 from ...layers.convolutional import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -128,7 +128,7 @@ class TracedStructure:
             inputs: of a call.
 
         Raises:
-            ValueError: if the model cannot be traced.
+            ValueError: if the model cannot be traced, or has a BatchNorm that cannot be narrowed.
         """
         graph = Graph(model, inputs)
         found = Propagation(graph)
@@ -155,6 +155,8 @@ class TracedStructure:
             if call.op.startswith("conv") and "transpose" not in call.op and isinstance(size, tuple) and max(size) > 1:
                 kernels[call.path] = size
         norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for path in norms:  # one that is narrowed nowhere has the statistics of the whole model all the same
+            check_narrowable_norm(path, model.get_submodule(path))
         return cls(channels, dict(found.sides), kernels, _blocks(graph, found), found.calls, norms)
 
     # -- what may be chosen ------------------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ class TracedStructure:
         runs_of = {path: runs for (path, _, dim), runs in self.sides.items() if dim == 0 and path in norms}
         for path in self.norms:
             ranges = None if path not in runs_of else active_ranges_of(runs_of[path], kept)
-            set_norm_narrowed(module_at(model, path), ranges, not narrowed)
+            set_norm_narrowed(module_at(model, path), ranges, not narrowed, path)
 
     def _whole(self, key: str) -> int:
         kind, _, name = key.partition(":")
