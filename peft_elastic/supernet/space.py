@@ -22,11 +22,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..common.checks import check_whole
 from ..common.documents import ANYTHING, COUNT, FLAG, POSITIVE, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
 from ..common.writing import atomic_write_text
 
@@ -35,7 +37,18 @@ _SUBNET = Document("subnet", "peft-elastic/subnet", 1, Record(None, ANYTHING, va
 _CHOICE = Record(
     None, ANYTHING, kind=TEXT, name=TEXT, options=ListOf(COUNT), modules=ListOf(TEXT), unit_parameters=COUNT
 )
+_RUN = Record(length=COUNT, choice=Nullable(TEXT), full=POSITIVE)
 _LAYER = Record(
+    # of layers of traced models
+    {
+        "out_runs": ListOf(_RUN),
+        "in_runs": ListOf(_RUN),
+        "positions": COUNT,
+        "kernel": Nullable(TEXT),
+        "kernel_size": ListOf(POSITIVE),
+        "per_output": COUNT,
+        "buffers": COUNT,
+    },
     name=TEXT,
     out_features=COUNT,
     in_features=COUNT,
@@ -65,8 +78,8 @@ class Choice:
 
     Args:
         kind (`str`):
-            What the value means: `"rank"` (of the adapters of `modules`), `"heads"` (attention heads), `"mlp"` (MLP channels)
-            or `"depth"` (1: computed, 0: skipped).
+            What the value means: `"rank"` (of the adapters of `modules`), `"heads"` (attention heads), `"mlp"` (MLP channels),
+            `"channels"` (of a convolutional model), `"kernel"` (size of a convolution's) or `"depth"` (1: computed, 0: skipped).
         name (`str`):
             Where it applies, e.g. a module path or a transformer block with the module names it ties.
         options (`tuple[int, ...]`):
@@ -105,8 +118,34 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Features in a row on one side of a layer, of which a choice decides how many are active.
+
+    Args:
+        length (`int`): how many there are.
+        choice (`str`, *optional*): key of the choice; None: they always are.
+        full (`int`): the value of that choice at which all are active; `length * value // full` are.
+
+    Raises:
+        ValueError: if a number is no whole number, or `full` is below 1.
+    """
+
+    length: int
+    choice: str | None = None
+    full: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, least=0)
+        check_whole("full", self.full, least=1)
+
+    def active(self, subnet: Mapping[str, int]) -> int:
+        """How many are active in a subnet."""
+        return self.length if self.choice is None else self.length * subnet[self.choice] // self.full
+
+
+@dataclass(frozen=True)
 class LayerShape:
-    """A linear layer whose size, or whose presence, depends on the subnet.
+    """A linear layer or convolution whose size, or whose presence, depends on the subnet.
 
     Args:
         name (`str`): path inside the base model.
@@ -118,6 +157,20 @@ class LayerShape:
         narrows (`"out"` or `"in"`): which of its two sides that is.
         rank (`str`, *optional*): key of the choice of the rank of its adapter.
         depth (`tuple[str, ...]`): keys of the choices that must all be 1 for the layer to be there.
+        out_runs, in_runs (`tuple[Run, ...]`): what the sides of a layer of a traced model consist of, each of which other choices
+            may narrow; empty for one that is fixed, or narrowed by `width`. The inputs of a convolution with groups are those of
+            one group, a single one where it is depthwise.
+        positions (`int`): how often the weight is applied in a sample: height * width of the output of a convolution, tokens of a
+            linear layer, summed over calls; 0 for a layer that is not computed with. The layers of a traced model are all listed,
+            those that nothing narrows too, for the sake of this number.
+        kernel (`str`, *optional*): key of the choice of the kernel size; with value k each side of it is at most k.
+        kernel_size (`tuple[int, ...]`): of the whole convolution; empty for a linear layer.
+        per_output (`int`): parameters for each output beside the matrix and the bias: 1 for a norm with weight and bias.
+        buffers (`int`): saved numbers for each output that are no parameters: 2 for a BatchNorm, its running mean and variance.
+
+    Raises:
+        ValueError: if the runs of a side do not add up to it or `width` narrows it too, there is a choice of the kernel without a
+            kernel, or a number is no whole number from 0 (of a kernel: from 1) up.
     """
 
     name: str
@@ -129,28 +182,103 @@ class LayerShape:
     narrows: str = "out"
     rank: str | None = None
     depth: tuple[str, ...] = ()
+    out_runs: tuple[Run, ...] = ()
+    in_runs: tuple[Run, ...] = ()
+    positions: int = 1
+    kernel: str | None = None
+    kernel_size: tuple[int, ...] = ()
+    per_output: int = 0
+    buffers: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("positions", "per_output", "buffers"):
+            check_whole(f"{field} of layer {self.name!r}", getattr(self, field), least=0)
+        for size in self.kernel_size:
+            check_whole(f"kernel_size of layer {self.name!r}", size, least=1)
+        if self.kernel is not None and not self.kernel_size:
+            raise ValueError(
+                f"`kernel` of layer {self.name!r} is {self.kernel!r}, but `kernel_size` is empty; it must be that of the whole."
+            )
+        for side, runs, features in (
+            ("out", self.out_runs, self.out_features),
+            ("in", self.in_runs, self.in_features),
+        ):
+            if runs and sum(run.length for run in runs) != features:
+                raise ValueError(
+                    f"`{side}_runs` of layer {self.name!r} must add up to its {features} features, got {runs}."
+                )
+            if runs and self.width is not None and self.narrows == side:
+                raise ValueError(
+                    f"`{side}_runs` of layer {self.name!r} must be empty where `width` narrows that side, got {runs}."
+                )
+
+    @cached_property
+    def sides(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """The outputs and the inputs, as runs whatever they are narrowed by."""
+        sides = {"out": self.out_runs or (Run(self.out_features),), "in": self.in_runs or (Run(self.in_features),)}
+        if self.width is not None:
+            sides[self.narrows] = (Run(sides[self.narrows][0].length, self.width, self.full_width),)
+        return sides["out"], sides["in"]
+
+    def is_there(self, subnet: Mapping[str, int]) -> bool:
+        """Whether the layer is computed in a subnet."""
+        return all(subnet[key] for key in self.depth)
 
     def size(self, subnet: Mapping[str, int]) -> tuple[int, int]:
         """(out, in) features that are active in a subnet; (0, 0) where the layer is skipped."""
-        if not all(subnet[key] for key in self.depth):
+        if not self.is_there(subnet):
             return 0, 0
-        out_features, in_features = self.out_features, self.in_features
-        if self.width is not None:
-            if self.narrows == "out":
-                out_features = out_features * subnet[self.width] // self.full_width
-            else:
-                in_features = in_features * subnet[self.width] // self.full_width
-        return out_features, in_features
+        outputs, inputs = self.sides
+        return sum(run.active(subnet) for run in outputs), sum(run.active(subnet) for run in inputs)
+
+    def area(self, subnet: Mapping[str, int]) -> int:
+        """Elements of the kernel that are active, for each output and input; 1 of a linear layer."""
+        if self.kernel is None:
+            return math.prod(self.kernel_size)
+        return math.prod(min(size, subnet[self.kernel]) for size in self.kernel_size)
 
     def parameters(self, subnet: Mapping[str, int]) -> int:
         """Active parameters of the layer itself."""
         out_features, in_features = self.size(subnet)
-        return out_features * in_features + self.bias * out_features
+        return out_features * (in_features * self.area(subnet) + self.bias + self.per_output)
+
+    @cached_property
+    def whole_parameters(self) -> int:
+        """Parameters of the whole layer."""
+        return self.out_features * (self.in_features * math.prod(self.kernel_size) + self.bias + self.per_output)
+
+    def macs(self, subnet: Mapping[str, int]) -> int:
+        """Multiply-accumulates that are active, at all positions."""
+        return math.prod(self.size(subnet)) * self.area(subnet) * self.positions
+
+    @cached_property
+    def whole_macs(self) -> int:
+        """Multiply-accumulates of the whole layer, at all positions."""
+        return self.out_features * self.in_features * math.prod(self.kernel_size) * self.positions
+
+    def of_rank(self, subnet: Mapping[str, int]) -> int:
+        """Active parameters of its adapter for one unit of the rank: a column of B and a row of A, whose kernel is the layer's."""
+        out_features, in_features = self.size(subnet)
+        return out_features + in_features * self.area(subnet)
+
+    @cached_property
+    def whole_of_rank(self) -> int:
+        """`of_rank` of the whole layer."""
+        return self.out_features + self.in_features * math.prod(self.kernel_size)
+
+    @cached_property
+    def whole_values(self) -> dict[str, int]:
+        """Of each choice that narrows or skips the layer, the value with which it does not."""
+        runs = {run.choice: run.full for side in self.sides for run in side if run.choice is not None}
+        kernel = {} if self.kernel is None else {self.kernel: max(self.kernel_size)}
+        return {**runs, **kernel, **dict.fromkeys(self.depth, 1)}
 
     @property
     def choices(self) -> tuple[str, ...]:
         """Keys of all choices it depends on."""
-        return tuple(key for key in (self.width, self.rank, *self.depth) if key is not None)
+        runs = (run.choice for run in (*self.out_runs, *self.in_runs))
+        keys = (self.width, self.rank, *self.depth, self.kernel, *runs)
+        return tuple(dict.fromkeys(key for key in keys if key is not None))
 
 
 class Subnet(Mapping[str, int]):
@@ -247,7 +375,7 @@ class SearchSpace:
 
     Args:
         choices (`Iterable[Choice]`): the elastic dimensions; their keys must differ.
-        layers (`Iterable[LayerShape]`): the layers of the base model that width and depth change.
+        layers (`Iterable[LayerShape]`): the layers of the base model that width and depth change; of a traced model all layers.
 
     Raises:
         ValueError: if there are no choices, two share a key, or a layer depends on a choice that is not there.
@@ -305,6 +433,16 @@ class SearchSpace:
         """A short hexadecimal digest of keys and options; equal for equal spaces, in any process."""
         text = json.dumps([[choice.key, list(choice.options)] for choice in self.choices])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def counted_per(self) -> str:
+        """What multiply-accumulates are those of: "token"; or of a traced model, whose layers tell how often they are computed,
+        "image", or "sample" where it has no convolution in two dimensions."""
+        if any(len(layer.kernel_size) == 2 for layer in self.layers):
+            return "image"
+        traced = any(layer.out_runs or layer.in_runs or layer.kernel_size for layer in self.layers)
+        traced |= any(layer.positions != 1 for layer in self.layers)
+        return "sample" if traced or any(choice.kind in ("channels", "kernel") for choice in self.choices) else "token"
 
     # -- subnets ---------------------------------------------------------------------------------------------------
 
@@ -407,7 +545,7 @@ class SearchSpace:
         total = sum(subnet[choice.key] * choice.unit_parameters for choice in self.choices)
         for layer in self.layers:
             if layer.rank is not None:  # what narrowing has taken from A and B
-                total -= subnet[layer.rank] * (layer.out_features + layer.in_features - sum(layer.size(subnet)))
+                total -= subnet[layer.rank] * (layer.whole_of_rank - layer.of_rank(subnet))
         return total
 
     def count_base_parameters(self, subnet: Mapping[str, int]) -> int:
@@ -428,7 +566,7 @@ class SearchSpace:
             }
             for choice in self.choices
         ]
-        layers = {"layers": [asdict(layer) for layer in self.layers]} if self.layers else {}
+        layers = {"layers": [_row_of(layer) for layer in self.layers]} if self.layers else {}
         return json.dumps(_SPACE.wrap({"choices": choices, **layers}), indent=2)
 
     @classmethod
@@ -449,7 +587,25 @@ class SearchSpace:
             )
             for row in data["choices"]
         ]
-        return cls(choices, [LayerShape(**{**row, "depth": tuple(row["depth"])}) for row in data.get("layers", [])])
+        return cls(choices, [_layer_of(row) for row in data.get("layers", [])])
+
+
+_TRACED = ("out_runs", "in_runs", "positions", "kernel", "kernel_size", "per_output", "buffers")
+_DEFAULTS = {field.name: field.default for field in fields(LayerShape)}
+
+
+def _row_of(layer: LayerShape) -> dict[str, Any]:
+    """For JSON, where what only layers of traced models have is left out of the others, as in files of before."""
+    row = asdict(layer)
+    return {
+        name: value for name, value in row.items() if name not in _TRACED or getattr(layer, name) != _DEFAULTS[name]
+    }
+
+
+def _layer_of(row: Mapping[str, Any]) -> LayerShape:
+    tuples = {name: tuple(row[name]) for name in ("depth", "kernel_size") if name in row}
+    runs = {name: tuple(Run(**run) for run in row[name]) for name in ("out_runs", "in_runs") if name in row}
+    return LayerShape(**{**row, **tuples, **runs})
 
 
 def _is_count(value: Any) -> bool:
