@@ -190,7 +190,7 @@ class CostModel:
                 continue
             if path is None and layer.in_features:
                 raise ValueError(f"`space` has a layer {layer.name!r}, which the model does not have.")
-            if traced:
+            if traced and linear is not None:
                 _check_size(layer, linear.out_features * (linear.in_features + linear.bias))
             module = modules[path] if path else model
             if linear is None:
@@ -293,7 +293,7 @@ def _part_of(
     return _Part(_bytes_per_number(parameters), _bytes_per_number(vectors), sum(t.element_size() for t in counts))
 
 
-def _bytes_per_number(tensors: list[torch.Tensor]) -> float:
+def _bytes_per_number(tensors: Sequence[torch.Tensor]) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / max(1, sum(t.numel() for t in tensors))
 
 

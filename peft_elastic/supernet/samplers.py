@@ -252,8 +252,9 @@ def _expected_count(space: SearchSpace, probabilities: list[np.ndarray]) -> floa
         for i, run in enumerate(layer.sides[0]):  # where both sides depend on the same choice they are large together
             for j, other in enumerate(layer.sides[1]):
                 if run.choice is not None and run.choice == other.choice:
-                    both = mean_of(run.choice, lambda value, a=run, b=other: a.active(value) * b.active(value))
-                    elements += both - outs[i] * ins[j]
+                    options = [{run.choice: option} for option in space[run.choice].options]
+                    both = of_key[run.choice] @ [run.active(option) * other.active(option) for option in options]
+                    elements += float(both) - outs[i] * ins[j]
         total += there * (elements * area + (layer.bias + layer.per_output) * sum(outs))
         if layer.rank is not None:
             total -= mean[layer.rank] * (layer.whole_of_rank - there * (sum(outs) + sum(ins) * area))
