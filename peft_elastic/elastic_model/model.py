@@ -31,17 +31,13 @@ from ..common.checks import wrong
 from ..common.parameters import check_here
 from ..layers.narrowed import change_class
 from ..quantization.saving import state_to_save
-from ..structure.blocks import Structure
-from ..structure.description import check_describable, extract_described
-from ..structure.importance import check_order, check_sortable, order_digest, sort_by_importance
-from ..structure.narrow import check_units
-from ..structure.parts import KINDS
-from ..structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
+from ..structure.importance import order_digest
 from ..supernet.host import HOST_ATTRIBUTE
-from ..supernet.space import Choice, SearchSpace, Subnet
+from ..supernet.space import SearchSpace, Subnet
 from ..supernet.summary import SubnetSummary
 from . import saving
-from .config import ElasticConfig
+from .config import WITHOUT_DATA, ElasticConfig
+from .parts import BlockParts, ChannelParts, find_parts
 
 
 _STATE = "_elastic_state"
@@ -52,8 +48,7 @@ class _State:
     """What an elastic model knows."""
 
     config: ElasticConfig
-    structure: Structure
-    space: SearchSpace
+    parts: BlockParts | ChannelParts
     active: Subnet
     # None: the largest
     chosen: Optional[Subnet] = None
@@ -93,8 +88,8 @@ class ElasticModel(nn.Module):
 
     @property
     def search_space(self) -> SearchSpace:
-        """The choices: kinds "heads", "mlp" and "depth"."""
-        return self._own.space
+        """The choices: kinds "heads", "mlp" and "depth", or "channels", "kernel" and "depth"."""
+        return self._own.parts.space
 
     @property
     def active_subnet(self) -> Subnet:
@@ -113,7 +108,7 @@ class ElasticModel(nn.Module):
                 smaller than one that got an adapter meanwhile.
         """
         own = self._own
-        checked = own.space.subnet(subnet)
+        checked = own.parts.space.subnet(subnet)
         self._activate(checked)
         own.chosen, own.sampled, own.suspended = checked, False, None
 
@@ -128,15 +123,15 @@ class ElasticModel(nn.Module):
             ValueError: as `set_subnet`, and if no block of a stack would be left.
         """
         own = self._own
-        checked = own.space.subnet(subnet)
-        check_depth(own.structure, checked)
+        checked = own.parts.space.subnet(subnet)
+        own.parts.check_sampled(checked)
         self._activate(checked)
         own.sampled, own.suspended = True, None
 
     def restore_subnet(self) -> None:
         """Activate the chosen subnet again (see `set_subnet`; the largest one if none was chosen)."""
         own = self._own
-        self._activate(own.space.max if own.chosen is None else own.chosen)
+        self._activate(own.parts.space.max if own.chosen is None else own.chosen)
         own.sampled, own.suspended = False, None
 
     def subnet_summary(self) -> SubnetSummary:
@@ -156,11 +151,10 @@ class ElasticModel(nn.Module):
 
     def _activate(self, subnet: Subnet) -> None:
         own = self._own
-        check_order(self, own.structure, own.config.importance, subnet)
-        if subnet != own.space.max:
-            check_units(self, own.structure.widths)
+        own.parts.check(self, subnet, own.config.importance)
+        if subnet != own.parts.space.max:
             _check_unadapted(self, "A subnet smaller than the whole model")
-        activate(self, own.structure, subnet)
+        own.parts.activate(self, subnet)
         own.active = subnet
 
     # -- order -------------------------------------------------------------------------------------------------------
@@ -192,18 +186,12 @@ class ElasticModel(nn.Module):
         if not own.config.elastic_width:
             raise ValueError("`elastic_width` is not set, so there is nothing to sort for.")
         before = own.active
-        activate(self, own.structure, own.space.max)
+        own.parts.activate(self, own.parts.space.max)
         try:
-            return sort_by_importance(
-                self,
-                own.config.importance if importance is None else importance,
-                calibration,
-                kinds=tuple(own.config.elastic_width),
-                max_samples=max_samples,
-                progress=progress,
-            )
+            chosen = own.config.importance if importance is None else importance
+            return own.parts.sort(self, chosen, calibration, max_samples, progress)
         finally:
-            activate(self, own.structure, before)
+            own.parts.activate(self, before)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -247,7 +235,7 @@ class ElasticModel(nn.Module):
         if not os.path.isfile(os.path.join(folder, saving.FILE)):
             return
         own, saved = self._own, saving.read(folder)
-        same = saving.space_of(saved).fingerprint == own.space.fingerprint and saved["order"] == order_digest(self)
+        same = saving.space_of(saved).fingerprint == own.parts.space.fingerprint and saved["order"] == order_digest(self)
         if not same:
             raise ValueError(
                 f"{os.fspath(folder)!r} is a checkpoint of a super-network with other options, or with heads and channels in another "
@@ -290,16 +278,16 @@ class ElasticModel(nn.Module):
         from ..deploy.merged import can_be_sparse, make_sparse
 
         own = self._own
-        chosen = own.chosen or own.space.max
-        checked = chosen if subnet is None else own.space.subnet(subnet)
-        check_order(self, own.structure, own.config.importance, checked)
+        chosen = own.chosen or own.parts.space.max
+        checked = chosen if subnet is None else own.parts.space.subnet(subnet)
+        own.parts.check(self, checked, own.config.importance)
         check_here("the model", self.parameters())
         _check_unadapted(self, "`extract_subnet`")
         swap = can_be_sparse(self, sparse_kernel, sparse_dtype)
         copied = copy.deepcopy(self)
         copied._activate(checked)
         model = copied._as_plain()
-        extract_described(model)
+        own.parts.extract(model)
         if swap:
             make_sparse(model, sparse_kernel, sparse_dtype, False)
         return model
@@ -311,7 +299,7 @@ class ElasticModel(nn.Module):
             `nn.Module`: this very object.
         """
         self.restore_subnet()
-        activate(self, self._own.structure, self._own.space.max)
+        activate(self, self._own.structure, self._own.parts.space.max)
         return self._as_plain()
 
     def _as_plain(self) -> nn.Module:
@@ -329,17 +317,21 @@ class ElasticModel(nn.Module):
         """
         if not isinstance(self, PreTrainedModel):
             raise ValueError(
-                f"`save_pretrained` is for models of transformers, got {self.plain_class.__name__}: save `state_dict()`."
+                f"`save_pretrained` is for models of transformers, got {self.plain_class.__name__}: save `state_dict()`, and what "
+                "`extract_subnet` returns with `peft_elastic.save_extracted`."
             )
         _check_unadapted(self, "`save_pretrained`")
         state_to_save(self)  # refuses quantised layers, before the file of an earlier checkpoint is removed
         is_main, push = kwargs.get("is_main_process", True), kwargs.pop("push_to_hub", False)
         if is_main and not os.path.isfile(save_directory):
             saving.remove(save_directory)
+        own = self._own
+        if own.parts.inputs is not None:
+            state = kwargs.get("state_dict")
+            kwargs["state_dict"] = saving.without_matrices(self.state_dict() if state is None else state)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if is_main:
-            own = self._own
-            saving.write(save_directory, self, own.config, own.space, own.chosen)
+            saving.write(save_directory, self, own.config, own.parts.space, own.chosen, own.parts.inputs)
         if push:  # writes a folder of its own, by this method
             hub = {name: kwargs[name] for name in ("commit_message", "private", "token", "revision") if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.fspath(save_directory)), **hub)
@@ -374,13 +366,15 @@ class ElasticModel(nn.Module):
                 "loads with it: move adapter_config.json and the weights of the adapter to another folder."
             )
         saving.take_orders(model, saved)
-        structure, space = _read(model, config)
+        parts = _read(model, config, saving.example_of(saved))
+        space = parts.space
         if space.fingerprint != saving.space_of(saved).fingerprint:
             raise ValueError(
                 f"{saving.FILE} of {os.fspath(name_or_path)!r} has another search space than its model: one of the two was exchanged."
             )
         chosen = None if saved["active_subnet"] is None else space.subnet(saved["active_subnet"])
-        _make_elastic(model, _State(config, structure, space, space.max))
+        _make_elastic(model, _State(config, parts, space.max))
+        saving.take_matrices(name_or_path, model, **{name: kwargs[name] for name in hub if name in kwargs})
         if chosen is not None:
             model.set_subnet(chosen)
         return model
@@ -394,7 +388,7 @@ class ElasticModel(nn.Module):
 setattr(ElasticModel, HOST_ATTRIBUTE, property(lambda model: model))
 
 
-def get_elastic_model(model: nn.Module, config: ElasticConfig) -> Any:
+def get_elastic_model(model: nn.Module, config: ElasticConfig, example_inputs: Any = None) -> Any:
     """
     Make a super-network of a model's own weights, the sibling of `peft.get_peft_model`.
 
@@ -404,6 +398,8 @@ def get_elastic_model(model: nn.Module, config: ElasticConfig) -> Any:
         model (`nn.Module`): a model of transformers, or any with blocks of a known layout; it is changed in place, and computes what
             it did.
         config (`ElasticConfig`): what is elastic. The model keeps a copy.
+        example_inputs (*optional*): what a model whose channels are found by tracing is called with, a tensor or a tuple or dict of
+            arguments: two images (2, channels, height, width), say. Models of transformers need none.
 
     Returns:
         `ElasticModel`: the same object, which is of its own class still.
@@ -430,29 +426,25 @@ def get_elastic_model(model: nn.Module, config: ElasticConfig) -> Any:
         )
     config = copy.deepcopy(config)
     config.check()
-    structure, space = _read(model, config)
-    check_describable(model, space.choices)
-    if config.elastic_width and config.importance == "magnitude":
-        widths = [width for width in structure.widths if width.kind in config.elastic_width]
-        check_sortable(model, widths)
-    _make_elastic(model, _State(config, structure, space, space.max))
-    if config.elastic_width and config.importance == "magnitude":
+    parts = _read(model, config, example_inputs)
+    parts.check_describable(model)
+    sorted_now = bool(config.elastic_width) and config.importance in WITHOUT_DATA
+    if sorted_now:
+        parts.check_sortable(model)
+    _make_elastic(model, _State(config, parts, parts.space.max))
+    if sorted_now:
         model.sort_by_importance(progress=False)  # type: ignore[operator]
     return model
 
 
-def _read(model: nn.Module, config: ElasticConfig) -> tuple[Structure, SearchSpace]:
-    """The structure of a model, and the search space that a configuration makes of it.
+def _read(model: nn.Module, config: ElasticConfig, inputs: Any) -> BlockParts | ChannelParts:
+    """The parts of a model that a configuration makes elastic.
 
     Raises:
         ValueError: if that is not possible.
     """
     check_here("the model", model.parameters())
-    structure = Structure(model)
-    choices = structural_choices(structure, config.elastic_width, config.depth_entries)
-    check_narrowable_layers(model, structure, choices)
-    _check_whole(structure, choices)
-    return structure, SearchSpace(choices, layer_shapes(model, structure, choices, {}))
+    return find_parts(model, config, inputs)
 
 
 def _adapted(model: nn.Module) -> str | None:
@@ -469,18 +461,8 @@ def _check_unadapted(model: nn.Module, what: str) -> None:
         )
 
 
-def _check_whole(structure: Structure, choices: list[Choice]) -> None:
-    """ValueError if the largest subnet would not be the model itself."""
-    for choice in choices:
-        if choice.kind in KINDS and choice.options[0] != structure.width(choice.key).full:
-            raise wrong(
-                f"elastic_width[{choice.kind!r}]",
-                f"options with the whole width, 1.0 or {structure.width(choice.key).full} for {choice.name!r}",
-                list(choice.options),
-            )
-
-
 def _make_elastic(model: nn.Module, state: _State) -> None:
+    state.parts.prepare(model)
     model.__dict__[_STATE] = state
     change_class(model, _elastic_class(type(model)))  # type: ignore[arg-type]
 

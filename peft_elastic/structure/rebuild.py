@@ -33,6 +33,7 @@ from .narrow import set_skipped, set_width
 from .parts import Block
 from .reading import Reading
 from .removed import Removed
+from .tracing.description import CHANNELS_ATTRIBUTE, apply_channels
 
 
 # By the path of the block: its sizes.
@@ -83,7 +84,7 @@ def blueprint(model: nn.Module) -> Reading:
 
 def is_described(config: PreTrainedConfig) -> bool:
     """Whether a model has to be brought to the sizes that its configuration says of its blocks."""
-    return bool(config.__dict__.get(BLOCKS_ATTRIBUTE))
+    return bool(config.__dict__.get(BLOCKS_ATTRIBUTE)) or bool(config.__dict__.get(CHANNELS_ATTRIBUTE))
 
 
 def rebuild(model: PreTrainedModel) -> None:
@@ -97,7 +98,9 @@ def rebuild(model: PreTrainedModel) -> None:
         if module.__dict__.pop(_WAITING, None) is not None:
             hooks = module._state_dict_pre_hooks.items()
             module._state_dict_pre_hooks = OrderedDict((key, hook) for key, hook in hooks if hook is not _before_state)
-    if is_described(model.config):
+    if (sizes := model.config.__dict__.get(CHANNELS_ATTRIBUTE)) is not None:
+        apply_channels(model, sizes)
+    if model.config.__dict__.get(BLOCKS_ATTRIBUTE):
         apply_description(model, model.config)
         absent = {
             f"{path}.{part.absent}"

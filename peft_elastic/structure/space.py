@@ -38,8 +38,12 @@ _CHANNELS = 8
 Options = Sequence[int | float]
 
 
-def checked_width(elastic_width: Any) -> dict[str, Any] | None:
+def checked_width(elastic_width: Any, kinds: Sequence[str] = KINDS) -> dict[str, Any] | None:
     """`elastic_width` of a configuration as it is kept: options from large to small, each once.
+
+    Args:
+        elastic_width: what a user gave.
+        kinds: of widths that there are.
 
     Raises:
         ValueError: unless it is None or a dict from "heads", "mlp" to a list of fractions in (0, 1] or whole numbers, or to a dict
@@ -47,8 +51,8 @@ def checked_width(elastic_width: Any) -> dict[str, Any] | None:
     """
     if elastic_width is None:
         return None
-    if not isinstance(elastic_width, Mapping) or not elastic_width or set(elastic_width) - set(KINDS):
-        raise wrong("elastic_width", f"a dict with the keys {list(KINDS)} or one of them", elastic_width)
+    if not isinstance(elastic_width, Mapping) or not elastic_width or set(elastic_width) - set(kinds):
+        raise wrong("elastic_width", f"a dict with the keys {list(kinds)} or one of them", elastic_width)
     checked: dict[str, Any] = {}
     for kind, options in elastic_width.items():
         if not isinstance(options, Mapping):
