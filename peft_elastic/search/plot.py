@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ..common.writing import atomic_path
-from ..cost.counts import COSTS
 
 
 # Colours of Okabe and Ito, distinguishable with every kind of colour vision; the shapes tell them apart in print.
@@ -66,6 +65,7 @@ class Picture:
         metric, cost (`str`): their names.
         maximised (`bool`): whether a larger metric is better.
         objectives (`Sequence[str]`): the names of all.
+        axis (`str`): the cost in words.
     """
 
     points: Sequence[Point]
@@ -75,6 +75,7 @@ class Picture:
     maximised: bool
     cost: str
     objectives: Sequence[str]
+    axis: str
 
 
 def draw(picture: Picture, path: str | os.PathLike[str] | None) -> Figure:
@@ -138,7 +139,7 @@ def _front(axes: Axes, picture: Picture) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_title("Evaluated subnets", fontsize=11)
-    axes.set_xlabel(COSTS[picture.cost].axis if picture.cost in COSTS else picture.cost)
+    axes.set_xlabel(picture.axis)
     axes.set_ylabel(picture.metric)
     _finish(axes)
 

@@ -40,7 +40,7 @@ from ..common.documents import (
     Record,
 )
 from ..common.writing import atomic_write_text
-from ..cost.counts import COSTS, parse_bound
+from ..cost.counts import COSTS, cost_in, parse_bound
 from ..supernet.space import SearchSpace, Subnet
 from .constraints import TOLERANCE, excess, is_bound, is_number
 from .hypervolume import hypervolumes
@@ -343,6 +343,7 @@ class SearchResult:
             self.objectives[self.metric] == "max",
             self.cost,
             list(self.objectives),
+            cost_in(self.space, self.cost).axis if self.cost in COSTS else self.cost,
         )
         return draw(picture, path)
 

@@ -222,7 +222,7 @@ def _search(settings: SearchSettings, meter: Meter, crew: Crew, progress: bool) 
     )
     tracker = None
     with subnet_restored(host), progress_bar(total=limit, desc="search", disable=not progress) as bar:
-        say(bar, profile({name: meter.costs(subnet) for subnet, name in named.items()}, bounds.bounds))
+        say(bar, profile(space, {name: meter.costs(subnet) for subnet, name in named.items()}, bounds.bounds))
         if file is not None and file.n_rows:
             say(bar, f"{min(file.n_rows, limit)} of {limit} evaluations found in {os.fspath(file.path)!r}")
         while len(history) < limit:

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.tables import text_table
-from ..cost.counts import COSTS
+from ..cost.counts import COSTS, cost_in
+from ..supernet.space import SearchSpace
 from .hypervolume import HypervolumeTracker
 from .result import SearchResult
 
@@ -37,12 +38,12 @@ def say(bar: Any, text: str) -> None:
         bar.write(text, file=sys.stderr)
 
 
-def profile(references: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]) -> str:
+def profile(space: SearchSpace, references: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]) -> str:
     """The costs of the max, min and heuristic subnet, and the bounds on them, as a table."""
     rows = dict(references) | ({"at most": bounds} if bounds else {})
     whole = references["max"]
     columns = [name for name in COSTS if name in whole]
-    table = [["", *(COSTS[name].title for name in columns)]]
+    table = [["", *(cost_in(space, name).title for name in columns)]]
     for row, costs in rows.items():
         cells = []
         for name in columns:

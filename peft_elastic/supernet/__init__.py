@@ -20,7 +20,7 @@ from ..common.lazy import lazy_package
 from .callback import SubnetSamplingCallback
 from .host import ElasticHost, get_elastic_host
 from .samplers import BalancedSampler, SandwichSampler, StepSampler, SubnetSampler, UniformSampler
-from .space import Choice, LayerShape, SearchSpace, Subnet
+from .space import Choice, LayerShape, Run, SearchSpace, Subnet
 from .stages import Stage
 
 
@@ -35,6 +35,7 @@ __all__ = [
     "ElasticTrainer",
     "ElasticTrainerMixin",
     "LayerShape",
+    "Run",
     "SandwichSampler",
     "SearchSpace",
     "Stage",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -222,8 +222,7 @@ def _find(value: Any, argument: str, named: dict[str, type]) -> Any:
 
 def _only_ranks(space: SearchSpace) -> bool:
     """Whether the base is whole in every subnet, as in a stage of ranks alone."""
-    whole = {layer.width: layer.full_width for layer in space.layers if layer.width is not None}
-    whole |= {key: 1 for layer in space.layers for key in layer.depth}
+    whole = {key: value for layer in space.layers for key, value in layer.whole_values.items()}
     return all(space[key].options == (value,) for key, value in whole.items())
 
 
@@ -237,15 +236,26 @@ def _expected_count(space: SearchSpace, probabilities: list[np.ndarray]) -> floa
     mean = {choice.key: float(p @ choice.options) for choice, p in zip(space, probabilities, strict=True)}
     of_key = {choice.key: p for choice, p in zip(space, probabilities, strict=True)}
     total = sum(mean[choice.key] * choice.unit_parameters for choice in space)
+
+    def mean_of(key: str | None, number: Callable[[dict[str, int]], int]) -> float:
+        """Of a number that depends on one choice, or none."""
+        if key is None:
+            return float(number({}))
+        return float(of_key[key] @ [number({key: option}) for option in space[key].options])
+
     for layer in space.layers:
         # a depth choice is 0 or 1, so that its mean is the probability that the layer is there
         there = math.prod(mean[key] for key in layer.depth)
-        sides = [float(layer.out_features), float(layer.in_features)]
-        if layer.width is not None:
-            side = 0 if layer.narrows == "out" else 1
-            active = [int(sides[side]) * option // layer.full_width for option in space[layer.width].options]
-            sides[side] = float(of_key[layer.width] @ active)
-        total += there * (sides[0] * sides[1] + layer.bias * sides[0])
+        outs, ins = ([mean_of(run.choice, run.active) for run in side] for side in layer.sides)
+        area = mean_of(layer.kernel, layer.area)
+        elements = sum(outs) * sum(ins)
+        for i, run in enumerate(layer.sides[0]):  # where both sides depend on the same choice they are large together
+            for j, other in enumerate(layer.sides[1]):
+                if run.choice is not None and run.choice == other.choice:
+                    options = [{run.choice: option} for option in space[run.choice].options]
+                    both = of_key[run.choice] @ [run.active(option) * other.active(option) for option in options]
+                    elements += float(both) - outs[i] * ins[j]
+        total += there * (elements * area + (layer.bias + layer.per_output) * sum(outs))
         if layer.rank is not None:
-            total -= mean[layer.rank] * (layer.out_features + layer.in_features - there * sum(sides))
+            total -= mean[layer.rank] * (layer.whole_of_rank - there * (sum(outs) + sum(ins) * area))
     return total

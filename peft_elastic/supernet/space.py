@@ -23,10 +23,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..common.checks import check_whole
 from ..common.documents import ANYTHING, COUNT, FLAG, POSITIVE, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
 from ..common.writing import atomic_write_text
 
@@ -45,6 +47,7 @@ _LAYER = Record(
         "kernel": Nullable(TEXT),
         "kernel_size": ListOf(POSITIVE),
         "per_output": COUNT,
+        "buffers": COUNT,
     },
     name=TEXT,
     out_features=COUNT,
@@ -122,13 +125,21 @@ class Run:
         length (`int`): how many there are.
         choice (`str`, *optional*): key of the choice; None: they always are.
         full (`int`): the value of that choice at which all are active; `length * value // full` are.
+
+    Raises:
+        ValueError: if a number is no whole number, or `full` is below 1.
     """
 
     length: int
     choice: str | None = None
     full: int = 1
 
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, least=0)
+        check_whole("full", self.full, least=1)
+
     def active(self, subnet: Mapping[str, int]) -> int:
+        """How many are active in a subnet."""
         return self.length if self.choice is None else self.length * subnet[self.choice] // self.full
 
 
@@ -147,12 +158,19 @@ class LayerShape:
         rank (`str`, *optional*): key of the choice of the rank of its adapter.
         depth (`tuple[str, ...]`): keys of the choices that must all be 1 for the layer to be there.
         out_runs, in_runs (`tuple[Run, ...]`): what the sides of a layer of a traced model consist of, each of which other choices
-            may narrow; empty for one that is fixed, or narrowed by `width`. The inputs of a convolution with groups are those of one group.
-        positions (`int`): output positions for each sample: height * width of a convolution. The layers of a traced model are all
-            listed, those that nothing narrows too, for the sake of this number.
+            may narrow; empty for one that is fixed, or narrowed by `width`. The inputs of a convolution with groups are those of
+            one group, a single one where it is depthwise.
+        positions (`int`): how often the weight is applied in a sample: height * width of the output of a convolution, tokens of a
+            linear layer, summed over calls; 0 for a layer that is not computed with. The layers of a traced model are all listed,
+            those that nothing narrows too, for the sake of this number.
         kernel (`str`, *optional*): key of the choice of the kernel size; with value k each side of it is at most k.
         kernel_size (`tuple[int, ...]`): of the whole convolution; empty for a linear layer.
-        per_output (`int`): parameters for each output beside the matrix and the bias, of norms.
+        per_output (`int`): parameters for each output beside the matrix and the bias: 1 for a norm with weight and bias.
+        buffers (`int`): saved numbers for each output that are no parameters: 2 for a BatchNorm, its running mean and variance.
+
+    Raises:
+        ValueError: if the runs of a side do not add up to it or `width` narrows it too, there is a choice of the kernel without a
+            kernel, or a number is no whole number from 0 (of a kernel: from 1) up.
     """
 
     name: str
@@ -170,53 +188,96 @@ class LayerShape:
     kernel: str | None = None
     kernel_size: tuple[int, ...] = ()
     per_output: int = 0
+    buffers: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("positions", "per_output", "buffers"):
+            check_whole(f"{field} of layer {self.name!r}", getattr(self, field), least=0)
+        for size in self.kernel_size:
+            check_whole(f"kernel_size of layer {self.name!r}", size, least=1)
+        if self.kernel is not None and not self.kernel_size:
+            raise ValueError(
+                f"`kernel` of layer {self.name!r} is {self.kernel!r}, but `kernel_size` is empty; it must be that of the whole."
+            )
+        for side, runs, features in (
+            ("out", self.out_runs, self.out_features),
+            ("in", self.in_runs, self.in_features),
+        ):
+            if runs and sum(run.length for run in runs) != features:
+                raise ValueError(
+                    f"`{side}_runs` of layer {self.name!r} must add up to its {features} features, got {runs}."
+                )
+            if runs and self.width is not None and self.narrows == side:
+                raise ValueError(
+                    f"`{side}_runs` of layer {self.name!r} must be empty where `width` narrows that side, got {runs}."
+                )
+
+    @cached_property
+    def sides(self) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """The outputs and the inputs, as runs whatever they are narrowed by."""
+        sides = {"out": self.out_runs or (Run(self.out_features),), "in": self.in_runs or (Run(self.in_features),)}
+        if self.width is not None:
+            sides[self.narrows] = (Run(sides[self.narrows][0].length, self.width, self.full_width),)
+        return sides["out"], sides["in"]
+
+    def is_there(self, subnet: Mapping[str, int]) -> bool:
+        """Whether the layer is computed in a subnet."""
+        return all(subnet[key] for key in self.depth)
 
     def size(self, subnet: Mapping[str, int]) -> tuple[int, int]:
         """(out, in) features that are active in a subnet; (0, 0) where the layer is skipped."""
-        if not all(subnet[key] for key in self.depth):
+        if not self.is_there(subnet):
             return 0, 0
-        out_features, in_features = self.out_features, self.in_features
-        if self.out_runs:
-            out_features = sum(run.active(subnet) for run in self.out_runs)
-        if self.in_runs:
-            in_features = sum(run.active(subnet) for run in self.in_runs)
-        if self.width is not None:
-            if self.narrows == "out":
-                out_features = out_features * subnet[self.width] // self.full_width
-            else:
-                in_features = in_features * subnet[self.width] // self.full_width
-        return out_features, in_features
+        outputs, inputs = self.sides
+        return sum(run.active(subnet) for run in outputs), sum(run.active(subnet) for run in inputs)
+
+    def area(self, subnet: Mapping[str, int]) -> int:
+        """Elements of the kernel that are active, for each output and input; 1 of a linear layer."""
+        if self.kernel is None:
+            return math.prod(self.kernel_size)
+        return math.prod(min(size, subnet[self.kernel]) for size in self.kernel_size)
 
     def parameters(self, subnet: Mapping[str, int]) -> int:
         """Active parameters of the layer itself."""
         out_features, in_features = self.size(subnet)
         return out_features * (in_features * self.area(subnet) + self.bias + self.per_output)
 
-    @property
+    @cached_property
     def whole_parameters(self) -> int:
         """Parameters of the whole layer."""
         return self.out_features * (self.in_features * math.prod(self.kernel_size) + self.bias + self.per_output)
 
-    def area(self, subnet: Mapping[str, int]) -> int:
-        """Positions of the kernel that is active."""
-        if self.kernel is None:
-            return math.prod(self.kernel_size)
-        return math.prod(min(size, subnet[self.kernel]) for size in self.kernel_size)
-
     def macs(self, subnet: Mapping[str, int]) -> int:
-        """Multiply-accumulates that are active, for all output positions."""
+        """Multiply-accumulates that are active, at all positions."""
         return math.prod(self.size(subnet)) * self.area(subnet) * self.positions
 
-    @property
+    @cached_property
     def whole_macs(self) -> int:
-        """Multiply-accumulates of the whole layer."""
+        """Multiply-accumulates of the whole layer, at all positions."""
         return self.out_features * self.in_features * math.prod(self.kernel_size) * self.positions
+
+    def of_rank(self, subnet: Mapping[str, int]) -> int:
+        """Active parameters of its adapter for one unit of the rank: a column of B and a row of A, whose kernel is the layer's."""
+        out_features, in_features = self.size(subnet)
+        return out_features + in_features * self.area(subnet)
+
+    @cached_property
+    def whole_of_rank(self) -> int:
+        """`of_rank` of the whole layer."""
+        return self.out_features + self.in_features * math.prod(self.kernel_size)
+
+    @cached_property
+    def whole_values(self) -> dict[str, int]:
+        """Of each choice that narrows or skips the layer, the value with which it does not."""
+        runs = {run.choice: run.full for side in self.sides for run in side if run.choice is not None}
+        kernel = {} if self.kernel is None else {self.kernel: max(self.kernel_size)}
+        return {**runs, **kernel, **dict.fromkeys(self.depth, 1)}
 
     @property
     def choices(self) -> tuple[str, ...]:
         """Keys of all choices it depends on."""
         runs = (run.choice for run in (*self.out_runs, *self.in_runs))
-        keys = (self.width, self.rank, self.kernel, *self.depth, *runs)
+        keys = (self.width, self.rank, *self.depth, self.kernel, *runs)
         return tuple(dict.fromkeys(key for key in keys if key is not None))
 
 
@@ -314,7 +375,7 @@ class SearchSpace:
 
     Args:
         choices (`Iterable[Choice]`): the elastic dimensions; their keys must differ.
-        layers (`Iterable[LayerShape]`): the layers of the base model that width and depth change.
+        layers (`Iterable[LayerShape]`): the layers of the base model that width and depth change; of a traced model all layers.
 
     Raises:
         ValueError: if there are no choices, two share a key, or a layer depends on a choice that is not there.
@@ -372,6 +433,16 @@ class SearchSpace:
         """A short hexadecimal digest of keys and options; equal for equal spaces, in any process."""
         text = json.dumps([[choice.key, list(choice.options)] for choice in self.choices])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def counted_per(self) -> str:
+        """What multiply-accumulates are those of: "token"; or of a traced model, whose layers tell how often they are computed,
+        "image", or "sample" where it has no convolution in two dimensions."""
+        if any(len(layer.kernel_size) == 2 for layer in self.layers):
+            return "image"
+        traced = any(layer.out_runs or layer.in_runs or layer.kernel_size for layer in self.layers)
+        traced |= any(layer.positions != 1 for layer in self.layers)
+        return "sample" if traced or any(choice.kind in ("channels", "kernel") for choice in self.choices) else "token"
 
     # -- subnets ---------------------------------------------------------------------------------------------------
 
@@ -474,7 +545,7 @@ class SearchSpace:
         total = sum(subnet[choice.key] * choice.unit_parameters for choice in self.choices)
         for layer in self.layers:
             if layer.rank is not None:  # what narrowing has taken from A and B
-                total -= subnet[layer.rank] * (layer.out_features + layer.in_features - sum(layer.size(subnet)))
+                total -= subnet[layer.rank] * (layer.whole_of_rank - layer.of_rank(subnet))
         return total
 
     def count_base_parameters(self, subnet: Mapping[str, int]) -> int:
@@ -519,14 +590,16 @@ class SearchSpace:
         return cls(choices, [_layer_of(row) for row in data.get("layers", [])])
 
 
-_TRACED = ("out_runs", "in_runs", "positions", "kernel", "kernel_size", "per_output")
+_TRACED = ("out_runs", "in_runs", "positions", "kernel", "kernel_size", "per_output", "buffers")
 _DEFAULTS = {field.name: field.default for field in fields(LayerShape)}
 
 
 def _row_of(layer: LayerShape) -> dict[str, Any]:
-    """For JSON: without what only layers of traced models have, of the others."""
+    """For JSON, where what only layers of traced models have is left out of the others, as in files of before."""
     row = asdict(layer)
-    return {name: value for name, value in row.items() if name not in _TRACED or getattr(layer, name) != _DEFAULTS[name]}
+    return {
+        name: value for name, value in row.items() if name not in _TRACED or getattr(layer, name) != _DEFAULTS[name]
+    }
 
 
 def _layer_of(row: Mapping[str, Any]) -> LayerShape:

@@ -28,7 +28,7 @@ def name_of(space: SearchSpace, subnet: Mapping[str, int]) -> str:
 
 def trained_parameters(space: SearchSpace, subnet: Mapping[str, int]) -> int:
     """How many parameters of a subnet its training changes: those of the adapters, or where there are none, those of the model in the
-    blocks whose width or depth is elastic."""
+    blocks whose width or depth is elastic, of a traced model all of its layers."""
     of_adapters = any(choice.kind == "rank" for choice in space)
     return space.count_parameters(subnet) if of_adapters else space.count_base_parameters(subnet)
 
@@ -38,7 +38,10 @@ def describe_parameters(space: SearchSpace, subnet: Mapping[str, int]) -> str:
     of_adapters = any(choice.kind == "rank" for choice in space)
     counts = {"adapter parameters": space.count_parameters} if of_adapters else {}
     if space.layers:
-        counts[f"{'base ' if of_adapters else ''}parameters in elastic blocks"] = space.count_base_parameters
+        where = (
+            "elastic blocks" if space.counted_per == "token" else "layers"
+        )  # of a traced model all are in the space
+        counts[f"{'base ' if of_adapters else ''}parameters in {where}"] = space.count_base_parameters
     parts = []
     for what, count in counts.items():
         active, total = count(subnet), count(space.max)

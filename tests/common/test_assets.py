@@ -11,16 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import io
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support.places import REPOSITORY
 
 from peft_elastic.common import assets
 from peft_elastic.common.assets import Archive, AssetError
@@ -236,6 +240,62 @@ def test_minilm(cache, package_index):
     similar, different = (embeddings[0] @ embeddings[1:].T).tolist()
     assert similar > 0.4 > 0.2 > different
     assert "license: apache-2.0" in (folder / "README.md").read_text()
+
+
+def test_a_pickle_of_anything_but_arrays_is_refused(tmp_path):
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    arrays = (np.arange(6, dtype=np.float32).reshape(2, 3), np.array([3, 1]))
+    read = assets._load_arrays(io.BytesIO(pickle.dumps(arrays, 4)))
+    assert all(np.array_equal(one, two) and one.dtype == two.dtype for one, two in zip(read, arrays, strict=True))
+    for protocol in (2, 4):
+        for value in (Command(), [arrays, Command()], np.float32, {"x": print}, np.array([Command()], dtype=object)):
+            with pytest.raises(pickle.UnpicklingError, match="is not allowed in a file of arrays"):
+                assets._load_arrays(io.BytesIO(pickle.dumps(value, protocol)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mnist_has_three_splits(cache):
+    with pytest.raises(ValueError, match="`split` must be 'train', 'validation' or 'test', got 'dev'"):
+        assets.mnist("dev")
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_mnist(cache, package_index):
+    splits = {split: assets.mnist(split) for split in ("train", "validation", "test")}
+    for (images, labels), number in zip(splits.values(), (50_000, 10_000, 10_000), strict=True):
+        assert (images.shape, images.dtype) == ((number, 28, 28), np.uint8)
+        assert (labels.shape, labels.dtype) == ((number,), np.int64)
+    # of the original test set; and of the original training set, whose first digits are these
+    assert np.bincount(splits["test"][1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    both = np.concatenate([splits["train"][1], splits["validation"][1]])
+    assert np.bincount(both).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert splits["train"][1][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    # its pixels, by their known mean and standard deviation, and no image is in two of the splits
+    pixels = np.concatenate([splits["train"][0], splits["validation"][0]]) / 255
+    assert abs(pixels.mean() - 0.1307) < 1e-3 and abs(pixels.std() - 0.3081) < 1e-3
+    train, test = ({image.tobytes() for image in splits[split][0]} for split in ("train", "test"))
+    assert not train & test
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0(cache, package_index, monkeypatch):
+    from sklearn.datasets import load_sample_image
+
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from _support import efficientnet_lite
+
+    model = efficientnet_lite.pretrained()
+    assert sum(p.numel() for p in model.parameters()) == 4_652_008
+    assert "Apache License" in (cache / "efficientnet-lite0-0.1.0" / "LICENSE").read_text()
+    images = [efficientnet_lite.preprocessed(load_sample_image(name)) for name in ("flower.jpg", "china.jpg")]
+    with torch.no_grad():
+        found = model(torch.stack(images)).softmax(1).max(1)
+    assert found.indices.tolist() == [985, 698]  # "daisy" and "palace" of ImageNet
+    assert found.values.tolist() == pytest.approx([0.37, 0.32], abs=0.02)
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ class Propagation:
         if isinstance(bias, fx.Node):
             self._side(self.graph.source_of(bias, node), 0, made, where)
         if tensor is not None:
-            spatial = (math.prod(shape[channel + 1 :]), _each(stride, size), _each(dilation, size), padding)
+            spatial = (self._positions(shape, channel), _each(stride, size), _each(dilation, size), padding)
             self.calls.append(Call(tensor[0], _name(node), node.name, *spatial, groups))
         return (*dims[:channel], made, *(None,) * size)
 
@@ -231,7 +231,7 @@ class Propagation:
             self._side(self.graph.source_of(bias, node), 0, made, where)
         if tensor is not None:
             # every input position is multiplied with the whole kernel
-            positions = math.prod(shape_of(source)[channel + 1 :])
+            positions = self._positions(shape_of(source), channel)
             self.calls.append(Call(tensor[0], _name(node), node.name, positions))
         return (*dims[:channel], made, *(None,) * size)
 
@@ -248,8 +248,16 @@ class Propagation:
             self._side(self.graph.source_of(bias, node), 0, made, where)
         if tensor is not None:
             shape = shape_of(node)
-            self.calls.append(Call(tensor[0], "linear", node.name, math.prod(shape[1:-1])))
+            self.calls.append(Call(tensor[0], "linear", node.name, self._positions(shape, len(shape) - 1)))
         return (*dims[:-1], made)
+
+    def _positions(self, shape: Sequence[int], channel: int) -> int:
+        """How many vectors of channels a tensor has for each sample. Samples need not be its first dimension: MobileViT takes
+        the patches of an image there."""
+        inputs = (node for node in self.graph.nodes if node.op == "placeholder" and node.name in self.graph.inputs)
+        samples = next((shape_of(node)[0] for node in inputs if shape_of(node)), 1) if channel else 1
+        every = math.prod(shape) // max(1, shape[channel])
+        return every // samples if every % samples == 0 else math.prod(shape[1:channel]) * math.prod(shape[channel + 1 :])
 
     def _new(self, tensor: tuple[str, str] | None, outputs: int, node: fx.Node) -> Group:
         return self.groups.new(outputs, tensor[0] if tensor else self.graph.path_of(node))

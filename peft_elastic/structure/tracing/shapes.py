@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...layers.convolutional import CONVOLUTIONS, TRANSPOSED, is_matrix_name
@@ -27,12 +28,15 @@ from .structure import TracedStructure, side_of
 
 
 def traced_shapes(model: nn.Module, structure: TracedStructure, choices: Sequence[Choice]) -> list[LayerShape]:
-    """Every layer of a model with weights or parameters of its own that is computed with, also those that no choice changes."""
+    """Every layer of a model with a weight, also those that no choice changes, and what choices change of other parameters and
+    buffers."""
     keys = {choice.key for choice in choices}
     channels = {c.number: c for c in structure.channels if c.key in keys}
     depth = {choice.name: choice.key for choice in choices if choice.kind == "depth"}
     positions: dict[str, int] = {}
     for call in structure.calls:
+        if call.op != "linear" and not call.op.startswith("conv"):
+            continue  # a norm, which a convolution may compute of its weight, as BiT's do
         positions[call.path] = positions.get(call.path, 0) + call.positions
 
     def runs_of(runs: Runs | None) -> tuple[Run, ...]:
@@ -45,30 +49,35 @@ def traced_shapes(model: nn.Module, structure: TracedStructure, choices: Sequenc
 
     shapes = []
     for path, module in model.named_modules():
-        own = {
-            name: parameter
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-            if not is_matrix_name(name)
+        own: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        own |= {
+            name: buffer
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+            if name not in module._non_persistent_buffers_set
         }
         inside = tuple(key for block, key in depth.items() if f"{path}.".startswith(f"{block}."))
-        if not own:
-            continue
         sides = {(name, dim): runs for (p, name, dim), runs in structure.sides.items() if p == path}
         if isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
-            shapes.append(_of_layer(path, module, sides, runs_of, inside, positions.get(path, 1), keys))
+            # one that was not computed with counts parameters alone
+            shapes.append(_of_layer(path, module, sides, runs_of, inside, positions.get(path, 0), keys))
             continue
-        for name, parameter in own.items():
-            narrowed = [(dim, runs) for (n, dim), runs in sides.items() if n == name]
-            runs = runs_of(narrowed[0][1]) if len(narrowed) == 1 else ()
+        for name, tensor in own.items():
+            if is_matrix_name(name):
+                continue
+            narrowed = [runs for (n, _), runs in sides.items() if n == name]
+            runs = runs_of(narrowed[0]) if len(narrowed) == 1 else ()
             if runs or inside:
                 outputs = sum(run.length for run in runs) if runs else 1
+                count = tensor.numel() // outputs
+                of_parameters = isinstance(tensor, nn.Parameter)
                 shapes.append(
                     LayerShape(
                         f"{path}.{name}" if path else name,
                         outputs,
                         0,
                         out_runs=runs,
-                        per_output=parameter.numel() // outputs,
+                        per_output=count if of_parameters else 0,
+                        buffers=0 if of_parameters else count,
                         depth=inside,
                     )
                 )
@@ -102,5 +111,3 @@ def _of_layer(
         kernel=key if key in keys else None,
         kernel_size=tuple(weight.shape[2:]),
     )
-
-
