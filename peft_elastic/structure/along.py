@@ -65,9 +65,8 @@ class Along:
                     f"`optimizer` ({type(each).__name__}) must be one of the parameters of the model, and holds none of them. An engine "
                     "that trains a flat copy of them (FSDP, DeepSpeed) cannot be followed."
                 )
-        for each in self.averaged:
-            if any(id(parameter) in own for parameter in each.parameters()):
-                raise ValueError("`averaged` must be a copy of the model, got one that shares parameters with it.")
+        if any(id(parameter) in own for copy in self.averaged for parameter in copy.parameters()):
+            raise ValueError("`averaged` must be a copy of the model, got one that shares parameters with it.")
 
     def check(self, model: nn.Module, paths: Iterable[str], digest: str | None, digests: Sequence[str | None]) -> None:
         """ValueError unless everything that belongs to the layers at these paths can be moved.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -286,8 +286,12 @@ class Sortable:
     """What a training whose stages sort asks of the tuner, beside `sort_by_importance`."""
 
     model: nn.Module
-    _state: ElasticState
-    _configs: Mapping[str, Any]
+    if TYPE_CHECKING:  # properties of the tuner
+
+        @property
+        def _state(self) -> ElasticState: ...
+        @property
+        def _configs(self) -> dict[str, Any]: ...
 
     def check_sort(self, calibration: Any = None, *, optimizer: Any = None, averaged: Any = None) -> None:
         """ValueError if `sort_by_importance` would refuse these arguments, or the importance of the configuration sorts nothing."""
