@@ -32,6 +32,8 @@ from ..layers.narrowed import plain_class
 
 # Sides of a parameter that hold features.
 _SIDES = (0, 1)
+# Optimizers whose state is by the name of a layer, which shows after the first step only.
+_BY_NAME = ("LoraFAOptimizer",)
 # Of a factored second moment, as transformers' Adafactor calls it: the dimension, from the end, that was averaged away.
 _AVERAGED_AWAY = {"_row": 1, "_col": 2}
 
@@ -122,6 +124,13 @@ def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         raise ValueError(
             f"`optimizer` is a {type(inner).__name__}, which spreads its state over several processes or keeps it in a flat copy: it cannot "
             "be moved along. Sort before the engine takes the model."
+        )
+    if type(inner).__name__ in _BY_NAME or any(
+        not isinstance(key, torch.Tensor) for key in getattr(inner, "state", ())
+    ):
+        raise ValueError(
+            f"`optimizer` is a {type(inner).__name__}, whose state is not kept by parameter, so that it is not known what of it moves along. "
+            "Use AdamW, or sort before the training."
         )
     if not isinstance(inner, torch.optim.Optimizer):
         raise wrong("optimizer", "a torch.optim.Optimizer, wrapped by accelerate or not, or a list of some", optimizer)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from support.models import default_dtype, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -198,9 +199,9 @@ def test_state_that_cannot_be_moved_is_refused_before_anything_is(more, message)
     assert all(torch.equal(order, orders[name]) for name, order in noted_orders(model).items())
 
 
-def zero_redundancy(model):
-    """The class by its name: the real one needs a process group."""
-    return type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})(model.parameters(), 0.1)
+def named(model, name, module=__name__):
+    """An optimizer of a class with the name of another one, which itself needs a process group."""
+    return type(name, (torch.optim.SGD,), {"__module__": module})(model.parameters(), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,8 @@ def zero_redundancy(model):
     [
         (lambda m: {"optimizer": "adamw"}, "`optimizer` must be a torch.optim.Optimizer"),
         (lambda m: {"optimizer": [torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)]}, "holds none of them"),
-        (lambda m: {"optimizer": zero_redundancy(m)}, "spreads its state over several processes"),
+        (lambda m: {"optimizer": named(m, "ZeroRedundancyOptimizer")}, "spreads its state over several processes"),
+        (lambda m: {"optimizer": named(m, "FP16_Optimizer", "deepspeed.runtime")}, "keeps it in a flat copy"),
         (lambda m: {"averaged": {"weight": 1}}, "`averaged` must be an AveragedModel"),
         (lambda m: {"averaged": m}, "shares parameters"),
         (lambda m: {"averaged": model_of("bert")}, "must have the structure of the model, and has no"),
@@ -221,6 +223,26 @@ def test_what_does_not_belong_to_the_model_is_refused(arguments, message):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         model.sort_by_importance(importance=scores_of(model, 1), progress=False, **arguments(model))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class ByName(torch.optim.SGD):
+    """Its momentum is found by a number, as that of LoRA-FA is by a name."""
+
+    def step(self, closure=None):
+        self.state["0"] = {"momentum": self.param_groups[0]["params"][0].grad.clone()}
+
+
+def test_state_by_the_names_of_layers_is_refused():
+    model = model_of("llama", adapters=True)
+    before = copy.deepcopy(model.state_dict())
+    fa = create_lorafa_optimizer(model=model, r=4, lora_alpha=8, lr=1e-3)
+    other = ByName([p for p in model.parameters() if p.requires_grad], 0.1)
+    loss_of(model, 0).backward()
+    other.step()
+    for optimizer in (fa, other):
+        with pytest.raises(ValueError, match="whose state is not kept by parameter"):
+            model.sort_by_importance(importance=scores_of(model, 1), optimizer=optimizer, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

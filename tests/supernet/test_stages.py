@@ -243,7 +243,8 @@ def test_resumed_in_the_middle_of_any_stage_bit_for_bit(tmp_path, kind, trainer)
     orders = whole.watch.orders
     changes = [step for step in range(1, 8) if orders[step] != orders[step - 1]]
     assert changes == [2, 5]  # and before step 0
-    assert [round(rate, 6) for rate in whole.watch.rates[:1]] != [round(rate, 6) for rate in whole.watch.rates[2:3]]
+    rates = [(8 - step) / 8 * {0: 2e-2, 1: 2e-2}.get(step, 5e-3 if step < 5 else 1e-2) for step in range(1, 8)]
+    assert whole.watch.rates[:-1] == pytest.approx(rates)  # after step n the rate is that of step n + 1
     for at in (2, 3, 5, 7):
         part = tmp_path / f"part-{at}"
         first = train(part, kind, trainer, stop=at)
@@ -336,6 +337,21 @@ def test_a_model_that_nothing_sorts_has_no_sorting_stage(tmp_path):
     model = get_elastic_model(tiny_llama(num_hidden_layers=3), ElasticConfig(elastic_depth="all"))
     with pytest.raises(ValueError, match="`sort=True`: `elastic_width` is not set"):
         train(tmp_path, model=model, stages=[Stage(["depth"], steps=8, sort=True)])
+
+
+def test_several_processes_and_generations_are_refused(tmp_path, monkeypatch):
+    model = make_model("model")
+    args = arguments(tmp_path, max_steps=8)
+    args.num_iterations = 2  # as of TRL's GRPO
+    callback = SubnetSamplingCallback(stages=STAGES, calibration=tokens())
+    with pytest.raises(
+        ValueError, match="`sort=True` do not go with trainers that train several steps on one generation"
+    ):
+        Trainer(model, args, train_dataset=dataset(), callbacks=[callback]).train()
+    monkeypatch.setattr("peft_elastic.supernet.callback.ranks.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="`sort=True` work in one process"):
+        train(tmp_path, model=model)
+    assert not order_of(model)
 
 
 def test_a_checkpoint_of_other_stages_is_not_gone_on_from(tmp_path):
