@@ -123,7 +123,11 @@ def _checked_kernel(elastic_kernel: Any) -> Any:
         return None
     if isinstance(elastic_kernel, Mapping):
         if not elastic_kernel or not all(isinstance(path, str) and path for path in elastic_kernel):
-            raise wrong("elastic_kernel", "a list of kernel sizes, or a dict from the path of a convolution to one", elastic_kernel)
+            raise wrong(
+                "elastic_kernel",
+                "a list of kernel sizes, or a dict from the path of a convolution to one",
+                elastic_kernel,
+            )
         return {path: _checked_sizes(f"elastic_kernel[{path!r}]", sizes) for path, sizes in elastic_kernel.items()}
     return _checked_sizes("elastic_kernel", elastic_kernel)
 

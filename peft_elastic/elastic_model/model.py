@@ -18,7 +18,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -31,7 +32,8 @@ from ..common.checks import wrong
 from ..common.parameters import check_here
 from ..layers.narrowed import change_class
 from ..quantization.saving import state_to_save
-from ..structure.importance import order_digest
+from ..structure.along import Along
+from ..structure.importance import note_orders, noted_orders, order_digest
 from ..supernet.host import HOST_ATTRIBUTE
 from ..supernet.space import SearchSpace, Subnet
 from ..supernet.summary import SubnetSummary
@@ -166,15 +168,20 @@ class ElasticModel(nn.Module):
         *,
         max_samples: Optional[int] = None,
         progress: bool = True,
+        optimizer: Any = None,
+        averaged: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """Sort the heads and MLP channels that are elastic by falling importance. It does not change what the largest subnet
-        computes; call it once, before the training and before an optimizer is made, whose state would not move along.
+        """Sort the heads and MLP channels that are elastic by falling importance, before a training or in the middle of one (then
+        with its `optimizer`). It does not change what the largest subnet computes, and orders compose: what is saved says which
+        unit of the original model each one is.
 
         Args:
             calibration: an iterable of batches, for `"activation"` and `"gradient"`.
             importance (*optional*): as in `peft_elastic.sort_by_importance`; defaults to that of the configuration.
             max_samples (`int`, *optional*): number of calibration sequences to use.
             progress (`bool`): show a progress bar.
+            optimizer (*optional*): the optimizer of the training, or a list of some, whose state moves along.
+            averaged (*optional*): an average of the weights (`AveragedModel`), another copy, or a list, sorted in the same way.
 
         Returns:
             `dict[str, torch.Tensor]`: the scores in the new order.
@@ -182,16 +189,47 @@ class ElasticModel(nn.Module):
         Raises:
             ValueError: as `peft_elastic.sort_by_importance`, and if no width is elastic.
         """
+        importance = self._own.config.importance if importance is None else importance
+        with self._whole_to_sort() as parts:
+            return parts.sort(
+                self, importance, calibration, max_samples=max_samples, progress=progress, along=(optimizer, averaged)
+            )
+
+    def check_sort(self, calibration: Any = None, *, optimizer: Any = None, averaged: Any = None) -> None:
+        """ValueError if `sort_by_importance` would refuse these arguments, or the importance of the configuration sorts nothing."""
+        with self._whole_to_sort() as parts:
+            parts.check_sort(self, self._own.config.importance, calibration, (optimizer, averaged))
+
+    @contextmanager
+    def _whole_to_sort(self) -> Iterator[BlockParts | ChannelParts]:
+        """The parts of the model, all of it active inside."""
         own = self._own
         if not own.config.elastic_width:
             raise ValueError("`elastic_width` is not set, so there is nothing to sort for.")
         before = own.active
         own.parts.activate(self, own.parts.space.max)
         try:
-            chosen = own.config.importance if importance is None else importance
-            return own.parts.sort(self, chosen, calibration, max_samples, progress)
+            yield own.parts
         finally:
             own.parts.activate(self, before)
+
+    def noted_orders(self) -> dict[str, torch.Tensor]:
+        """Which unit of the original model each unit is now, int64 (units,), by the name of the order."""
+        return noted_orders(self)
+
+    def resume_orders(self, orders: Mapping[str, torch.Tensor], averaged: Any = None) -> None:
+        """Note that the weights, which have just been loaded from a checkpoint, are in these orders.
+
+        Args:
+            orders: what `noted_orders` gave when the checkpoint was made.
+            averaged (*optional*): as in `sort_by_importance`; they are in the same orders.
+
+        Raises:
+            ValueError: if they are none of this model; nothing is changed then.
+        """
+        self._own.parts.check_orders(orders)
+        for each in (self, *Along(self, averaged=averaged).averaged):
+            note_orders(each, orders)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -235,7 +273,9 @@ class ElasticModel(nn.Module):
         if not os.path.isfile(os.path.join(folder, saving.FILE)):
             return
         own, saved = self._own, saving.read(folder)
-        same = saving.space_of(saved).fingerprint == own.parts.space.fingerprint and saved["order"] == order_digest(self)
+        same = saving.space_of(saved).fingerprint == own.parts.space.fingerprint and saved["order"] == order_digest(
+            self
+        )
         if not same:
             raise ValueError(
                 f"{os.fspath(folder)!r} is a checkpoint of a super-network with other options, or with heads and channels in another "

@@ -24,15 +24,16 @@ from torch import nn
 from ..common.calls import batches_of
 from ..common.checks import wrong
 from ..layers.convolutional import add_matrices, remove_matrices
+from ..structure.along import Along
 from ..structure.blocks import Structure
 from ..structure.description import check_describable, extract_described
-from ..structure.importance import check_order, check_sortable, sort_by_importance
+from ..structure.importance import check_order, check_orders, check_sort, check_sortable, sort_by_importance
 from ..structure.narrow import check_units
 from ..structure.parts import KINDS
 from ..structure.space import activate, check_depth, check_narrowable_layers, layer_shapes, structural_choices
 from ..structure.tracing.description import extract_channels
 from ..structure.tracing.graph import example_of
-from ..structure.tracing.order import measure_channels, sort_channels
+from ..structure.tracing.order import check_channel_importance, check_channels_along, measure_channels, sort_channels
 from ..structure.tracing.proof import prove, prove_choices
 from ..structure.tracing.shapes import traced_shapes
 from ..structure.tracing.structure import TracedStructure
@@ -66,9 +67,22 @@ class Parts(Protocol):
         """ValueError if the model cannot be put into another order."""
 
     def sort(
-        self, model: nn.Module, importance: Any, calibration: Any, max_samples: Optional[int], progress: bool
+        self,
+        model: nn.Module,
+        importance: Any,
+        calibration: Any,
+        *,
+        max_samples: Optional[int],
+        progress: bool,
+        along: tuple[Any, Any],
     ) -> dict[str, torch.Tensor]:
-        """Sort what is elastic in a whole model by importance."""
+        """Sort what is elastic in a whole model by importance, and optimizers and averages along with it."""
+
+    def check_sort(self, model: nn.Module, importance: Any, calibration: Any, along: tuple[Any, Any]) -> None:
+        """ValueError if `sort` would refuse these arguments before it runs the model, or do nothing."""
+
+    def check_orders(self, orders: Mapping[str, torch.Tensor]) -> None:
+        """ValueError if these are no orders of the model."""
 
     def extract(self, model: nn.Module) -> None:
         """Leave what is active alone, in place, and let the configuration say so."""
@@ -115,11 +129,31 @@ class BlockParts:
         check_sortable(model, [width for width in self.structure.widths if width.kind in self._kinds])
 
     def sort(
-        self, model: nn.Module, importance: Any, calibration: Any, max_samples: Optional[int], progress: bool
+        self,
+        model: nn.Module,
+        importance: Any,
+        calibration: Any,
+        *,
+        max_samples: Optional[int],
+        progress: bool,
+        along: tuple[Any, Any],
     ) -> dict[str, torch.Tensor]:
         return sort_by_importance(
-            model, importance, calibration, kinds=self._kinds, max_samples=max_samples, progress=progress
+            model,
+            importance,
+            calibration,
+            kinds=self._kinds,
+            max_samples=max_samples,
+            progress=progress,
+            optimizer=along[0],
+            averaged=along[1],
         )
+
+    def check_sort(self, model: nn.Module, importance: Any, calibration: Any, along: tuple[Any, Any]) -> None:
+        check_sort(model, importance, calibration, kinds=self._kinds, optimizer=along[0], averaged=along[1])
+
+    def check_orders(self, orders: Mapping[str, torch.Tensor]) -> None:
+        check_orders(self.structure, orders)
 
     def extract(self, model: nn.Module) -> None:
         extract_described(model)
@@ -177,12 +211,32 @@ class ChannelParts:
         """What was traced can be sorted."""
 
     def sort(
-        self, model: nn.Module, importance: Any, calibration: Any, max_samples: Optional[int], progress: bool
+        self,
+        model: nn.Module,
+        importance: Any,
+        calibration: Any,
+        *,
+        max_samples: Optional[int],
+        progress: bool,
+        along: tuple[Any, Any],
     ) -> dict[str, torch.Tensor]:
-        batches = batches_of(calibration, max_samples)
-        scores = measure_channels(model, self.structure, importance, batches)
+        moved = Along(model, *along)
+        check_channels_along(model, self.structure, moved)
+        scores = measure_channels(model, self.structure, importance, batches_of(calibration, max_samples), progress)
         elastic = {choice.name for choice in self.space if choice.kind == "channels"}
-        return sort_channels(model, self.structure, {name: s for name, s in scores.items() if name in elastic})
+        return sort_channels(model, self.structure, {n: s for n, s in scores.items() if n in elastic}, moved)
+
+    def check_sort(self, model: nn.Module, importance: Any, calibration: Any, along: tuple[Any, Any]) -> None:
+        check_channels_along(model, self.structure, Along(model, *along))
+        check_channel_importance(importance, calibration is not None)
+        if isinstance(importance, str) and importance == "none":
+            raise ValueError("`importance` is 'none', by which nothing is sorted.")
+
+    def check_orders(self, orders: Mapping[str, torch.Tensor]) -> None:
+        units = {channels.name: channels.units for channels in self.structure.elastic}
+        for name, order in orders.items():
+            if sorted(order.tolist()) != list(range(units.get(name, -1))):
+                raise ValueError(f"The order of {name!r} does not belong to this model.")
 
     def extract(self, model: nn.Module) -> None:
         extract_channels(model)
@@ -200,5 +254,7 @@ def find_parts(model: nn.Module, config: ElasticConfig, inputs: Any) -> BlockPar
     if traced:
         return ChannelParts(model, config, inputs)
     if inputs is not None:
-        raise ValueError("`example_inputs` is for models that are traced, of which 'channels' or kernels are elastic; leave it out.")
+        raise ValueError(
+            "`example_inputs` is for models that are traced, of which 'channels' or kernels are elastic; leave it out."
+        )
     return BlockParts(model, config)

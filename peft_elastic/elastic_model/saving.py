@@ -181,7 +181,9 @@ def take_matrices(name_or_path: str | os.PathLike[str], model: torch.nn.Module, 
     else:
         found = cached_file(name_or_path, KERNELS_FILE, _raise_exceptions_for_missing_entries=False, **kwargs)
     if found is None:
-        raise ValueError(f"{os.fspath(name_or_path)!r} has no {KERNELS_FILE}, with the matrices of its elastic kernels.")
+        raise ValueError(
+            f"{os.fspath(name_or_path)!r} has no {KERNELS_FILE}, with the matrices of its elastic kernels."
+        )
     try:
         saved = load_file(found)
     except Exception as error:

@@ -300,7 +300,9 @@ def add_matrices(layer: nn.Module, sizes: tuple[int, ...]) -> None:
     for larger, smaller in zip(sizes, sizes[1:]):
         area = math.prod(cropped_size(layer.kernel_size, smaller))  # type: ignore[arg-type]
         matrix = torch.eye(area, dtype=weight.dtype, device=weight.device)
-        layer.register_parameter(matrix_name(larger, smaller), nn.Parameter(matrix, requires_grad=weight.requires_grad))
+        layer.register_parameter(
+            matrix_name(larger, smaller), nn.Parameter(matrix, requires_grad=weight.requires_grad)
+        )
 
 
 def remove_matrices(layer: nn.Module) -> None:

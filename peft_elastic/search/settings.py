@@ -176,12 +176,6 @@ def _check_arguments(
         )
 
 
-def _fingerprint_of(prepare: Any) -> str:
-    """What tells a preparation from others: its attribute `fingerprint`, or else its name."""
-    named = prepare if hasattr(prepare, "__qualname__") else type(prepare)
-    return f"{named.__qualname__} {getattr(prepare, 'fingerprint', '')}".strip()
-
-
 def _parse_reference_points(
     points: ReferencePoints | None, algorithm: str, names: list[str]
 ) -> list[list[float]] | None:

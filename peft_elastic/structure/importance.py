@@ -31,6 +31,7 @@ from ..common.parameters import check_here, check_parameters
 from ..common.progress import progress_bar
 from ..layers.backends import backend_of, find_backend
 from ..layers.backends.bitsandbytes import unpack
+from .along import Along
 from .blocks import Structure
 from .calibration import calibration_batches, calibration_mode
 from .features import layer_at, layer_sizes, permute
@@ -69,6 +70,8 @@ def sort_by_importance(
     kinds: tuple[str, ...] = ("heads", "mlp"),
     max_samples: int | None = None,
     progress: bool = True,
+    optimizer: Any = None,
+    averaged: Any = None,
 ) -> dict[str, torch.Tensor]:
     """Sort the attention heads (whole key-value groups) and MLP channels of every block by falling importance, in place.
 
@@ -93,31 +96,72 @@ def sort_by_importance(
         kinds (`tuple[str, ...]`): "heads", "mlp" or both.
         max_samples (`int`, *optional*): number of calibration sequences to use.
         progress (`bool`): show a progress bar.
+        optimizer (*optional*): a `torch.optim.Optimizer` of the model, wrapped by accelerate or not, or a list of some, whose state
+            moves along, so that the training goes on as if nothing had been sorted: every tensor of the shape of its parameter
+            (momentum, moments of Adam), and factored ones (Adafactor). Gradients always move along.
+        averaged (*optional*): an average of the weights (`torch.optim.swa_utils.AveragedModel`), or another copy of the model, in the
+            same order, or a list of some, which are sorted in the same way.
 
     Returns:
         `dict[str, torch.Tensor]`: the scores by the name of each order, float32 (units,), in the new order.
 
     Raises:
         ValueError: if an argument is not allowed, or a weight cannot be sorted (packed or quantised by another library, not in
-            memory), before anything is changed.
+            memory), or the state of the optimizer cannot be moved (quantised, spread over processes, of a shape that does not say
+            what belongs to which row), before anything is changed.
     """
     check_importance(importance, kinds)
-    model = getattr(model, "get_base_model", lambda: model)()
-    if is_narrowed(model):
-        raise ValueError("A part of `model` is not active; choose the widest subnet first, `model.set_subnet('max')`.")
-    structure = Structure(model)
+    model, structure, along = _ready_to_sort(model, optimizer, averaged)
     if isinstance(importance, str) and importance == "none":
         return {}
-    check_here("the model", model.parameters())
-    widths = find_widths(model, structure, kinds)
-    check_sortable(model, widths)
+    widths = _sortable_widths(model, structure, kinds, along)
     if isinstance(importance, Mapping):  # scores of both kinds may be given where one of them is sorted
         others = {order.name for width in structure.widths if width.kind not in kinds for order in width.orders}
         importance = {name: score for name, score in importance.items() if name not in others}
     scores = measure_importance(model, widths, importance, calibration, max_samples=max_samples, progress=progress)
     orders = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
-    apply_orders(model, widths, orders)
+    apply_orders(model, widths, orders, along)
     return {name: score[orders[name]] for name, score in scores.items()}
+
+
+def check_sort(
+    model: nn.Module,
+    importance: str | Scores,
+    calibration: Any = None,
+    *,
+    kinds: tuple[str, ...] = ("heads", "mlp"),
+    optimizer: Any = None,
+    averaged: Any = None,
+) -> None:
+    """ValueError if `sort_by_importance` would refuse these arguments before it runs the model, or would do nothing with them."""
+    check_importance(importance, kinds)
+    model, structure, along = _ready_to_sort(model, optimizer, averaged)
+    if isinstance(importance, str) and importance == "none":
+        raise ValueError(
+            f"`importance` is 'none', by which nothing is sorted: choose one of {list(IMPORTANCES[:-1])}."
+        )
+    widths = _sortable_widths(model, structure, kinds, along)
+    if importance in ("activation", "gradient"):
+        check_calibration(str(importance), calibration)
+    elif importance == "movement":
+        _learned_scores(model, widths)
+
+
+def _ready_to_sort(model: nn.Module, optimizer: Any, averaged: Any) -> tuple[nn.Module, Structure, Along]:
+    model = getattr(model, "get_base_model", lambda: model)()
+    if is_narrowed(model):
+        raise ValueError("A part of `model` is not active; choose the widest subnet first, `model.set_subnet('max')`.")
+    along = Along(model, optimizer, averaged)
+    return model, Structure(model), along
+
+
+def _sortable_widths(model: nn.Module, structure: Structure, kinds: tuple[str, ...], along: Along) -> list[Width]:
+    check_here("the model", model.parameters())
+    widths = find_widths(model, structure, kinds)
+    check_sortable(model, widths)
+    paths = [slot.path for width in widths for slot in width.slots]
+    along.check(model, paths, order_digest(model), [order_digest(other) for other in along.averaged])
+    return widths
 
 
 def check_importance(importance: Any, kinds: tuple[str, ...]) -> None:
@@ -229,10 +273,21 @@ def check_order(model: nn.Module, structure: Reading, importance: str, subnet: M
         )
 
 
-def apply_orders(model: nn.Module, widths: list[Width], orders: Mapping[str, torch.Tensor]) -> None:
-    """Put units into another order: unit i becomes what unit `orders[name][i]` was. Adapters are moved along, and the model
-    notes which unit of the original each one is now."""
-    noted: dict[str, torch.Tensor] = model.__dict__.setdefault(ORDER_ATTRIBUTE, {})
+def apply_orders(
+    model: nn.Module, widths: list[Width], orders: Mapping[str, torch.Tensor], along: Along | None = None
+) -> None:
+    """Put units into another order: unit i becomes what unit `orders[name][i]` was. Adapters are moved along, and `along`, which
+    has been checked; and each model notes which unit of the original each one is now."""
+    if along is None:
+        _apply_to(model, widths, orders)
+        return
+    with along.following():
+        for each in (model, *along.averaged):
+            _apply_to(each, widths, orders)
+
+
+def _apply_to(model: nn.Module, widths: list[Width], orders: Mapping[str, torch.Tensor]) -> None:
+    noted = noted_orders(model)
     learned = noted_scores(model)
     for width in widths:
         for order in width.orders:
@@ -311,17 +366,24 @@ def noted_scores(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.__dict__.get(_SCORES_ATTRIBUTE, {}))
 
 
+def check_orders(structure: Reading, orders: Mapping[str, torch.Tensor]) -> None:
+    """ValueError if these orders name something that a model does not have, or not with that many units."""
+    units = {order.name: width.units for width in structure.widths for order in width.orders}
+    for name, order in orders.items():
+        if sorted(order.tolist()) != list(range(units.get(name, -1))):
+            raise ValueError(f"The order of {name!r} does not belong to this model.")
+
+
 def reorder(model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> None:
     """Bring a model, sorted or not, and the adapters on it into noted orders; those that are not named into the original one.
 
     Raises:
         ValueError: if `wanted` names something that the model does not have, or not with that many units.
     """
-    widths = Structure(model).widths
+    structure = Structure(model)
+    check_orders(structure, wanted)
+    widths = structure.widths
     units = {order.name: width.units for width in widths for order in width.orders}
-    for name, then in wanted.items():
-        if sorted(then.tolist()) != list(range(units.get(name, -1))):
-            raise ValueError(f"The order of {name!r} does not belong to this model.")
     moves = {}
     noted = noted_orders(model)
     for name, number in units.items():

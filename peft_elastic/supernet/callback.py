@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..common import ranks
-from ..common.checks import check_whole
+from ..common.checks import check_whole, wrong
+from .context import eval_mode, seeded
 from .generations import Generations
 from .host import ElasticHost, get_elastic_host
 from .runs import claim_run
@@ -35,6 +38,8 @@ from .summary import describe_parameters, name_of, trained_parameters
 logger = logging.getLogger(__name__)
 
 _COMPARED_STEPS = 4
+# Under which the state of a training, in its checkpoints, has the orders of the last sorting, and the step before which it was.
+_ORDERS = "peft_elastic.orders"
 
 
 class SubnetSamplingCallback(TrainerCallback):
@@ -56,14 +61,23 @@ class SubnetSamplingCallback(TrainerCallback):
         eval_subnet (`Subnet`, `Mapping` or `str`, *optional*):
             The subnet to evaluate and save, as in `model.set_subnet`. Defaults to the one chosen when training starts.
         stages (sequence of `Stage`, *optional*):
-            Progressive shrinking: which kinds of choices are sampled for how many epochs, at what learning rate. By
-            default all kinds are, all the time.
+            Progressive shrinking: which kinds of choices are sampled for how many epochs or steps, how many of their options, at what
+            learning rate, and whether the model is sorted first. By default all kinds are, all the time.
+        calibration (*optional*): batches for stages that sort (`Stage(sort=True)`) by an importance that needs data: a list, or
+            anything else that can be gone through several times.
+        averaged (*optional*): an average of the weights (`torch.optim.swa_utils.AveragedModel`), another copy of the model, or a list
+            of some, which stages that sort bring into the same order. A training that is resumed takes them as they were in the
+            step of the checkpoint.
+        prepare (*optional*):
+            A function of the model that is called before each evaluation in the training, with the chosen subnet active, in evaluation
+            mode, without gradients; the global generators are those of the training again afterwards. For what a subnet needs
+            before it can be judged, such as statistics of its normalisations.
 
     Raises:
         ValueError: for an unknown strategy, one that trains several subnets in a step (see `ElasticTrainer`), a bad seed
             or bad stages; when training starts, for a model that is not elastic, an `eval_subnet` that does not
-            belong to its search space, stages that do not fit the space or the training arguments, or PPO; and where the processes
-            of a distributed run would train different subnets.
+            belong to its search space, stages that do not fit the space, the training arguments or the checkpoint, or that cannot
+            sort, or PPO; and where the processes of a distributed run would train different subnets.
     """
 
     # whether the Trainer can train several subnets in a step
@@ -75,12 +89,29 @@ class SubnetSamplingCallback(TrainerCallback):
         seed: int | None = None,
         eval_subnet: Subnet | Mapping[str, int] | str | None = None,
         stages: Sequence[Stage] | None = None,
+        *,
+        calibration: Any = None,
+        averaged: Any = None,
+        prepare: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         self.sampler = sampler_of(strategy, several=self._several)
         check_whole("seed", seed, least=0, optional=True)
         self.seed = seed
         self.eval_subnet = eval_subnet
         self.stages = check_stages(stages)
+        if isinstance(calibration, Iterator):
+            raise wrong(
+                "calibration", "a list of batches, or what else can be gone through several times", calibration
+            )
+        if prepare is not None and not callable(prepare):
+            raise wrong("prepare", "a function of the model, or None", prepare)
+        self.calibration = calibration
+        self.averaged = averaged
+        self.prepare = prepare
+        # whether training goes on, and `prepare` has been called since its last step
+        self._is_training = self._is_prepared = False
+        # of the last step before which this run has sorted
+        self._sorted_step: int | None = None
         self._plan: StagePlan | None = None
         self._generations = Generations()
         self._is_of_new_trainer = False
@@ -121,7 +152,14 @@ class SubnetSamplingCallback(TrainerCallback):
         self._is_of_new_trainer = True
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         host = get_elastic_host(model)
         claim_run(state, self, "ElasticTrainer" if self._several else "SubnetSamplingCallback")
@@ -140,9 +178,12 @@ class SubnetSamplingCallback(TrainerCallback):
             _check_nothing_skipped(
                 host.search_space, [host.search_space.min], "`strategy` trains one subnet a step, which"
             )
+        plan = StagePlan(self.stages, host.search_space, args, state.max_steps, lr_scheduler)
+        self._resume_orders(host, state, plan)
+        if plan.sorting_steps:
+            self._check_sorting(args, host, optimizer)
         if state.global_step and (check := getattr(host, "check_checkpoint", None)):
             check(_checkpoint(args, state))
-        plan = StagePlan(self.stages, host.search_space, args, state.max_steps, lr_scheduler)
         if self.eval_subnet is None:
             host.restore_subnet()  # an earlier run may have been interrupted in the middle of a step
         else:
@@ -153,7 +194,77 @@ class SubnetSamplingCallback(TrainerCallback):
             self._generations, self._is_of_new_trainer = Generations(), False
         self._generations.begin(args, state.global_step)
         self._check_agreement(host, state.global_step)
+        self._is_training, self._is_prepared, self._sorted_step = True, False, None
+        if getattr(args, "eval_on_start", False):
+            self._prepare(model)
         logger.info(f"Training {host.search_space} with {type(self.sampler).__name__}.")
+
+    def _check_sorting(self, args: Any, host: ElasticHost, optimizer: Any) -> None:
+        """ValueError unless the stages can sort in this training."""
+        if ranks.world_size() > 1:
+            raise ValueError(
+                "`stages` with `sort=True` work in one process: sums on several devices differ in their last bits, and so would the "
+                "orders. Sort before the training, `model.sort_by_importance(calibration)`."
+            )
+        if getattr(args, "load_best_model_at_end", False):
+            raise ValueError(
+                "`load_best_model_at_end` may load the weights of a step before the last sorting, which are in another order: leave it "
+                "off with `stages` that sort, and load the checkpoint that you choose."
+            )
+        if hasattr(args, "num_iterations"):
+            raise ValueError(
+                "`stages` with `sort=True` do not go with trainers that train several steps on one generation, whose subnets would be "
+                "others in the middle of it. Sort before the training."
+            )
+        if (check := getattr(host, "check_sort", None)) is None:
+            raise ValueError(
+                f"`stages` with `sort=True` need a model that can be sorted, and {type(host).__name__} cannot."
+            )
+        try:
+            check(self.calibration, optimizer=optimizer, averaged=self.averaged)
+        except ValueError as error:
+            raise ValueError(f"A stage with `sort=True`: {error}") from error
+
+    def _resume_orders(self, host: Any, state: Any, plan: StagePlan) -> None:
+        """After a restart, note the order that the weights of the checkpoint are in. What was sorted is not sorted again.
+
+        Raises:
+            ValueError: if the checkpoint is from a training with other stages.
+        """
+        if not state.global_step:
+            state.stateful_callbacks.pop(_ORDERS, None)
+            return
+        then = max((step for step in plan.sorting_steps if step < state.global_step), default=None)
+        noted = state.stateful_callbacks.get(_ORDERS)
+        if then != (noted and noted["step"]):
+            raise ValueError(
+                f"`stages`: by them the model was last sorted before step {then}, and in the training that is gone on with "
+                f"{'never' if noted is None else 'before step ' + str(noted['step'])}. Give the same stages as to that."
+            )
+        if noted is not None:
+            orders = {name: torch.tensor(order, dtype=torch.int64) for name, order in noted["orders"].items()}
+            host.resume_orders(orders, averaged=self.averaged)
+
+    def _sort(self, state: Any, optimizer: Any) -> None:
+        host: Any = self._host
+        seed = self._args_seed if self.seed is None else self.seed
+        # the training draws as if nothing had been sorted, and a calibration that is shuffled is so in the same way
+        with seeded(seed + state.global_step):
+            host.sort_by_importance(self.calibration, optimizer=optimizer, averaged=self.averaged, progress=False)
+        orders = {name: order.tolist() for name, order in host.noted_orders().items()}
+        # in the checkpoint the orders are beside the step, so that one is never read without the other
+        state.stateful_callbacks[_ORDERS] = {"step": state.global_step, "orders": orders}
+        self._sorted_step = state.global_step
+        logger.info(f"Sorted {len(orders)} orders before step {state.global_step}.")
+
+    def _prepare(self, model: Any) -> None:
+        """Call `prepare` before an evaluation, once after each step."""
+        if self.prepare is None or self._is_prepared:
+            return
+        seed = self._args_seed if self.seed is None else self.seed
+        with eval_mode(model), seeded(seed), torch.no_grad():
+            self.prepare(model)
+        self._is_prepared = True
 
     def _check_agreement(self, host: ElasticHost, step: int) -> None:
         """ValueError unless all processes of the run train the same subnets. Gradients of different ones would be averaged, and
@@ -175,8 +286,12 @@ class SubnetSamplingCallback(TrainerCallback):
                     "same configuration and `seed`, and let a strategy of your own take all its randomness from its `rng`."
                 )
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._host is not None
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        assert self._host is not None and self._plan is not None
+        self._is_prepared = False
+        # an epoch may end in the middle of a step, which is then begun a second time
+        if state.global_step in self._plan.sorting_steps and state.global_step != self._sorted_step:
+            self._sort(state, optimizer)
         self._generations.begin_step(state.global_step)
         if self._all_move:
             subnets = self.subnets_of_step(state.global_step)
@@ -186,18 +301,30 @@ class SubnetSamplingCallback(TrainerCallback):
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._generations.end_micro_batch()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self._host is not None
         self._generations.end_micro_batch()
         self._host.restore_subnet()
+        if control.should_evaluate:
+            self._prepare(model)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self._host is not None
         self._host.restore_subnet()  # a step that is cut short in the middle of its gradient accumulation has no end
+        if control.should_evaluate:
+            self._prepare(model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._is_training = False
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
+        if self._is_training and self.prepare is not None and not self._is_prepared:
+            raise ValueError(
+                "`prepare` was not called before this evaluation: another callback asked for it later in the step, and has to stand before "
+                "this in `callbacks`; or the training was interrupted, after which to evaluate call `prepare` and set it to None here."
+            )
         name, parameters = self._report("Evaluated", model, state)
         # `metrics` itself is for numbers: Trainer's hyperparameter search adds up what it finds there
         if state.log_history and state.log_history[-1].keys() >= (metrics or {}).keys():

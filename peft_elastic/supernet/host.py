@@ -30,7 +30,13 @@ HOST_ATTRIBUTE = "_peft_elastic_host"
 
 @runtime_checkable
 class ElasticHost(Protocol):
-    """A model whose active subnet can be chosen: a `PeftModel` with an elastic adapter, its tuner, or an `ElasticModel`."""
+    """A model whose active subnet can be chosen: a `PeftModel` with an elastic adapter, its tuner, or an `ElasticModel`.
+
+    One that stages of a training can sort (`Stage(sort=True)`) has four methods more: `sort_by_importance(calibration, optimizer=,
+    averaged=, progress=)`; `check_sort(calibration, optimizer=, averaged=)`, a ValueError where that would be refused; `noted_orders()`,
+    which unit of the original each unit is now, by the name of the order; and `resume_orders(orders, averaged=)`, called when the weights
+    of a checkpoint in these orders have been loaded.
+    """
 
     @property
     def search_space(self) -> SearchSpace:

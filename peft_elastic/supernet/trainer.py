@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ class ElasticTrainerMixin(_Trainer):
         distillation_temperature (`float`, defaults to 1.0):
             T, by which the logits of both are divided (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). The KL
             divergence is the mean over the labels that are not -100, counted as the loss counts them.
-        seed, eval_subnet, stages: as in [`SubnetSamplingCallback`].
+        seed, eval_subnet, stages, calibration, averaged, prepare: as in [`SubnetSamplingCallback`].
 
     Raises:
         ValueError: for a bad argument, a model that is not elastic, or a `SubnetSamplingCallback` among the
@@ -102,9 +102,14 @@ class ElasticTrainerMixin(_Trainer):
         seed: int | None = None,
         eval_subnet: Subnet | Mapping[str, int] | str | None = None,
         stages: Sequence[Stage] | None = None,
+        calibration: Any = None,
+        averaged: Any = None,
+        prepare: Callable[[nn.Module], Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._sampling = _StepSampling(strategy, seed, eval_subnet, stages)
+        self._sampling = _StepSampling(
+            strategy, seed, eval_subnet, stages, calibration=calibration, averaged=averaged, prepare=prepare
+        )
         if distillation is not None and distillation != "max" and not isinstance(distillation, nn.Module):
             raise wrong("distillation", "None, 'max' or a model", distillation)
         if distillation == "max" and not isinstance(self._sampling.sampler, StepSampler):
@@ -127,7 +132,7 @@ class ElasticTrainerMixin(_Trainer):
         if any(isinstance(callback, SubnetSamplingCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
                 f"`callbacks` holds a SubnetSamplingCallback, but {type(self).__name__} samples by itself: pass its "
-                "`strategy`, `seed`, `eval_subnet` and `stages` to the trainer."
+                "`strategy`, `seed`, `eval_subnet`, `stages` and others to the trainer."
             )
         if isinstance(self._sampling.sampler, StepSampler) and hasattr(self, "_buffered_inputs"):
             raise ValueError(

@@ -15,7 +15,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Optional
 
 import torch
@@ -25,6 +27,12 @@ from transformers.pytorch_utils import Conv1D
 from ..grid import Grid
 from ..narrowed import Narrowed, NarrowedParameter, Ranges, other_ranges, take
 from .base import Backend, OldWeight
+
+
+# Who wants to know of every permutation of a parameter, see `followed_by`.
+_FOLLOWERS: ContextVar[tuple[Callable[[torch.Tensor, int, torch.Tensor], None], ...]] = ContextVar(
+    "_FOLLOWERS", default=()
+)
 
 
 class OldFloat(OldWeight):
@@ -191,9 +199,26 @@ def cut_parameter(
 
 @torch.no_grad()
 def permute_parameter(parameter: Optional[torch.Tensor], dim: int, index: torch.Tensor) -> None:
-    """Put the entries of one dimension into another order: number i becomes what `index[i]` was."""
-    if parameter is not None:
-        parameter.data = parameter.data.index_select(dim, index.to(parameter.device))
+    """Put the entries of one dimension into another order: number i becomes what `index[i]` was. The gradient moves along, and
+    whatever `followed_by` has been told of."""
+    if parameter is None:
+        return
+    index = index.to(parameter.device)
+    parameter.data = parameter.data.index_select(dim, index)
+    if isinstance(parameter, nn.Parameter) and parameter.grad is not None:
+        parameter.grad = parameter.grad.index_select(dim, index)
+    for follow in _FOLLOWERS.get():
+        follow(parameter, dim, index)
+
+
+@contextmanager
+def followed_by(follow: Callable[[torch.Tensor, int, torch.Tensor], None]) -> Iterator[None]:
+    """Tell somebody of every `permute_parameter` inside: which tensor, which dimension, and where each entry came from."""
+    token = _FOLLOWERS.set((*_FOLLOWERS.get(), follow))
+    try:
+        yield
+    finally:
+        _FOLLOWERS.reset(token)
 
 
 FLOAT = FloatBackend()

@@ -140,10 +140,14 @@ def _check(path: str, layer: nn.Module | None, sizes: Any) -> None:
         )
         if not good:
             whole = "no such tensor" if old is None else f"{list(old.shape)}"
-            raise ValueError(f"The description of {path!r} gives {name!r} the shape {shape!r}; the whole model has {whole}.")
+            raise ValueError(
+                f"The description of {path!r} gives {name!r} the shape {shape!r}; the whole model has {whole}."
+            )
     for name, value in numbers.items():
         if name not in _NUMBERS or name not in layer.__dict__:
-            raise ValueError(f"The description of {path!r} sets {name!r}, which is no number of a {type(layer).__name__}.")
+            raise ValueError(
+                f"The description of {path!r} sets {name!r}, which is no number of a {type(layer).__name__}."
+            )
         entries = value if isinstance(value, (list, tuple)) else [value]
         if not all(type(entry) is int and entry >= 0 for entry in entries):
             raise ValueError(f"The description of {path!r} sets {name!r} to {value!r}, which must be whole numbers.")

@@ -74,7 +74,9 @@ def note(model: nn.Module, description: Description) -> None:
 
 def merged(first: Description, second: Description) -> Description:
     """The description of what was cut twice."""
-    layers = {path: {kind: dict(sizes[kind]) for kind in ("tensors", "numbers")} for path, sizes in first["layers"].items()}
+    layers = {
+        path: {kind: dict(sizes[kind]) for kind in ("tensors", "numbers")} for path, sizes in first["layers"].items()
+    }
     for path, sizes in second["layers"].items():
         own = layers.setdefault(path, {"tensors": {}, "numbers": {}})
         for kind in ("tensors", "numbers"):
@@ -108,7 +110,9 @@ def apply_channels(model: nn.Module, description: Any) -> None:
     # a base model alone has no head
     own = {at_home(path): sizes for path, sizes in layers.items()}
     lacking = [path for path in own if path not in paths]
-    resize(model, {"layers": {p: s for p, s in own.items() if p not in lacking}, "skipped": [at_home(p) for p in skipped]})
+    resize(
+        model, {"layers": {p: s for p, s in own.items() if p not in lacking}, "skipped": [at_home(p) for p in skipped]}
+    )
 
 
 # -- any other module --------------------------------------------------------------------------------------------------
@@ -159,10 +163,14 @@ def load_extracted(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modul
     folder = Path(folder)
     for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"`folder` {os.fspath(folder)!r} has no {name}: `save_extracted` did not write it, or was interrupted.")
+            raise ValueError(
+                f"`folder` {os.fspath(folder)!r} has no {name}: `save_extracted` did not write it, or was interrupted."
+            )
     saved = _DOCUMENT.read(folder / DESCRIPTION_FILE)
     if saved["model_class"] != type(model).__name__:
-        raise ValueError(f"`model` is a {type(model).__name__}, and {os.fspath(folder)!r} holds a {saved['model_class']}.")
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, and {os.fspath(folder)!r} holds a {saved['model_class']}."
+        )
     description = {"layers": saved["layers"], "skipped": saved["skipped"]}
     try:
         tensors = load_file(folder / WEIGHTS_FILE)

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from ...common.calls import split_batch
 from ...common.checks import wrong
+from ...common.progress import progress_bar
 from ...layers.backends.float import permute_parameter
-from ..importance import Scores, note_orders, noted_orders
+from ..along import Along
+from ..importance import Scores, note_orders, noted_orders, order_digest
 from ..modules import module_at
 from .groups import Runs
 from .proof import permutation_of
@@ -37,7 +39,11 @@ IMPORTANCES = ("gamma", "activation", "gradient", "magnitude", "none")
 
 
 def measure_channels(
-    model: nn.Module, structure: TracedStructure, importance: str | Scores, batches: Sequence[Any] | None = None
+    model: nn.Module,
+    structure: TracedStructure,
+    importance: str | Scores,
+    batches: Sequence[Any] | None = None,
+    progress: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The scores of the channels of a model, larger is more important.
 
@@ -53,6 +59,7 @@ def measure_channels(
             "gradient": |sum a dL/da| over positions, root mean square over samples.
             Or your own scores by the name of the channels.
         batches (`list`, *optional*): for "activation" and "gradient": tensors, (images, labels), or dicts of arguments.
+        progress (`bool`): show a progress bar.
 
     Returns:
         `dict[str, torch.Tensor]`: float32 (units,) by the name of the channels.
@@ -60,34 +67,51 @@ def measure_channels(
     Raises:
         ValueError: for an importance that there is not, scores of other channels, or data that is missing or does not fit.
     """
+    check_channel_importance(importance, bool(batches))
     if not isinstance(importance, str):
         return _own(structure, importance)
-    if importance not in IMPORTANCES:
-        raise wrong("importance", f"one of {list(IMPORTANCES)} for channels, or your own scores", importance)
     if importance == "none" or not structure.elastic:
         return {}
-    if importance in ("activation", "gradient") and not batches:
-        raise ValueError(
-            f"`calibration`: importance {importance!r} needs data, an iterable of batches. Without data there are 'gamma', "
-            "'magnitude' and 'none'."
-        )
     if importance == "magnitude":
         return _magnitudes(model, structure)
     if importance == "gamma":
         return _gammas(model, structure)
-    return _measured(model, structure, importance, batches or ())
+    return _measured(model, structure, importance, batches or (), progress)
+
+
+def check_channel_importance(importance: Any, has_data: bool) -> None:
+    """ValueError unless channels can be sorted by this."""
+    if isinstance(importance, Mapping):
+        return
+    if importance not in IMPORTANCES:
+        raise wrong("importance", f"one of {list(IMPORTANCES)} for channels, or your own scores", importance)
+    if importance in ("activation", "gradient") and not has_data:
+        raise ValueError(
+            f"`calibration`: importance {importance!r} needs data, an iterable of batches. Without data there are 'gamma', "
+            "'magnitude' and 'none'."
+        )
+
+
+def check_channels_along(model: nn.Module, structure: TracedStructure, along: Along) -> None:
+    """ValueError unless what belongs to the channels of a model can be moved along."""
+    paths = [path for channels in structure.elastic for path in channels.layers]
+    along.check(model, paths, order_digest(model), [order_digest(other) for other in along.averaged])
 
 
 def sort_channels(
-    model: nn.Module, structure: TracedStructure, scores: Mapping[str, torch.Tensor]
+    model: nn.Module, structure: TracedStructure, scores: Mapping[str, torch.Tensor], along: Along | None = None
 ) -> dict[str, torch.Tensor]:
-    """Put the channels of a model into the order of falling scores, in place; it computes what it did.
+    """Put the channels of a model, and of what goes along with it, into the order of falling scores, in place; it computes what it
+    did.
 
     Returns:
         `dict[str, torch.Tensor]`: the scores in the new order.
     """
     orders = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
-    apply_channel_orders(model, structure, orders)
+    along = Along(model) if along is None else along
+    with along.following():
+        for each in (model, *along.averaged):
+            apply_channel_orders(each, structure, orders)
     return {name: score[orders[name]] for name, score in scores.items()}
 
 
@@ -181,7 +205,11 @@ def _gammas(model: nn.Module, structure: TracedStructure) -> dict[str, torch.Ten
             continue
         if reads(layer, name, dim):
             _add(readers, runs, _column_squares(layer, name, dim))
-        elif name == "weight" and tensor.dim() == 1 and isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        elif (
+            name == "weight"
+            and tensor.dim() == 1
+            and isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
+        ):
             _add(scales, runs, tensor.detach().abs())
         elif name == "weight" and tensor.dim() > 1:
             _add(filters, runs, _column_squares(layer, name, dim))
@@ -201,10 +229,12 @@ def _named(structure: TracedStructure, totals: Mapping[int, torch.Tensor]) -> di
 
 
 def _measured(
-    model: nn.Module, structure: TracedStructure, importance: str, batches: Sequence[Any]
+    model: nn.Module, structure: TracedStructure, importance: str, batches: Sequence[Any], progress: bool
 ) -> dict[str, torch.Tensor]:
     readers = {
-        (path, name, dim): runs for (path, name, dim), runs in structure.sides.items() if reads(module_at(model, path), name, dim)
+        (path, name, dim): runs
+        for (path, name, dim), runs in structure.sides.items()
+        if reads(module_at(model, path), name, dim)
     }
     totals: dict[int, torch.Tensor] = {}
     samples = 0
@@ -226,7 +256,7 @@ def _measured(
 
         for path in {path for path, _, _ in readers}:
             hooks.enter_context(module_at(model, path).register_forward_pre_hook(note(path), with_kwargs=True))
-        for batch in batches:
+        for batch in progress_bar(batches, desc="importance", unit="batch", disable=not progress):
             inputs.clear()
             args, kwargs, labels = split_batch(batch, device)
             count = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0]
@@ -237,7 +267,11 @@ def _measured(
                 for (path, name, dim), runs in readers.items():
                     layer = module_at(model, path)
                     for source in inputs.get(path, ()):
-                        _add(totals, runs, _features(layer, source.square()).sum((0, 1)) * _column_squares(layer, name, dim))
+                        _add(
+                            totals,
+                            runs,
+                            _features(layer, source.square()).sum((0, 1)) * _column_squares(layer, name, dim),
+                        )
                 continue
             with torch.enable_grad():
                 loss = _loss(model, args, kwargs, labels)
@@ -251,7 +285,9 @@ def _measured(
                             _add_squares(totals, runs, change)
     if not totals:
         raise ValueError("`calibration`: the model does not use its channels on this data.")
-    return _named(structure, {n: (total / (samples if importance == "gradient" else 1)).sqrt() for n, total in totals.items()})
+    return _named(
+        structure, {n: (total / (samples if importance == "gradient" else 1)).sqrt() for n, total in totals.items()}
+    )
 
 
 def _add_squares(totals: dict[int, torch.Tensor], runs: Runs, change: torch.Tensor) -> None:
@@ -275,11 +311,15 @@ def _features(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
 
 def _loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any) -> torch.Tensor:
     if labels is None:
-        raise ValueError("`calibration`: importance 'gradient' needs batches with labels: (images, labels), or dicts with `labels`.")
+        raise ValueError(
+            "`calibration`: importance 'gradient' needs batches with labels: (images, labels), or dicts with `labels`."
+        )
     result = model(*args, **kwargs)
     logits = getattr(result, "logits", result)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise ValueError(f"`model` ({type(model).__name__}) gives no logits (samples, classes), which importance 'gradient' needs.")
+        raise ValueError(
+            f"`model` ({type(model).__name__}) gives no logits (samples, classes), which importance 'gradient' needs."
+        )
     return F.cross_entropy(logits, labels)
 
 

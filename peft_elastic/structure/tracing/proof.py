@@ -114,7 +114,9 @@ class _Trial:
         generator = torch.Generator().manual_seed(1)
         orders = {g.number: torch.randperm(g.units, generator=generator) for g in groups}
         # a permutation that leaves all as it is proves nothing
-        orders = {n: order.roll(1) if torch.equal(order, torch.arange(len(order))) else order for n, order in orders.items()}
+        orders = {
+            n: order.roll(1) if torch.equal(order, torch.arange(len(order))) else order for n, order in orders.items()
+        }
         done: set[tuple[int, int]] = set()
         for (path, name, dim), runs in self.structure.sides.items():
             index = permutation_of(runs, orders)
@@ -122,7 +124,12 @@ class _Trial:
                 continue
             module = self.model.get_submodule(path)
             for tensor in tensors_along(module, name):
-                if tensor is not None and (id(tensor), dim) not in done and tensor.dim() > dim and tensor.shape[dim] > 1:
+                if (
+                    tensor is not None
+                    and (id(tensor), dim) not in done
+                    and tensor.dim() > dim
+                    and tensor.shape[dim] > 1
+                ):
                     done.add((id(tensor), dim))
                     tensor.copy_(tensor.index_select(dim, index))
         try:
@@ -151,7 +158,9 @@ class _Trial:
             masked = self._outputs()
         finally:
             self._restore()
-        return self._narrowed(values, masked, "narrowed, the model computes something else than without these channels")
+        return self._narrowed(
+            values, masked, "narrowed, the model computes something else than without these channels"
+        )
 
     def _smallest(self, groups: Sequence[Channels]) -> str | None:
         # not a single channel of each: a standardized weight of one number is none
@@ -197,7 +206,9 @@ class _Trial:
         try:
             masked = self._outputs()
             set_kernel(layer, size)
-            return self._difference(masked, "with a smaller kernel the model computes something else than with zeros around it")
+            return self._difference(
+                masked, "with a smaller kernel the model computes something else than with zeros around it"
+            )
         except Exception as error:
             return _reason("with a smaller kernel the model fails", error)
         finally:
@@ -229,7 +240,9 @@ class _Trial:
             return words
         for one, other in zip(found, expected):
             scale = float(other.abs().max()) if other.numel() else 0.0
-            if not torch.isfinite(one).all() or float((one - other).abs().max() if one.numel() else 0) > _TOLERANCE * max(scale, 1e-3):
+            if not torch.isfinite(one).all() or float(
+                (one - other).abs().max() if one.numel() else 0
+            ) > _TOLERANCE * max(scale, 1e-3):
                 return words
         return None
 
@@ -240,7 +253,9 @@ class _Trial:
 
 def flat(result: Any) -> list[torch.Tensor]:
     """The floating-point tensors of what a model returns."""
-    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return [
+        t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()
+    ]
 
 
 def permutation_of(runs: Runs, orders: dict[int, torch.Tensor]) -> torch.Tensor | None:

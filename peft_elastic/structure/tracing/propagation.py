@@ -28,7 +28,7 @@ from typing import Any
 from torch import fx
 
 from .graph import Graph, is_tensor, shape_of
-from .groups import Dims, Group, Groups, Run, Runs, groups_of, length_of, scaled
+from .groups import Dims, Group, Groups, Run, Runs, length_of, scaled
 
 
 # What computes each feature by itself, or changes nothing of the channels.
@@ -49,8 +49,16 @@ _SPATIAL = {
     f"{kind}{n}d{ending}": n
     for n in (1, 2, 3)
     for kind in (
-        "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool", "reflection_pad", "replication_pad",
-        "upsample_nearest", "upsample_nearest_exact", "_upsample_nearest_exact",
+        "max_pool",
+        "avg_pool",
+        "adaptive_avg_pool",
+        "adaptive_max_pool",
+        "lp_pool",
+        "reflection_pad",
+        "replication_pad",
+        "upsample_nearest",
+        "upsample_nearest_exact",
+        "_upsample_nearest_exact",
     )
     for ending in ("", "_with_indices")
 } | {"upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_linear1d": 1, "upsample_trilinear3d": 3}
@@ -176,7 +184,9 @@ class Propagation:
 
     def _convolution(self, node: fx.Node) -> Dims | None:
         source, weight, bias, stride, padding, dilation, groups = _arguments(
-            node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"), (None, None, None, 1, 0, 1, 1)
+            node,
+            ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+            (None, None, None, 1, 0, 1, 1),
         )
         size = len(shape_of(weight)) - 2
         outputs, per_group = shape_of(weight)[:2]
@@ -257,7 +267,9 @@ class Propagation:
         inputs = (node for node in self.graph.nodes if node.op == "placeholder" and node.name in self.graph.inputs)
         samples = next((shape_of(node)[0] for node in inputs if shape_of(node)), 1) if channel else 1
         every = math.prod(shape) // max(1, shape[channel])
-        return every // samples if every % samples == 0 else math.prod(shape[1:channel]) * math.prod(shape[channel + 1 :])
+        return (
+            every // samples if every % samples == 0 else math.prod(shape[1:channel]) * math.prod(shape[channel + 1 :])
+        )
 
     def _new(self, tensor: tuple[str, str] | None, outputs: int, node: fx.Node) -> Group:
         return self.groups.new(outputs, tensor[0] if tensor else self.graph.path_of(node))
@@ -659,5 +671,3 @@ def _aligned(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
                 break
         parts.append((sources, targets))
     return parts
-
-

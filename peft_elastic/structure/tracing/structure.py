@@ -170,7 +170,9 @@ class TracedStructure:
         """Note that these groups cannot be narrowed."""
         gone = set(numbers)
         self.channels = [
-            Channels(c.name, c.full, c.units, c.number, c.mixed, c.layers, c.fixed or reason) if c.number in gone else c
+            Channels(c.name, c.full, c.units, c.number, c.mixed, c.layers, c.fixed or reason)
+            if c.number in gone
+            else c
             for c in self.channels
         ]
 
@@ -207,7 +209,9 @@ class TracedStructure:
         names = [group.name for group in self.elastic]
         if not isinstance(options, Mapping):
             if not names:
-                raise ValueError(f"`elastic_width['channels']`: no channels of the model can be narrowed.\n{self.report()}")
+                raise ValueError(
+                    f"`elastic_width['channels']`: no channels of the model can be narrowed.\n{self.report()}"
+                )
             return [(group, options) for group in self.elastic]
         found: dict[str, Sequence[int | float]] = {}
         for name, values in options.items():
@@ -242,7 +246,9 @@ class TracedStructure:
             sizes = [whole]
             for size in sorted({*values}, reverse=True):
                 if size > whole and isinstance(options, Mapping):
-                    raise ValueError(f"`elastic_kernel` has {size} for {path!r}, whose kernel is {self.kernels[path]}.")
+                    raise ValueError(
+                        f"`elastic_kernel` has {size} for {path!r}, whose kernel is {self.kernels[path]}."
+                    )
                 if size >= whole:
                     continue
                 problem = self.problems.get(path) or kernel_problem(module_at(model, path), size)
@@ -269,7 +275,9 @@ class TracedStructure:
             elif number:
                 first, last = int(number[1]), int(number[2] or number[1])
                 if not first <= last < len(paths):
-                    raise ValueError(f"`elastic_depth` has {entry!r}; the blocks that can be skipped are 0 to {len(paths) - 1}.")
+                    raise ValueError(
+                        f"`elastic_depth` has {entry!r}; the blocks that can be skipped are 0 to {len(paths) - 1}."
+                    )
                 meant = paths[first : last + 1]
             else:
                 meant = _named(str(entry), paths)
@@ -306,6 +314,9 @@ class TracedStructure:
         kept = {c.number: values.get(c.key, c.full) // c.unit for c in self.channels}
         moved = {c.number for c in self.channels if c.key in changed}
         narrowed = {key: value for key, value in values.items() if value != self._whole(key)}
+        # a block may own tensors that are narrowed: its class is that of a narrowed one first, and of a skipped one then
+        for block in self.blocks:
+            set_block_skipped(model, block.path, False)
         touched = [key for key, runs in self.sides.items() if any(g.number in moved for g in groups_of(runs))]
         for path, name, dim in touched:
             module = module_at(model, path)
@@ -315,15 +326,16 @@ class TracedStructure:
                 runs = self.sides[path, name, dim]
                 set_active_channels(module, side_of(module, name, dim), active_ranges_of(runs, kept))
             elif name:
-                dims = {d: active_ranges_of(runs, kept) for (p, n, d), runs in self.sides.items() if (p, n) == (path, name)}
+                dims = {
+                    d: active_ranges_of(runs, kept) for (p, n, d), runs in self.sides.items() if (p, n) == (path, name)
+                }
                 set_active_tensor(module, name, {d: ranges for d, ranges in dims.items() if ranges is not None})
         for path, size in self.kernels.items():
             if (key := choice_key("kernel", path)) in changed:
                 value = values.get(key, max(size))
                 set_kernel(module_at(model, path), None if value == max(size) else value)
         for block in self.blocks:
-            if (key := choice_key("depth", block.path)) in changed:
-                set_block_skipped(model, block.path, not values.get(key, 1))
+            set_block_skipped(model, block.path, not values.get(choice_key("depth", block.path), 1))
         self._tell_norms(model, kept, bool(narrowed))
         self.active = dict(values)
 
@@ -387,7 +399,11 @@ def _check_layers(model: nn.Module, found: Propagation) -> None:
         module = model.get_submodule(path)
         reason = None
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            reason = None if type(module) in BATCH_NORMS else f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
+            reason = (
+                None
+                if type(module) in BATCH_NORMS
+                else f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
+            )
         elif layer_mixin(module) is None and isinstance(module, nn.modules.batchnorm._NormBase):
             reason = f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
         elif name and hasattr(module, "parametrizations"):

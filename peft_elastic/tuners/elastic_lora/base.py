@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -28,9 +28,18 @@ from ...common.names import has_suffix
 from ...common.parameters import check_here
 from ...layers.backends.bitsandbytes import unpack
 from ...layers.narrowed import active_ranges
+from ...structure.along import Along
 from ...structure.blocks import Structure
 from ...structure.description import check_describable
-from ...structure.importance import check_order, check_sortable, noted_orders, sort_by_importance
+from ...structure.importance import (
+    check_order,
+    check_sort,
+    check_sortable,
+    note_orders,
+    noted_orders,
+    same_orders,
+    sort_by_importance,
+)
 from ...structure.modules import module_at
 from ...structure.parts import KINDS
 from ...structure.space import activate, check_narrowable_layers, structural_choices
@@ -244,27 +253,66 @@ def sort_base(
     configs: Mapping[str, Any],
     calibration: Any,
     importance: Optional[str | Mapping[str, torch.Tensor]],
-    max_samples: Optional[int],
-    progress: bool,
+    **settings: Any,
 ) -> dict[str, torch.Tensor]:
-    """Sort the base, and its adapters along. See `ElasticLoraModel.sort_by_importance`."""
-    elastic = elastic_configs(configs)
-    wide = [c for name, c in elastic.items() if c.elastic_width and name in state.adapters]
+    """Sort the base, and its adapters along. See `ElasticLoraModel.sort_by_importance`, whose other arguments are `settings`."""
+    default, kinds = _sorted_by(state, model, configs)
+    with whole_base(state, model, configs):
+        scores = sort_by_importance(
+            model, default if importance is None else importance, calibration, kinds=kinds, **settings
+        )
+    _note_sorted(model, configs)
+    for copy in Along(model, averaged=settings.get("averaged")).averaged:
+        if (host := getattr(copy, HOST_ATTRIBUTE, None)) is not None:
+            _note_sorted(copy, host._configs)
+    return scores
+
+
+def _sorted_by(state: ElasticState, model: nn.Module, configs: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The importance that the first adapter with a width names, and the kinds that are elastic in any of them."""
+    wide = [c for name, c in elastic_configs(configs).items() if c.elastic_width and name in state.adapters]
     if not wide:
         raise ValueError("No adapter has an `elastic_width`, so there is nothing to sort for.")
     check_unmerged(model)
-    with whole_base(state, model, configs):
-        scores = sort_by_importance(
-            model,
-            wide[0].importance if importance is None else importance,
-            calibration,
-            kinds=tuple(dict.fromkeys(kind for config in wide for kind in config.elastic_width or {})),
-            max_samples=max_samples,
-            progress=progress,
-        )
-    for config in elastic.values():
+    return wide[0].importance, tuple(dict.fromkeys(kind for config in wide for kind in config.elastic_width or {}))
+
+
+def _note_sorted(model: nn.Module, configs: Mapping[str, Any]) -> None:
+    for config in elastic_configs(configs).values():
         config.sorted_base = bool(noted_orders(model))
-    return scores
+
+
+class Sortable:
+    """What a training whose stages sort asks of the tuner, beside `sort_by_importance`."""
+
+    model: nn.Module
+    if TYPE_CHECKING:  # properties of the tuner
+
+        @property
+        def _state(self) -> ElasticState: ...
+        @property
+        def _configs(self) -> dict[str, Any]: ...
+
+    def check_sort(self, calibration: Any = None, *, optimizer: Any = None, averaged: Any = None) -> None:
+        """ValueError if `sort_by_importance` would refuse these arguments, or the importance of the configuration sorts nothing."""
+        importance, kinds = _sorted_by(self._state, self.model, self._configs)
+        with whole_base(self._state, self.model, self._configs):
+            check_sort(self.model, importance, calibration, kinds=kinds, optimizer=optimizer, averaged=averaged)
+
+    def noted_orders(self) -> dict[str, torch.Tensor]:
+        """Which unit of the original base each unit is now, int64 (units,), by the name of the order."""
+        return noted_orders(self.model)
+
+    def resume_orders(self, orders: Mapping[str, torch.Tensor], averaged: Any = None) -> None:
+        """ValueError unless the base is in these orders of a checkpoint, into which loading the adapter brings it; copies of it, as in
+        `sort_by_importance`, are noted to be."""
+        if not same_orders(self.model, orders):
+            raise ValueError(
+                "The heads and channels of the base are in another order than in the checkpoint of the adapter: load the adapter from "
+                "the checkpoint (`trainer.train(resume_from_checkpoint=...)` does)."
+            )
+        for copy in Along(self.model, averaged=averaged).averaged:
+            note_orders(copy, orders)
 
 
 def check_unmerged(model: nn.Module) -> None:

@@ -49,7 +49,7 @@ from .export import export_lora
 from .state import ElasticState, Plan, active_adapters
 
 
-class ElasticLoraModel(LoraModel):
+class ElasticLoraModel(base.Sortable, LoraModel):
     """
     LoRA whose rank can be chosen, module by module, after training (peft type `ELASTIC_LORA`).
 
@@ -275,24 +275,24 @@ class ElasticLoraModel(LoraModel):
         *,
         max_samples: Optional[int] = None,
         progress: bool = True,
+        optimizer: Any = None,
+        averaged: Any = None,
     ) -> dict[str, torch.Tensor]:
-        """Sort the heads and MLP channels of the base, and all adapters along, by falling importance. It does not change what
-        the model computes; call it once, before the training, as trained adapters see other slices afterwards.
+        """Sort the heads and MLP channels of the base, and all adapters along, by falling importance, before a training or in the middle
+        of one (then with its `optimizer`). What the whole model computes does not change.
 
         Args:
-            calibration: an iterable of batches, for `"activation"` and `"gradient"`.
             importance (*optional*): as in `peft_elastic.sort_by_importance`; defaults to that of the configuration.
-            max_samples (`int`, *optional*): number of calibration sequences to use.
-            progress (`bool`): show a progress bar.
+            calibration, max_samples, progress, optimizer, averaged (*optional*): as there.
 
         Returns:
             `dict[str, torch.Tensor]`: the scores in the new order.
 
         Raises:
-            ValueError: as `peft_elastic.sort_by_importance`, and if no adapter is elastic in width.
+            ValueError: as there, and if no adapter is elastic in width.
         """
-        model, configs = self.model, self._configs
-        return base.sort_base(self._state, model, configs, calibration, importance, max_samples, progress)
+        settings = {"max_samples": max_samples, "progress": progress, "optimizer": optimizer, "averaged": averaged}
+        return base.sort_base(self._state, self.model, self._configs, calibration, importance, **settings)
 
     # -- out -------------------------------------------------------------------------------------------------------
 
