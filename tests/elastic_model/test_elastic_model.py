@@ -504,8 +504,12 @@ def test_latency():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "`elastic_width` and `elastic_depth` must not both be left out"),
-        ({"elastic_width": {"channels": [1.0]}}, "`elastic_width` must be a dict with the keys"),
+        ({}, "`elastic_width`, `elastic_kernel` and `elastic_depth` must not all be left out"),
+        ({"elastic_width": {"filters": [1.0]}}, "`elastic_width` must be a dict with the keys"),
+        ({"elastic_width": {"channels": [1.0], "mlp": [1.0]}}, "make one of the two elastic"),
+        ({"elastic_width": WIDTH, "importance": "gamma"}, "`importance` must be"),
+        ({"elastic_width": {"channels": [1.0]}, "importance": "movement"}, "`importance` must be"),
+        ({"elastic_kernel": [3.5]}, "`elastic_kernel` must be a list of kernel sizes"),
         ({"elastic_width": WIDTH, "importance": "luck"}, "`importance` must be"),
         ({"elastic_depth": []}, "`elastic_depth` must be at least one block"),
     ],
