@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .structure import importance_of_folder, sort_by_importance, sort_folder
     from .structure.movement import MovementCallback
     from .structure.recalibration import BatchNormRecalibration, recalibrate_batch_norm
+    from .structure.tracing.description import load_extracted, save_extracted
     from .supernet import (
         BalancedSampler,
         Choice,
@@ -125,6 +126,7 @@ __all__ = [
     "extract_folder",
     "get_elastic_model",
     "importance_of_folder",
+    "load_extracted",
     "load_gptq",
     "merge_and_requantize",
     "merge_folder",
@@ -137,6 +139,7 @@ __all__ = [
     "quantize_folder",
     "recalibrate_batch_norm",
     "restore_generation",
+    "save_extracted",
     "save_gptq",
     "search_subnet",
     "sort_by_importance",
@@ -181,6 +184,7 @@ __getattr__, __dir__ = lazy_package(
         ".structure": ("importance_of_folder", "sort_by_importance", "sort_folder"),
         ".structure.movement": ("MovementCallback",),
         ".structure.recalibration": ("BatchNormRecalibration", "recalibrate_batch_norm"),
+        ".structure.tracing.description": ("load_extracted", "save_extracted"),
         ".supernet": (
             "BalancedSampler",
             "Choice",

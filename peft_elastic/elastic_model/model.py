@@ -18,7 +18,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 
 from ..common.checks import wrong
 from ..common.parameters import check_here
+from ..layers.batch_norm import NarrowedBatchNorm
 from ..layers.narrowed import change_class
 from ..quantization.saving import state_to_save
 from ..structure.along import Along
@@ -298,6 +300,7 @@ class ElasticModel(nn.Module):
         *,
         sparse_kernel: str | bool = "auto",
         sparse_dtype: str = "bf16",
+        prepare: Optional[Callable[[nn.Module], Any]] = None,
     ) -> nn.Module:
         """Copy what belongs to a subnet, while the super-network stays as it is.
 
@@ -307,6 +310,9 @@ class ElasticModel(nn.Module):
                 extension is there, which swaps the layers that are measured to be faster; True swaps every layer with 30% zeros or
                 more and raises where it cannot; False leaves the model dense.
             sparse_dtype (`str`): "bf16" or "int8", of the values of the sparse layers.
+            prepare (`Callable`, *optional*): called with the copy when the subnet is active in it: a `BatchNormRecalibration`, whose
+                statistics are written into what is returned. Without one it has those that were averaged for the subnet, if it is active and they were, and otherwise,
+                with a warning, those of the largest subnet.
 
         Returns:
             `nn.Module`: a smaller ordinary model, of the class that the model had. Saved with `save_pretrained`, it loads with
@@ -326,6 +332,9 @@ class ElasticModel(nn.Module):
         swap = can_be_sparse(self, sparse_kernel, sparse_dtype)
         copied = copy.deepcopy(self)
         copied._activate(checked)
+        if prepare is not None:
+            prepare(copied)
+        _warn_of_statistics(copied)
         model = copied._as_plain()
         own.parts.extract(model)
         if swap:
@@ -487,6 +496,22 @@ def _read(model: nn.Module, config: ElasticConfig, inputs: Any) -> BlockParts | 
     """
     check_here("the model", model.parameters())
     return find_parts(model, config, inputs)
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    """Say so if a narrowed model normalizes by the statistics of the whole one."""
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, NarrowedBatchNorm)
+            and module.running_mean is not None
+            and "statistics" not in module.__dict__
+        ):
+            warnings.warn(
+                f"The subnet gets the statistics of BatchNorm of the largest one, as in {path!r}, with which it is far worse than it can be. Give "
+                "`extract_subnet(..., prepare=BatchNormRecalibration(batches))`, which averages its own.",
+                stacklevel=3,
+            )
+            return
 
 
 def _adapted(model: nn.Module) -> str | None:

@@ -37,7 +37,7 @@ from ..structure.tracing.order import check_channel_importance, check_channels_a
 from ..structure.tracing.proof import prove, prove_choices
 from ..structure.tracing.shapes import traced_shapes
 from ..structure.tracing.structure import TracedStructure
-from ..supernet.space import Choice, SearchSpace
+from ..supernet.space import Choice, SearchSpace, choice_key
 from .config import ElasticConfig
 
 
@@ -54,7 +54,7 @@ class Parts(Protocol):
     def take_back(self, model: nn.Module) -> None:
         """Take that off again."""
 
-    def check(self, model: nn.Module, values: Mapping[str, int], importance: str) -> None:
+    def check(self, model: nn.Module, values: Mapping[str, int], importance: str | None) -> None:
         """ValueError if these values cannot be chosen now."""
 
     def check_sampled(self, values: Mapping[str, int]) -> None:
@@ -103,7 +103,9 @@ class BlockParts:
         choices = structural_choices(self.structure, config.elastic_width, config.depth_entries)
         check_narrowable_layers(model, self.structure, choices)
         self._check_whole(choices)
-        self.space = SearchSpace(choices, layer_shapes(model, self.structure, choices, {}))
+        self.space = SearchSpace(
+            choices, layer_shapes(model, self.structure, choices, {}), _fixed_blocks(self.structure)
+        )
 
     def check_describable(self, model: nn.Module) -> None:
         check_describable(model, self.space.choices)
@@ -114,7 +116,7 @@ class BlockParts:
     def take_back(self, model: nn.Module) -> None:
         """Nothing was given."""
 
-    def check(self, model: nn.Module, values: Mapping[str, int], importance: str) -> None:
+    def check(self, model: nn.Module, values: Mapping[str, int], importance: str | None) -> None:
         check_order(model, self.structure, importance, values)
         if values != self.space.max:
             check_units(model, self.structure.widths)
@@ -184,7 +186,7 @@ class ChannelParts:
             model, (config.elastic_width or {}).get("channels"), config.elastic_kernel, config.depth_entries
         )
         prove_choices(self.structure, model, self.inputs, choices)
-        self.space = SearchSpace(choices, traced_shapes(model, self.structure, choices))
+        self.space = SearchSpace(choices, traced_shapes(model, self.structure, choices), self.structure.fixed)
 
     def check_describable(self, model: nn.Module) -> None:
         """Any part of such a model is described by the sizes of its layers."""
@@ -198,7 +200,7 @@ class ChannelParts:
         for module in model.modules():
             remove_matrices(module)
 
-    def check(self, model: nn.Module, values: Mapping[str, int], importance: str) -> None:
+    def check(self, model: nn.Module, values: Mapping[str, int], importance: str | None) -> None:
         check_order(model, self.structure, importance, values)
 
     def check_sampled(self, values: Mapping[str, int]) -> None:
@@ -240,6 +242,15 @@ class ChannelParts:
 
     def extract(self, model: nn.Module) -> None:
         extract_channels(model)
+
+
+def _fixed_blocks(structure: Structure) -> dict[str, str]:
+    """What of the blocks of a transformer cannot be narrowed or skipped -> why."""
+    fixed: dict[str, str] = {}
+    for block in structure.blocks:
+        fixed |= {choice_key(kind, block.path): reason for kind, reason in block.problems.items()}
+        fixed |= {block.depth_key(part): reason for part, reason in block.fixed.items()}
+    return fixed
 
 
 def find_parts(model: nn.Module, config: ElasticConfig, inputs: Any) -> BlockParts | ChannelParts:

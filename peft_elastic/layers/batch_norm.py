@@ -143,7 +143,7 @@ def check_narrowable_norm(name: str, layer: nn.Module) -> None:
         reason = "it is no nn.BatchNorm1d, 2d or 3d"
     elif getattr(layer, "has_uninitialized_params", bool)():
         reason = "it has not seen any input yet, so its channels are unknown; run the model once"
-    elif cls.forward is not _BatchNorm.forward:  # such as one with an activation in it
+    elif getattr(cls, "forward", None) is not _BatchNorm.forward:  # such as one with an activation in it
         reason = "it has a forward of its own"
     if reason is not None:
         raise ValueError(f"layer {name!r} ({cls.__name__}) cannot be narrowed: {reason}.")
@@ -168,7 +168,7 @@ def set_norm_narrowed(layer: nn.Module, ranges: Optional[Ranges], whole: bool, n
     if whole:
         change_class(layer, plain_class(layer))
     elif not isinstance(layer, Narrowed):
-        change_class(layer, narrowed_class(type(layer), NarrowedBatchNorm))
+        change_class(layer, narrowed_class(type(layer), NarrowedBatchNorm))  # type: ignore[arg-type]
     layer.__dict__.pop("statistics", None)
     if ranges is None:
         layer.__dict__.pop("active_out", None)

@@ -185,7 +185,7 @@ def _set(layer: nn.Module, attribute: str, value: Any) -> None:
     elif not isinstance(layer, Narrowed):
         mixin = layer_mixin(layer)
         assert mixin is not None, type(layer)
-        change_class(layer, narrowed_class(type(layer), mixin))
+        change_class(layer, narrowed_class(type(layer), mixin))  # type: ignore[arg-type]
     if value is None:  # last: interrupted before, this is done once more
         del layer.__dict__[attribute]
 
@@ -228,8 +228,8 @@ def _reduce_owner(module: Any, protocol: Any) -> Any:
 
 
 def _new_owner(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    owner = _tensors_class(cls, names)
-    return owner.__new__(owner)  # type: ignore[call-overload,no-any-return]
+    owner = _tensors_class(cls, names)  # type: ignore[arg-type]
+    return owner.__new__(owner)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ A narrowed layer keeps its first units, so slices are only as good as the order 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -57,6 +57,27 @@ _SCORES_ATTRIBUTE = "_peft_elastic_movement"
 # What a user may give as scores: by the name of the block (MLP channels), or attention or stack (heads), one number for each
 # unit, or a function of it.
 Scores = Mapping[str, torch.Tensor]
+
+
+class HasWidth(Protocol):
+    """Heads or channels that are narrowed together."""
+
+    @property
+    def key(self) -> str:
+        """Of their choice in a subnet."""
+
+    @property
+    def full(self) -> int:
+        """How many there are."""
+
+
+class HasWidths(Protocol):
+    """A structure of blocks or of channels."""
+
+    @property
+    def widths(self) -> Sequence[HasWidth]:
+        """All that can be narrowed."""
+
 
 # By the path of a layer and its side, what it contributes to the score of each unit, float32 (units,).
 Parts = dict[tuple[str, str], torch.Tensor]
@@ -253,7 +274,7 @@ def check_sortable(model: nn.Module, widths: list[Width]) -> None:
                 )
 
 
-def check_order(model: nn.Module, structure: Reading, importance: str, subnet: Mapping[str, int]) -> None:
+def check_order(model: nn.Module, structure: HasWidths, importance: str | None, subnet: Mapping[str, int]) -> None:
     """ValueError if a subnet keeps the first heads or channels of a model in which those are any.
 
     Args:

@@ -30,6 +30,7 @@ import numpy as np
 
 from ..common.checks import check_whole
 from ..common.documents import ANYTHING, COUNT, FLAG, POSITIVE, TEXT, Document, ListOf, MapOf, Nullable, OneOf, Record
+from ..common.tables import text_table
 from ..common.writing import atomic_write_text
 
 
@@ -63,7 +64,7 @@ _SPACE = Document(
     "search space",
     "peft-elastic/search-space",
     1,
-    Record({"layers": ListOf(_LAYER)}, ANYTHING, choices=ListOf(_CHOICE)),
+    Record({"layers": ListOf(_LAYER), "fixed": MapOf(TEXT)}, ANYTHING, choices=ListOf(_CHOICE)),
 )
 
 
@@ -381,8 +382,11 @@ class SearchSpace:
         ValueError: if there are no choices, two share a key, or a layer depends on a choice that is not there.
     """
 
-    def __init__(self, choices: Iterable[Choice], layers: Iterable[LayerShape] = ()) -> None:
+    def __init__(
+        self, choices: Iterable[Choice], layers: Iterable[LayerShape] = (), fixed: Mapping[str, str] | None = None
+    ) -> None:
         self.choices: tuple[Choice, ...] = tuple(choices)
+        self.fixed: dict[str, str] = dict(fixed or {})
         self.layers: tuple[LayerShape, ...] = tuple(layers)
         if not self.choices:
             raise ValueError("`choices` is empty: a search space needs at least one choice.")
@@ -427,6 +431,12 @@ class SearchSpace:
     def size(self) -> int:
         """Number of different subnets (exact, an arbitrarily large `int`)."""
         return math.prod(len(choice.options) for choice in self.choices)
+
+    def report(self) -> str:
+        """A table of what is elastic, with its options, and of what was looked at and is not, with the reason."""
+        rows = [(choice.kind, choice.name, ", ".join(map(str, choice.options))) for choice in self.choices]
+        rows += [(*key.split(":", 1), f"fixed: {reason}") for key, reason in self.fixed.items()]  # type: ignore[misc]
+        return "\n".join(text_table([("kind", "where", "options"), *rows], left=3))
 
     @property
     def fingerprint(self) -> str:
@@ -567,7 +577,8 @@ class SearchSpace:
             for choice in self.choices
         ]
         layers = {"layers": [_row_of(layer) for layer in self.layers]} if self.layers else {}
-        return json.dumps(_SPACE.wrap({"choices": choices, **layers}), indent=2)
+        fixed = {"fixed": self.fixed} if self.fixed else {}
+        return json.dumps(_SPACE.wrap({"choices": choices, **layers, **fixed}), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SearchSpace:
@@ -587,7 +598,7 @@ class SearchSpace:
             )
             for row in data["choices"]
         ]
-        return cls(choices, [_layer_of(row) for row in data.get("layers", [])])
+        return cls(choices, [_layer_of(row) for row in data.get("layers", [])], data.get("fixed"))
 
 
 _TRACED = ("out_runs", "in_runs", "positions", "kernel", "kernel_size", "per_output", "buffers")

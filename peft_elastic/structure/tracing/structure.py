@@ -166,6 +166,19 @@ class TracedStructure:
         """The channels that can be narrowed."""
         return [channels for channels in self.channels if channels.fixed is None]
 
+    @property
+    def widths(self) -> list[Channels]:
+        """The channels that can be narrowed, by the name that structures of blocks have for them."""
+        return self.elastic
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """What cannot be narrowed, cropped or skipped, by the key that its choice would have -> why."""
+        fixed = {channels.key: channels.fixed for channels in self.channels if channels.fixed is not None}
+        for path, reason in self.problems.items():
+            fixed[choice_key("kernel" if path in self.kernels else "depth", path)] = reason
+        return fixed
+
     def fix(self, numbers: Iterable[int], reason: str) -> None:
         """Note that these groups cannot be narrowed."""
         gone = set(numbers)
