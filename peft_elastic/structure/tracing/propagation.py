@@ -112,6 +112,7 @@ class Propagation:
     **Attributes**:
         - **groups** (`Groups`): of channels.
         - **sides** (`dict`): (path of a module, name of its tensor, dimension) -> runs.
+        - **reading** (`set`): the keys of the sides that are columns of a matrix.
         - **calls** (`list[Call]`): of the weighted layers, in order.
         - **values** (`dict`): node -> `Value`.
     """
@@ -120,6 +121,7 @@ class Propagation:
         self.graph = graph
         self.groups = Groups()
         self.sides: dict[tuple[str, str, int], Runs] = {}
+        self.reading: set[tuple[str, str, int]] = set()
         self.calls: list[Call] = []
         self.values: dict[fx.Node, Value] = {}
         for node in graph.nodes:
@@ -184,6 +186,12 @@ class Propagation:
         self.sides[key] = runs
         return runs
 
+    def _reading(self, tensor: tuple[str, str] | None, dim: int, runs: Runs, where: str) -> None:
+        """`_side` of the columns that read channels, over which a layer sums."""
+        self._side(tensor, dim, runs, where)
+        if tensor is not None:
+            self.reading.add((*tensor, dim))
+
     # -- weighted layers ---------------------------------------------------------------------------------------------
 
     def _convolution(self, node: fx.Node) -> Dims | None:
@@ -206,7 +214,7 @@ class Propagation:
             # a weight that is computed from the parameter, standardized over its inputs
             self.groups.mix(runs, summed=True)
         if groups == 1:
-            self._side(tensor, 1, runs, where)
+            self._reading(tensor, 1, runs, where)
             made: Runs = (Run(outputs, self._new(tensor, outputs, node)),)
         else:
             if tensor is not None:
@@ -240,7 +248,7 @@ class Propagation:
         channel = len(shape_of(node)) - size - 1
         dims, where = self._dims(source), self._where(node)
         inputs, outputs = shape_of(weight)[:2]
-        self._side(tensor, 0, dims[channel] or (Run(inputs),), where)
+        self._reading(tensor, 0, dims[channel] or (Run(inputs),), where)
         made = self._side(tensor, 1, (Run(outputs, self._new(tensor, outputs, node)),), where)
         if isinstance(bias, fx.Node):
             self._side(self.graph.source_of(bias, node), 0, made, where)
@@ -257,7 +265,7 @@ class Propagation:
         tensor = self.graph.source_of(weight, node)
         if self.graph.tensor_of(weight, node) is None:
             self.groups.mix(dims[-1], summed=True)
-        self._side(tensor, 1, dims[-1] or (Run(inputs),), where)
+        self._reading(tensor, 1, dims[-1] or (Run(inputs),), where)
         made = self._side(tensor, 0, (Run(outputs, self._new(tensor, outputs, node)),), where)
         if isinstance(bias, fx.Node):
             self._side(self.graph.source_of(bias, node), 0, made, where)
