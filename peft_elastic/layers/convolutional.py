@@ -228,16 +228,20 @@ def _active_tensor(name: str) -> property:
 @functools.cache
 def _tensors_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _active_tensor(name) for name in names}
-    members |= {"plain_class": cls, "__module__": cls.__module__, "__reduce_ex__": _reduce_owner}
+    members |= {"plain_class": cls, "__module__": cls.__module__}
+    members |= {
+        "reduce": lambda module: _reduce_owner(cls, module),
+        "__reduce_ex__": lambda module, protocol: _reduce_owner(cls, module),
+    }
     return type(cls.__name__, (NarrowedTensors, cls), members)
 
 
-def _reduce_owner(module: Any, protocol: Any) -> Any:
-    cls, names = module.plain_class, tuple(sorted(module.active_tensors))
+def _reduce_owner(cls: type[nn.Module], module: Any) -> Any:
+    names = tuple(sorted(module.active_tensors))
     if cls.__reduce_ex__ is object.__reduce_ex__:
         return _new_owner, (names, cls.__new__, (cls,)), module.__dict__
     # a class that is made itself, as that of an elastic model is
-    make, arguments, state = cls.__reduce_ex__(module, protocol)[:3]
+    make, arguments, state = cls.__reduce_ex__(module, 2)[:3]
     return _new_owner, (names, make, arguments), state
 
 
