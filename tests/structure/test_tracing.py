@@ -28,6 +28,8 @@ from peft_elastic import ElasticConfig, get_elastic_model
 from peft_elastic.cost.counts import CostModel
 
 
+# what is recalibrated is tested in test_recalibration.py
+pytestmark = pytest.mark.filterwarnings("ignore:The subnet gets the statistics:UserWarning")
 WIDTHS = {"channels": [1.0, 0.5, 0.25]}
 
 
@@ -52,6 +54,7 @@ def random_subnets(space, count, seed=0):
 @pytest.mark.parametrize("name", [name for name in NETS if name != "wrapped"])
 def test_every_net(name):
     about, net, x = NETS[name], make_net(name), images_for(name)
+    cls = type(net)
     with torch.no_grad():
         before = net(x)
     depth = "all" if about.blocks else None
@@ -73,7 +76,7 @@ def test_every_net(name):
         with torch.no_grad():
             narrowed = model(x)
         small = model.extract_subnet()
-        assert type(small) is type(net).plain_class if hasattr(net, "plain_class") else True
+        assert type(small) is cls
         with torch.no_grad():
             assert distance(small(x), narrowed) < 1e-6
         found = costs.costs(subnet)
@@ -393,7 +396,11 @@ def test_numbers_that_break_groups_and_layers_that_are_not_named():
 def test_every_subset_of_blocks_in_any_order(name):
     """The same subnet computes the same bits, whatever was active before."""
     x = images_for(name)
-    model = elastic(make_net(name), x, elastic_depth="all", elastic_kernel=[3, 1])
+    net = make_net(name)
+    for module in net.modules():
+        if hasattr(module, "gamma"):  # a layer scale, at first too small to see what its block does
+            nn.init.uniform_(module.gamma, 0.5, 1.5)
+    model = elastic(net, x, elastic_depth="all", elastic_kernel=[3, 1])
     fresh = copy.deepcopy(model)
     blocks = [f"depth:{path}" for path in NETS[name].blocks]
     expected = {}
@@ -499,7 +506,7 @@ def test_sorting_in_a_training_changes_its_order_alone(optimizer):
 
 def test_blocks_that_take_more_than_identity_does_are_named():
     model = elastic(make_net("arguments"), images_for("arguments"), elastic_depth="all")
-    assert "nn.Identity" in structure_of(model).problems["block"] or "Identity" in structure_of(model).problems["block"]
+    assert "Identity" in structure_of(model).problems["block"]
     with pytest.raises(ValueError, match="'block'.*Identity"):
         elastic(make_net("arguments"), images_for("arguments"), elastic_depth=["block"])
     assert isinstance(make_net("arguments").plain, Basic)
