@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from ..common.checks import wrong
 from ..common.parameters import check_here
 from ..layers.batch_norm import NarrowedBatchNorm
+from ..layers.convolutional import with_active_tensors
 from ..layers.narrowed import change_class
 from ..quantization.saving import state_to_save
 from ..structure.along import Along
@@ -354,7 +355,7 @@ class ElasticModel(nn.Module):
         return self._as_plain()
 
     def _as_plain(self) -> nn.Module:
-        change_class(self, self.plain_class)
+        change_class(self, with_active_tensors(_class_before(self), self))
         del self.__dict__[_STATE]
         return self
 
@@ -432,7 +433,7 @@ class ElasticModel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # copies and pickles are made from the plain class, which takes the state along
-        return _new_elastic, (self.plain_class,), self.__dict__
+        return _new_elastic, (_class_before(self),), self.__dict__
 
 
 # the model is its own host
@@ -532,6 +533,12 @@ def _make_elastic(model: nn.Module, state: _State) -> None:
     state.parts.prepare(model)
     model.__dict__[_STATE] = state
     change_class(model, _elastic_class(type(model)))  # type: ignore[arg-type]
+
+
+def _class_before(model: ElasticModel) -> type[nn.Module]:
+    """That of an elastic model as it was. One that owns narrowed tensors has another class in front of its elastic one."""
+    elastic = next(cls for cls in type(model).__mro__ if ElasticModel in cls.__bases__)
+    return elastic.__dict__["plain_class"]  # type: ignore[no-any-return]
 
 
 @functools.cache

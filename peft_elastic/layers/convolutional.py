@@ -44,6 +44,7 @@ from .narrowed import (
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # of the names of the matrices that change a kernel of the first size into one of the second
 _MATRIX = "kernel_matrix_{}_to_{}"
 
@@ -112,7 +113,7 @@ class NarrowedTransposedConvolution(NarrowedConvolution):
 
 
 class NarrowedChannels(Narrowed):
-    """Mixin in front of a layer with one number, or none, for each channel: GroupNorm, LayerNorm, RMSNorm, PReLU."""
+    """Mixin in front of a layer with one number, or none, for each channel: GroupNorm, LayerNorm, RMSNorm, PReLU, InstanceNorm."""
 
     @property
     def weight(self) -> Optional[torch.Tensor]:
@@ -152,6 +153,8 @@ def layer_mixin(layer: nn.Module) -> Optional[type[Narrowed]]:
     if issubclass(plain, nn.Linear):
         return _NarrowedLinear
     if issubclass(plain, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.PReLU)):
+        return NarrowedChannels
+    if issubclass(plain, _INSTANCE_NORMS) and layer._buffers.get("running_mean") is None:
         return NarrowedChannels
     return None
 
@@ -198,9 +201,15 @@ def set_active_tensor(module: nn.Module, name: str, dims: Mapping[int, Ranges]) 
         return
     plain = plain_class(module)
     module.__dict__["active_tensors"] = active
-    change_class(module, _tensors_class(plain, tuple(sorted(active))) if active else plain)
+    change_class(module, with_active_tensors(plain, module))
     if not active:
         del module.__dict__["active_tensors"]
+
+
+def with_active_tensors(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    """A class that shows of the tensors of a module what is active, or the class itself if that is all."""
+    names = tuple(sorted(module.__dict__.get("active_tensors", {})))
+    return _tensors_class(cls, names) if names else cls
 
 
 def _active_tensor(name: str) -> property:
@@ -219,17 +228,27 @@ def _active_tensor(name: str) -> property:
 @functools.cache
 def _tensors_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _active_tensor(name) for name in names}
-    members |= {"plain_class": cls, "__module__": cls.__module__, "__reduce_ex__": _reduce_owner}
+    members |= {"plain_class": cls, "__module__": cls.__module__}
+    members |= {
+        "reduce": lambda module: _reduce_owner(cls, module),
+        "__reduce_ex__": lambda module, protocol: _reduce_owner(cls, module),
+    }
     return type(cls.__name__, (NarrowedTensors, cls), members)
 
 
-def _reduce_owner(module: Any, protocol: Any) -> Any:
-    return _new_owner, (module.plain_class, tuple(sorted(module.active_tensors))), module.__dict__
+def _reduce_owner(cls: type[nn.Module], module: Any) -> Any:
+    names = tuple(sorted(module.active_tensors))
+    if cls.__reduce_ex__ is object.__reduce_ex__:
+        return _new_owner, (names, cls.__new__, (cls,)), module.__dict__
+    # a class that is made itself, as that of an elastic model is
+    make, arguments, state = cls.__reduce_ex__(module, 2)[:3]
+    return _new_owner, (names, make, arguments), state
 
 
-def _new_owner(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    owner = _tensors_class(cls, names)  # type: ignore[arg-type]
-    return owner.__new__(owner)
+def _new_owner(names: tuple[str, ...], make: Any, arguments: Any) -> nn.Module:
+    owner: nn.Module = make(*arguments)
+    owner.__class__ = _tensors_class(type(owner), names)
+    return owner
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from torch import nn
 
 from ..common.parameters import check_parameters
 from ..layers.backends import BACKENDS, backend_of, find_backend
+from ..layers.convolutional import NarrowedTensors
 from ..layers.narrowed import Narrowed, Ranges, change_class, is_of_class, plain_class
 from .features import layer_at
 from .layouts import Skip
@@ -91,12 +92,22 @@ class _Skipped(nn.Module):
         return type(self).skip_function(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_skipped, (self.plain_class, type(self).skip_function), self.__dict__
+        plain, skip = self.plain_class, type(self).skip_function
+        if issubclass(plain, NarrowedTensors):  # a block that owns narrowed tensors, whose class is made as well
+            make, arguments, state = plain.reduce(self)  # type: ignore[attr-defined]
+            return _new_skipped_owner, (skip, make, arguments), state
+        return _new_skipped, (plain, skip), self.__dict__
 
 
 def _new_skipped(plain: type[nn.Module], skip: Skip) -> nn.Module:
     cls = _skipped_class(plain, skip)  # type: ignore[arg-type]
     return cls.__new__(cls)
+
+
+def _new_skipped_owner(skip: Skip, make: Any, arguments: Any) -> nn.Module:
+    owner: nn.Module = make(*arguments)
+    owner.__class__ = _skipped_class(type(owner), skip)  # type: ignore[arg-type]
+    return owner
 
 
 @functools.cache

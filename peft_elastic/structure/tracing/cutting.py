@@ -16,7 +16,7 @@ same constructor is cut to these sizes before it takes the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,7 @@ def cut(model: nn.Module) -> Description:
         `dict`: what `resize` cuts a whole model with.
     """
     skipped = [path for path, module in model.named_modules() if is_skipped(module)]
-    for path in skipped:
-        model.set_submodule(path, nn.Identity().train(model.get_submodule(path).training))
+    _take_out(model, skipped)
     layers: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, Narrowed):
@@ -94,6 +93,15 @@ def _cut(layer: nn.Module) -> dict[str, Any]:
     return sizes if sizes["tensors"] or sizes["numbers"] else {}
 
 
+def _take_out(model: nn.Module, paths: Sequence[str]) -> None:
+    """Put `nn.Identity` in the place of modules, under all of their names."""
+    names = list(model.named_modules(remove_duplicate=False))
+    gone = {id(model.get_submodule(path)): nn.Identity().train(model.get_submodule(path).training) for path in paths}
+    for path, module in names:
+        if id(module) in gone:
+            model.set_submodule(path, gone[id(module)])
+
+
 def resize(model: nn.Module, description: Mapping[str, Any]) -> None:
     """Bring a whole model to the sizes that a description says; of the values nothing is kept.
 
@@ -119,8 +127,7 @@ def resize(model: nn.Module, description: Mapping[str, Any]) -> None:
         for name, value in sizes["numbers"].items():
             was_tuple = isinstance(layer.__dict__[name], tuple)
             layer.__dict__[name] = tuple(value) if was_tuple else value
-    for path in skipped:
-        model.set_submodule(path, nn.Identity())
+    _take_out(model, skipped)
 
 
 def _check(path: str, layer: nn.Module | None, sizes: Any) -> None:

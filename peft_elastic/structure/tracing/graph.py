@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,9 +40,8 @@ class Graph:
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = model
         args, kwargs = as_arguments(inputs)
-        training = model.training
         modes = {module: module.training for module in model.modules()}
-        model.eval()
+        _evaluate(model)
         try:
             with torch.no_grad():
                 program = torch.export.export(model, args, dict(kwargs), strict=False)
@@ -52,8 +52,6 @@ class Graph:
                 "A transformer's blocks can be described by name instead: `peft_elastic.structure.register_layout`."
             ) from error
         finally:
-            if training:
-                model.train()
             for module, mode in modes.items():
                 module.training = mode
         self.nodes: list[fx.Node] = list(program.graph.nodes)
@@ -66,6 +64,11 @@ class Graph:
         }
         self.outputs: set[str] = set(signature.user_outputs)
         self.inputs: set[str] = set(signature.user_inputs)
+        # a module may have several names; it is known by the first, as in `named_modules`
+        self._homes: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._homes[path] = first.setdefault(id(module), path)
         self._known: dict[int, list[str]] = {}
         for name, tensor in tensors_of(model):
             self._known.setdefault(id(tensor), []).append(name)
@@ -74,11 +77,12 @@ class Graph:
         """The module in whose forward a node was recorded."""
         return self.stack_of(node)[-1]
 
-    @staticmethod
-    def stack_of(node: fx.Node) -> list[str]:
+    def stack_of(self, node: fx.Node) -> list[str]:
         """Paths of the modules around a node, from the model, "", inwards."""
         stack = node.meta.get("nn_module_stack") or {}
-        return ["", *(path for path, _ in stack.values() if path)]
+        # torch.export numbers the calls of a module: "block@1"
+        paths = (re.sub(r"@\d+", "", path) for path, _ in stack.values() if path)
+        return ["", *(self._homes.get(path, path) for path in paths)]
 
     def tensor_of(self, node: Any, site: fx.Node) -> tuple[str, str] | None:
         """Path of a module and name of its parameter or buffer that a node is, as `site` reads it; None if it is none.
@@ -91,8 +95,9 @@ class Graph:
         owner, _, attribute = name.rpartition(".")
         tensor = _look_up(self.model, name)
         for other in self._known.get(id(tensor), ()):
-            if other.rpartition(".")[0] == self.path_of(site):
+            if self._homes.get(other.rpartition(".")[0]) == self.path_of(site):
                 owner, _, attribute = other.rpartition(".")
+        owner = self._homes.get(owner, owner)
         return (owner, attribute) if tensor is not None else None
 
     def source_of(self, node: Any, site: fx.Node) -> tuple[str, str] | None:
@@ -173,16 +178,40 @@ def _look_up(model: nn.Module, name: str) -> torch.Tensor | None:
     return found
 
 
+def _evaluate(model: nn.Module) -> nn.Module:
+    """Set evaluation mode, past a `train` of the model's own, which may do more than that."""
+    for module in model.modules():
+        module.training = False
+    return model
+
+
 def trial_copy(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy with random weights, of which none is zero and no two are alike, so that nothing passes a trial because a branch
-    of it happens to contribute nothing (a zero gamma at the end of a block, a small layer scale)."""
+    of it happens to contribute nothing (a zero gamma at the end of a block, a small layer scale). Buffers of more than one dimension are
+    constants, which keep their signs.
+
+    Raises:
+        ValueError: if the model cannot be copied.
+    """
     generator = torch.Generator().manual_seed(seed)
-    copied = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float64)
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"`model` of type {type(model).__name__} cannot be copied ({type(error).__name__}: {str(error).strip().splitlines()[0]}), as it "
+            "must be to try its channels and to extract subnets. Weights that are computed before each call, by "
+            "torch.nn.utils.weight_norm or prune, are such a reason: make them permanent (`remove_weight_norm`, `prune.remove`)."
+        ) from error
+    _evaluate(copied).requires_grad_(False).to("cpu", torch.float64)
+    done: set[int] = set()
     for module in copied.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or not tensor.is_floating_point():
+            if tensor is None or not tensor.is_floating_point() or id(tensor) in done:
                 continue
-            if tensor.dim() > 1:
+            done.add(id(tensor))
+            if tensor.dim() != 1 and name in module._buffers:
+                tensor.mul_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+            elif tensor.dim() > 1:
                 fan = max(1, tensor[0].numel())
                 tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * (2 / fan) ** 0.5)
             elif "var" in name or "bias" not in name and "mean" not in name:

@@ -34,6 +34,8 @@ class Group:
         self.fixed: str | None = None
         # whether something computes with all of its channels together, as a LayerNorm does: then narrowing is not masking
         self.mixed = False
+        # whether it does so by a sum, which twice as many channels make twice as large, and not by a mean
+        self.summed = False
         self._joined: Group | None = None
 
     def root(self) -> Group:
@@ -102,10 +104,11 @@ class Groups:
         for group in groups_of(runs):
             group.fixed = group.fixed or reason
 
-    def mix(self, runs: Runs | None) -> None:
-        """Note that something computes with these channels together."""
+    def mix(self, runs: Runs | None, summed: bool = False) -> None:
+        """Note that something computes with these channels together; `summed`: and that copies of them change it."""
         for group in groups_of(runs):
             group.mixed = True
+            group.summed = group.summed or summed
 
     def join(self, first: Group, second: Group) -> None:
         """Make one group of two, whose pieces correspond."""
@@ -117,6 +120,7 @@ class Groups:
         first.units = math.gcd(first.units, second.units)
         first.fixed = first.fixed or second.fixed
         first.mixed = first.mixed or second.mixed
+        first.summed = first.summed or second.summed
         second._joined = first
 
     def unify(self, first: Runs, second: Runs, where: str) -> Runs:

@@ -43,6 +43,12 @@ _BROADCAST = frozenset(
     "add sub mul div rsub maximum minimum where pow remainder fmod atan2 eq ne lt le gt ge addcmul addcdiv lerp "
     "logical_and logical_or bitwise_and bitwise_or".split()
 )
+# Of these a dimension of channels, each of them there several times, has what it has with each once.
+_MEANS = frozenset("mean amax amin any all".split())
+# What gives several tensors, each of them of the channels of its input.
+_SEVERAL = frozenset(
+    f"{kind}max_pool{n}d{ending}" for kind in ("", "adaptive_") for n in (1, 2, 3) for ending in ("", "_with_indices")
+)
 _REDUCTIONS = frozenset("mean sum amax amin var std prod norm linalg_vector_norm logsumexp any all".split())
 # Of positions: name -> how many dimensions of positions there are at the end.
 _SPATIAL = {
@@ -106,6 +112,7 @@ class Propagation:
     **Attributes**:
         - **groups** (`Groups`): of channels.
         - **sides** (`dict`): (path of a module, name of its tensor, dimension) -> runs.
+        - **reading** (`set`): the keys of the sides that are columns of a matrix.
         - **calls** (`list[Call]`): of the weighted layers, in order.
         - **values** (`dict`): node -> `Value`.
     """
@@ -114,6 +121,7 @@ class Propagation:
         self.graph = graph
         self.groups = Groups()
         self.sides: dict[tuple[str, str, int], Runs] = {}
+        self.reading: set[tuple[str, str, int]] = set()
         self.calls: list[Call] = []
         self.values: dict[fx.Node, Value] = {}
         for node in graph.nodes:
@@ -145,8 +153,6 @@ class Propagation:
             handler = Propagation._broadcast
         elif name in _REDUCTIONS:
             handler = Propagation._reduce
-        if name == "getitem" and isinstance(node.args[1], int) and node.args[0] in self.values:
-            handler = Propagation._same if node.args[1] == 0 else handler
         if not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list)):
             return  # a number
         dims = None if handler is None else handler(self, node)
@@ -180,6 +186,12 @@ class Propagation:
         self.sides[key] = runs
         return runs
 
+    def _reading(self, tensor: tuple[str, str] | None, dim: int, runs: Runs, where: str) -> None:
+        """`_side` of the columns that read channels, over which a layer sums."""
+        self._side(tensor, dim, runs, where)
+        if tensor is not None:
+            self.reading.add((*tensor, dim))
+
     # -- weighted layers ---------------------------------------------------------------------------------------------
 
     def _convolution(self, node: fx.Node) -> Dims | None:
@@ -199,9 +211,10 @@ class Propagation:
         if any(dims[channel + 1 :]):
             return None
         if self.graph.tensor_of(weight, node) is None:
-            self.groups.mix(runs)  # a weight that is computed from the parameter, standardized over its inputs
+            # a weight that is computed from the parameter, standardized over its inputs
+            self.groups.mix(runs, summed=True)
         if groups == 1:
-            self._side(tensor, 1, runs, where)
+            self._reading(tensor, 1, runs, where)
             made: Runs = (Run(outputs, self._new(tensor, outputs, node)),)
         else:
             if tensor is not None:
@@ -235,7 +248,7 @@ class Propagation:
         channel = len(shape_of(node)) - size - 1
         dims, where = self._dims(source), self._where(node)
         inputs, outputs = shape_of(weight)[:2]
-        self._side(tensor, 0, dims[channel] or (Run(inputs),), where)
+        self._reading(tensor, 0, dims[channel] or (Run(inputs),), where)
         made = self._side(tensor, 1, (Run(outputs, self._new(tensor, outputs, node)),), where)
         if isinstance(bias, fx.Node):
             self._side(self.graph.source_of(bias, node), 0, made, where)
@@ -251,8 +264,8 @@ class Propagation:
         outputs, inputs = shape_of(weight)
         tensor = self.graph.source_of(weight, node)
         if self.graph.tensor_of(weight, node) is None:
-            self.groups.mix(dims[-1])
-        self._side(tensor, 1, dims[-1] or (Run(inputs),), where)
+            self.groups.mix(dims[-1], summed=True)
+        self._reading(tensor, 1, dims[-1] or (Run(inputs),), where)
         made = self._side(tensor, 0, (Run(outputs, self._new(tensor, outputs, node)),), where)
         if isinstance(bias, fx.Node):
             self._side(self.graph.source_of(bias, node), 0, made, where)
@@ -342,6 +355,26 @@ class Propagation:
         value = self.values.get(source) if isinstance(source, fx.Node) else None
         return None if value is None else Value(value.dims, value.tensor, value.tensor_dims)
 
+    def _getitem(self, node: fx.Node) -> Dims | None:
+        """One of the tensors that an operator gives."""
+        source, which = node.args
+        name = _name(source) if isinstance(source, fx.Node) else ""
+        if name in _SEVERAL:  # the values, and where they were
+            return self._dims(source)
+        if which == 0 and name in ("batch_norm", "native_dropout"):
+            return self._dims(source)
+        if _HANDLERS.get(name) is Propagation._split:
+            return self._dims(source)
+        # the operator has been found unknown itself
+        return (None,) * len(shape_of(node))
+
+    def _split(self, node: fx.Node) -> Dims | None:
+        """Pieces along a dimension, whose channels are fixed; the others go on."""
+        dims = self._dims(node.args[0])
+        dim = _argument(node, 2, "dim", 0) % len(dims)
+        self.groups.fix(dims[dim], f"{self._where(node)} takes a part of it")
+        return tuple(None if at == dim else runs for at, runs in enumerate(dims))
+
     def _spatial(self, node: fx.Node) -> Dims | None:
         size = _SPATIAL[_name(node)]
         dims = self._dims(node.args[0])
@@ -388,14 +421,14 @@ class Propagation:
         which = range(len(dims)) if which in (None, []) else [which] if isinstance(which, int) else which
         gone = {dim % len(dims) for dim in which}
         for dim in gone:
-            self.groups.mix(dims[dim])
+            self.groups.mix(dims[dim], summed=_name(node) not in _MEANS)
         if len(shape_of(node)) == len(dims):  # keepdim
             return tuple(None if at in gone else runs for at, runs in enumerate(dims))
         return tuple(runs for at, runs in enumerate(dims) if at not in gone)
 
     def _softmax(self, node: fx.Node) -> Dims | None:
         dims = self._dims(node.args[0])
-        self.groups.mix(dims[_argument(node, 1, "dim", -1) % len(dims)])
+        self.groups.mix(dims[_argument(node, 1, "dim", -1) % len(dims)], summed=True)
         return dims
 
     def _cat(self, node: fx.Node) -> Dims | None:
@@ -590,6 +623,11 @@ class Propagation:
 
 
 _HANDLERS: dict[str, Callable[[Propagation, fx.Node], Any]] = {
+    "getitem": Propagation._getitem,
+    "chunk": Propagation._split,
+    "split": Propagation._split,
+    "split_with_sizes": Propagation._split,
+    "tensor_split": Propagation._split,
     "linear": Propagation._linear,
     "batch_norm": Propagation._batch_norm,
     "instance_norm": Propagation._instance_norm,

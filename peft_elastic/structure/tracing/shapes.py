@@ -61,12 +61,30 @@ def traced_shapes(model: nn.Module, structure: TracedStructure, choices: Sequenc
             # one that was not computed with counts parameters alone
             shapes.append(_of_layer(path, module, sides, runs_of, inside, positions.get(path, 0), keys))
             continue
+        own = {name: tensor for name, tensor in own.items() if not is_matrix_name(name)}
+        narrowed = {(name, dim): runs_of(runs) for (name, dim), runs in sides.items() if name in own}
+        changed = inside or any(narrowed.values())
         for name, tensor in own.items():
-            if is_matrix_name(name):
-                continue
-            narrowed = [runs for (n, _), runs in sides.items() if n == name]
-            runs = runs_of(narrowed[0]) if len(narrowed) == 1 else ()
-            if runs or inside:
+            # of a module that changes, all tensors are listed
+            if changed:
+                each = {dim: runs for (n, dim), runs in narrowed.items() if n == name and runs}
+                if len(each) == 2:  # a matrix or kernel of a module that is no layer of torch
+                    (first, out_runs), (second, in_runs) = sorted(each.items())
+                    rest = [size for dim, size in enumerate(tensor.shape) if dim not in (first, second)]
+                    shapes.append(
+                        LayerShape(
+                            f"{path}.{name}" if path else name,
+                            tensor.shape[first],
+                            tensor.shape[second],
+                            out_runs=out_runs,
+                            in_runs=in_runs,
+                            depth=inside,
+                            positions=0,
+                            kernel_size=tuple(rest),
+                        )
+                    )
+                    continue
+                runs = next(iter(each.values()), ())
                 outputs = sum(run.length for run in runs) if runs else 1
                 count = tensor.numel() // outputs
                 of_parameters = isinstance(tensor, nn.Parameter)

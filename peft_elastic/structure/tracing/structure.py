@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Channels:
         mixed (`bool`): whether a norm or another operator computes with all of them together.
         layers (`tuple[str, ...]`): paths of all modules that are narrowed along.
         fixed (`str`, *optional*): why they cannot be narrowed; None if they can.
+        summed (`bool`): whether it does so by a sum or a softmax, whose result copies of the channels change.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Channels:
     mixed: bool
     layers: tuple[str, ...]
     fixed: Optional[str] = None
+    summed: bool = False
 
     @property
     def key(self) -> str:
@@ -106,6 +109,7 @@ class TracedStructure:
         blocks (`list[ResidualBlock]`): what may be skipped.
         calls (`list[Call]`): the weighted layers at work, in order.
         norms (`list[str]`): paths of the BatchNorms, all of which know when the model is narrowed.
+        reading (`frozenset`): the keys of the sides that are columns of a matrix, also of one that is no layer of torch.
         problems (`dict[str, str]`): path of a kernel or block -> why it is fixed.
         active (`dict[str, int]`): values of the choices that the model computes with, as far as they are not whole.
     """
@@ -116,6 +120,7 @@ class TracedStructure:
     blocks: list[ResidualBlock]
     calls: list[Call]
     norms: list[str]
+    reading: frozenset[tuple[str, str, int]] = frozenset()
     problems: dict[str, str] = field(default_factory=dict)
     active: dict[str, int] = field(default_factory=dict)
 
@@ -146,18 +151,45 @@ class TracedStructure:
                 group.mixed,
                 tuple(dict.fromkeys(by_group.get(group.number, ()))),
                 group.fixed or ("it is a single piece" if group.units < 2 else None),
+                group.summed,
             )
             for group in found.groups.roots
         ]
         kernels: dict[str, tuple[int, ...]] = {}
         for call in found.calls:
             size = getattr(model.get_submodule(call.path), "kernel_size", ())
-            if call.op.startswith("conv") and "transpose" not in call.op and isinstance(size, tuple) and max(size) > 1:
+            if call.op.startswith("conv") and "transpose" not in call.op and isinstance(size, tuple) and max(size, default=1) > 1:
                 kernels[call.path] = size
         norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for path in norms:  # one that is narrowed nowhere has the statistics of the whole model all the same
             check_narrowable_norm(path, model.get_submodule(path))
-        return cls(channels, dict(found.sides), kernels, _blocks(graph, found), found.calls, norms)
+        structure = cls(
+            channels, dict(found.sides), kernels, _blocks(graph, found), found.calls, norms, frozenset(found.reading)
+        )
+        structure._fix_tied(model)
+        return structure
+
+    def _fix_tied(self, model: nn.Module) -> None:
+        """Fix what has a parameter that is another module's too: cut at one place, it would be two."""
+        owners: dict[int, list[str]] = {}
+        for path, module in model.named_modules():
+            for parameter in dict.fromkeys(p for p in module._parameters.values() if p is not None):
+                owners.setdefault(id(parameter), []).append(path)
+        tied = {path: paths for paths in owners.values() if len(paths) > 1 for path in paths}
+
+        def reason(path: str) -> str:
+            other = next(other for other in tied[path] if other != path)
+            return f"a parameter of {path!r} is one of {other!r} too"
+
+        for path in tied:
+            self.fix({c.number for c in self.channels if path in c.layers}, reason(path))
+            if path in self.kernels:
+                self.problems[path] = reason(path)
+        for block in self.blocks:
+            inside = [path for path in tied if f"{path}.".startswith(f"{block.path}.")]
+            if inside:
+                self.problems[block.path] = reason(inside[0])
+        self.blocks = [block for block in self.blocks if block.path not in self.problems]
 
     # -- what may be chosen ------------------------------------------------------------------------------------------
 
@@ -183,10 +215,7 @@ class TracedStructure:
         """Note that these groups cannot be narrowed."""
         gone = set(numbers)
         self.channels = [
-            Channels(c.name, c.full, c.units, c.number, c.mixed, c.layers, c.fixed or reason)
-            if c.number in gone
-            else c
-            for c in self.channels
+            dataclasses.replace(c, fixed=c.fixed or reason) if c.number in gone else c for c in self.channels
         ]
 
     def choices(
@@ -269,7 +298,7 @@ class TracedStructure:
                     sizes.append(size)
                 elif isinstance(options, Mapping):
                     raise ValueError(f"`elastic_kernel` has {size} for {path!r}, which is not possible: {problem}.")
-                else:
+                elif len(sizes) == 1:  # of one that is elastic to a certain size nothing is wrong
                     self.problems.setdefault(path, problem)
             made.append((path, tuple(sizes)))
         if all(len(sizes) == 1 for _, sizes in made):
@@ -408,6 +437,13 @@ def set_block_skipped(model: nn.Module, path: str, skipped: bool) -> None:
 
 def _check_layers(model: nn.Module, found: Propagation) -> None:
     """Fix the channels of layers that cannot be narrowed."""
+    for path, module in model.named_modules():
+        weighted = isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+        if weighted and module._parameters.get("weight") is None:
+            raise ValueError(
+                f"`model` has the layer {path!r} ({type(module).__name__}), whose weight is computed from other parameters, so that it can "
+                "neither be narrowed nor counted: make it permanent (`torch.nn.utils.parametrize.remove_parametrizations`, `prune.remove`)."
+            )
     for (path, name, dim), runs in found.sides.items():
         module = model.get_submodule(path)
         reason = None
@@ -421,6 +457,8 @@ def _check_layers(model: nn.Module, found: Propagation) -> None:
             reason = f"{path!r} is a {type(module).__name__}, which cannot be narrowed"
         elif name and hasattr(module, "parametrizations"):
             reason = f"the {name} of {path!r} is computed from other parameters"
+        elif ".parametrizations." in f".{path}.":
+            reason = f"{path!r} is what another parameter is computed from"
         if reason is not None:
             found.groups.fix(runs, reason)
 
