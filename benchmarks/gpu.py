@@ -66,7 +66,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from training import LINEAR_LAYERS, Layers, _make_naive  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerState  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState  # noqa: E402
 
 from peft_elastic import (  # noqa: E402
     ElasticLoraConfig,
@@ -254,7 +254,7 @@ def make_step(
 
     def step() -> torch.Tensor:
         if callback is not None:
-            callback.on_step_begin(settings, state, None)
+            callback.on_step_begin(settings, state, TrainerControl())
         with torch.autocast(device.device.type, dtype=torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()

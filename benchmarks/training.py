@@ -63,7 +63,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, TrainerState
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel, TrainerControl, TrainerState
 
 import peft_elastic
 from peft_elastic import ElasticLoraConfig, MagnitudeConfig, SparseQALoraConfig, SubnetSamplingCallback, prune
@@ -196,7 +196,7 @@ def make_step(variant: str, model: nn.Module, batch: dict[str, torch.Tensor]) ->
     def step(number: int) -> float:
         state = SimpleNamespace(global_step=number)
         if callback is not None:
-            callback.on_step_begin(args, state, None)
+            callback.on_step_begin(args, state, TrainerControl())
         model.train()
         loss = model(**batch).loss
         loss.backward()

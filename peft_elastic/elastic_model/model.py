@@ -538,7 +538,7 @@ def _make_elastic(model: nn.Module, state: _State) -> None:
 def _class_before(model: ElasticModel) -> type[nn.Module]:
     """That of an elastic model as it was. One that owns narrowed tensors has another class in front of its elastic one."""
     elastic = next(cls for cls in type(model).__mro__ if ElasticModel in cls.__bases__)
-    return elastic.__dict__["plain_class"]  # type: ignore[no-any-return]
+    return elastic.__dict__["plain_class"]
 
 
 @functools.cache

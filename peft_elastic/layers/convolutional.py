@@ -209,7 +209,7 @@ def set_active_tensor(module: nn.Module, name: str, dims: Mapping[int, Ranges]) 
 def with_active_tensors(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     """A class that shows of the tensors of a module what is active, or the class itself if that is all."""
     names = tuple(sorted(module.__dict__.get("active_tensors", {})))
-    return _tensors_class(cls, names) if names else cls
+    return _tensors_class(cls, names) if names else cls  # type: ignore[arg-type]
 
 
 def _active_tensor(name: str) -> property:
@@ -241,13 +241,14 @@ def _reduce_owner(cls: type[nn.Module], module: Any) -> Any:
     if cls.__reduce_ex__ is object.__reduce_ex__:
         return _new_owner, (names, cls.__new__, (cls,)), module.__dict__
     # a class that is made itself, as that of an elastic model is
-    make, arguments, state = cls.__reduce_ex__(module, 2)[:3]
+    reduced: Any = cls.__reduce_ex__(module, 2)
+    make, arguments, state = reduced[:3]
     return _new_owner, (names, make, arguments), state
 
 
 def _new_owner(names: tuple[str, ...], make: Any, arguments: Any) -> nn.Module:
     owner: nn.Module = make(*arguments)
-    owner.__class__ = _tensors_class(type(owner), names)
+    owner.__class__ = _tensors_class(type(owner), names)  # type: ignore[arg-type]
     return owner
 
 

@@ -138,7 +138,7 @@ class Propagation:
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
-    def _visit(self, node: fx.Node) -> None:
+    def _visit(self, node: Any) -> None:
         name = _name(node)
         handler = _HANDLERS.get(name)
         if name in _CONVOLUTIONS:
@@ -171,7 +171,7 @@ class Propagation:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
         return () if value is None else value.dims
 
-    def _where(self, node: fx.Node) -> str:
+    def _where(self, node: Any) -> str:
         path = self.graph.path_of(node)
         return f"`{_name(node)}`" + (f" in {path!r}" if path else " in the model's own forward")
 
@@ -194,7 +194,7 @@ class Propagation:
 
     # -- weighted layers ---------------------------------------------------------------------------------------------
 
-    def _convolution(self, node: fx.Node) -> Dims | None:
+    def _convolution(self, node: Any) -> Dims | None:
         source, weight, bias, stride, padding, dilation, groups = _arguments(
             node,
             ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -236,7 +236,7 @@ class Propagation:
             self.calls.append(Call(tensor[0], _name(node), node.name, *spatial, groups))
         return (*dims[:channel], made, *(None,) * size)
 
-    def _transposed(self, node: fx.Node) -> Dims | None:
+    def _transposed(self, node: Any) -> Dims | None:
         source, weight, bias, groups = _arguments(
             node,
             ("input", "weight", "bias", "stride", "padding", "output_padding", "groups"),
@@ -258,7 +258,7 @@ class Propagation:
             self.calls.append(Call(tensor[0], _name(node), node.name, positions))
         return (*dims[:channel], made, *(None,) * size)
 
-    def _linear(self, node: fx.Node) -> Dims | None:
+    def _linear(self, node: Any) -> Dims | None:
         source, weight, bias = _arguments(node, ("input", "weight", "bias"), (None, None, None))
         dims, where = self._dims(source), self._where(node)
         outputs, inputs = shape_of(weight)
@@ -284,19 +284,19 @@ class Propagation:
             every // samples if every % samples == 0 else math.prod(shape[1:channel]) * math.prod(shape[channel + 1 :])
         )
 
-    def _new(self, tensor: tuple[str, str] | None, outputs: int, node: fx.Node) -> Group:
+    def _new(self, tensor: tuple[str, str] | None, outputs: int, node: Any) -> Group:
         return self.groups.new(outputs, tensor[0] if tensor else self.graph.path_of(node))
 
-    def _batch_norm(self, node: fx.Node) -> Dims | None:
+    def _batch_norm(self, node: Any) -> Dims | None:
         dims = self._dims(node.args[0])
         runs = dims[1] if len(dims) > 1 else None
         self._channelwise(node, node.args[1:5], runs)
         return dims
 
-    def _instance_norm(self, node: fx.Node) -> Dims | None:
+    def _instance_norm(self, node: Any) -> Dims | None:
         return self._batch_norm(node)
 
-    def _group_norm(self, node: fx.Node) -> Dims | None:
+    def _group_norm(self, node: Any) -> Dims | None:
         source, count, weight, bias = _arguments(
             node, ("input", "num_groups", "weight", "bias"), (None, 1, None, None)
         )
@@ -314,7 +314,7 @@ class Propagation:
         self._channelwise(node, (weight, bias), runs, count)
         return dims
 
-    def _layer_norm(self, node: fx.Node) -> Dims | None:
+    def _layer_norm(self, node: Any) -> Dims | None:
         source, shape, weight, bias = _arguments(
             node, ("input", "normalized_shape", "weight", "bias"), (None, (), None, None)
         )
@@ -326,13 +326,13 @@ class Propagation:
         self._channelwise(node, (weight, bias), normalized[-1])
         return dims
 
-    def _prelu(self, node: fx.Node) -> Dims | None:
+    def _prelu(self, node: Any) -> Dims | None:
         dims = self._dims(node.args[0])
         if math.prod(shape_of(node.args[1])) > 1:
             self._channelwise(node, node.args[1:2], dims[1] if len(dims) > 1 else dims[-1])
         return dims
 
-    def _channelwise(self, node: fx.Node, tensors: Sequence[Any], runs: Runs | None, groups: int = 1) -> None:
+    def _channelwise(self, node: Any, tensors: Sequence[Any], runs: Runs | None, groups: int = 1) -> None:
         """Note that tensors have one number for each channel."""
         path = None
         for tensor in tensors:
@@ -350,12 +350,12 @@ class Propagation:
 
     # -- the rest ----------------------------------------------------------------------------------------------------
 
-    def _same(self, node: fx.Node) -> Dims | Value | None:
+    def _same(self, node: Any) -> Dims | Value | None:
         source = node.args[0] if node.args else None
         value = self.values.get(source) if isinstance(source, fx.Node) else None
         return None if value is None else Value(value.dims, value.tensor, value.tensor_dims)
 
-    def _getitem(self, node: fx.Node) -> Dims | None:
+    def _getitem(self, node: Any) -> Dims | None:
         """One of the tensors that an operator gives."""
         source, which = node.args
         name = _name(source) if isinstance(source, fx.Node) else ""
@@ -368,19 +368,19 @@ class Propagation:
         # the operator has been found unknown itself
         return (None,) * len(shape_of(node))
 
-    def _split(self, node: fx.Node) -> Dims | None:
+    def _split(self, node: Any) -> Dims | None:
         """Pieces along a dimension, whose channels are fixed; the others go on."""
         dims = self._dims(node.args[0])
         dim = _argument(node, 2, "dim", 0) % len(dims)
         self.groups.fix(dims[dim], f"{self._where(node)} takes a part of it")
         return tuple(None if at == dim else runs for at, runs in enumerate(dims))
 
-    def _spatial(self, node: fx.Node) -> Dims | None:
+    def _spatial(self, node: Any) -> Dims | None:
         size = _SPATIAL[_name(node)]
         dims = self._dims(node.args[0])
         return None if any(dims[len(dims) - size :]) else dims
 
-    def _broadcast(self, node: fx.Node) -> Dims | None:
+    def _broadcast(self, node: Any) -> Dims | None:
         shape = shape_of(node)
         operands = [arg for arg in (*node.args, *node.kwargs.values()) if is_tensor(arg)]
         where = self._where(node)
@@ -414,7 +414,7 @@ class Propagation:
             made.append(runs)
         return tuple(made)
 
-    def _reduce(self, node: fx.Node) -> Dims | None:
+    def _reduce(self, node: Any) -> Dims | None:
         dims = self._dims(node.args[0])
         named = {"dim": 2 if _name(node) in ("norm", "linalg_vector_norm") else 1}
         which = node.kwargs.get("dim", node.args[named["dim"]] if len(node.args) > named["dim"] else None)
@@ -426,12 +426,12 @@ class Propagation:
             return tuple(None if at in gone else runs for at, runs in enumerate(dims))
         return tuple(runs for at, runs in enumerate(dims) if at not in gone)
 
-    def _softmax(self, node: fx.Node) -> Dims | None:
+    def _softmax(self, node: Any) -> Dims | None:
         dims = self._dims(node.args[0])
         self.groups.mix(dims[_argument(node, 1, "dim", -1) % len(dims)], summed=True)
         return dims
 
-    def _cat(self, node: fx.Node) -> Dims | None:
+    def _cat(self, node: Any) -> Dims | None:
         tensors = node.args[0]
         dim = _argument(node, 1, "dim", 0) % len(shape_of(node))
         where = self._where(node)
@@ -462,7 +462,7 @@ class Propagation:
             joined.append(runs_here)
         return tuple(joined)
 
-    def _pad(self, node: fx.Node) -> Dims | None:
+    def _pad(self, node: Any) -> Dims | None:
         dims = list(self._dims(node.args[0]))
         pads = list(node.args[1])
         for index in range(len(pads) // 2):
@@ -475,27 +475,27 @@ class Propagation:
                 dims[at] = tuple(run for run in (Run(before), *runs, Run(after)) if run.length)
         return tuple(dims)
 
-    def _permute(self, node: fx.Node) -> Value | None:
+    def _permute(self, node: Any) -> Value | None:
         order = node.args[1]
         return self._moved(node, [dim % len(order) for dim in order])
 
-    def _transpose(self, node: fx.Node) -> Value | None:
+    def _transpose(self, node: Any) -> Value | None:
         order = list(range(len(shape_of(node))))
         first, second = (dim % len(order) for dim in node.args[1:3])
         order[first], order[second] = order[second], order[first]
         return self._moved(node, order)
 
-    def _t(self, node: fx.Node) -> Value | None:
+    def _t(self, node: Any) -> Value | None:
         return self._moved(node, list(range(len(shape_of(node))))[::-1])
 
-    def _moved(self, node: fx.Node, order: Sequence[int]) -> Value | None:
+    def _moved(self, node: Any, order: Sequence[int]) -> Value | None:
         value = self.values.get(node.args[0])
         if value is None:
             return None
         there = tuple(value.tensor_dims[dim] for dim in order) if value.tensor else ()
         return Value(tuple(value.dims[dim] for dim in order), value.tensor, there)
 
-    def _expand(self, node: fx.Node) -> Value | None:
+    def _expand(self, node: Any) -> Value | None:
         value, shape = self.values.get(node.args[0]), shape_of(node)
         if value is None:
             return None
@@ -503,7 +503,7 @@ class Propagation:
         there = ((None,) * more + value.tensor_dims) if value.tensor else ()
         return Value((None,) * more + value.dims, value.tensor, there)
 
-    def _view(self, node: fx.Node) -> Value | Dims | None:
+    def _view(self, node: Any) -> Value | Dims | None:
         value, old, new = self.values.get(node.args[0]), shape_of(node.args[0]), shape_of(node)
         if value is None:
             return None
@@ -529,7 +529,7 @@ class Propagation:
 
     def _regrouped(
         self,
-        node: fx.Node,
+        node: Any,
         known: Sequence[Runs | None],
         old: Sequence[int],
         sources: Sequence[int],
@@ -561,7 +561,7 @@ class Propagation:
             self.groups.fix(side, f"{self._where(node)} puts channels together in another way")
         return nothing
 
-    def _unsqueeze(self, node: fx.Node) -> Value | None:
+    def _unsqueeze(self, node: Any) -> Value | None:
         value = self.values.get(node.args[0])
         if value is None:
             return None
@@ -569,7 +569,7 @@ class Propagation:
         there = (*value.tensor_dims[:dim], None, *value.tensor_dims[dim:]) if value.tensor else ()
         return Value((*value.dims[:dim], None, *value.dims[dim:]), value.tensor, there)
 
-    def _slice(self, node: fx.Node) -> Dims | Value | None:
+    def _slice(self, node: Any) -> Dims | Value | None:
         dims = self._dims(node.args[0])
         dim = _argument(node, 1, "dim", 0) % len(dims)
         if shape_of(node) == shape_of(node.args[0]):
@@ -577,13 +577,13 @@ class Propagation:
         self.groups.fix(dims[dim], f"{self._where(node)} takes a part of it")
         return tuple(None if at == dim else runs for at, runs in enumerate(dims))
 
-    def _select(self, node: fx.Node) -> Dims | None:
+    def _select(self, node: Any) -> Dims | None:
         dims = self._dims(node.args[0])
         dim = _argument(node, 1, "dim", 0) % len(dims)
         self.groups.fix(dims[dim], f"{self._where(node)} takes a part of it")
         return dims[:dim] + dims[dim + 1 :]
 
-    def _matmul(self, node: fx.Node) -> Dims | None:
+    def _matmul(self, node: Any) -> Dims | None:
         first, second = (self._dims(arg) for arg in node.args[:2])
         where = self._where(node)
         if len(first) < 2 or len(second) < 2:
@@ -603,7 +603,7 @@ class Propagation:
             batch.append(runs)
         return (*batch, first[-2], second[-1])
 
-    def _pixel_shuffle(self, node: fx.Node) -> Dims | None:
+    def _pixel_shuffle(self, node: Any) -> Dims | None:
         dims, area = list(self._dims(node.args[0])), node.args[1] ** 2
         runs = dims[-3]
         if runs is not None:
@@ -615,14 +615,14 @@ class Propagation:
             dims[-3] = scaled(runs, 1, area)
         return tuple(dims)
 
-    def _pixel_unshuffle(self, node: fx.Node) -> Dims | None:
+    def _pixel_unshuffle(self, node: Any) -> Dims | None:
         dims = list(self._dims(node.args[0]))
         if dims[-3] is not None:
             dims[-3] = scaled(dims[-3], node.args[1] ** 2)
         return tuple(dims)
 
 
-_HANDLERS: dict[str, Callable[[Propagation, fx.Node], Any]] = {
+_HANDLERS: dict[str, Callable[[Propagation, Any], Any]] = {
     "getitem": Propagation._getitem,
     "chunk": Propagation._split,
     "split": Propagation._split,
@@ -664,18 +664,18 @@ _HANDLERS: dict[str, Callable[[Propagation, fx.Node], Any]] = {
 }
 
 
-def _name(node: fx.Node) -> str:
+def _name(node: Any) -> str:
     """Of the operator, without its overload, and without the underscore of what writes in place."""
     target: Any = node.target
     name = getattr(getattr(target, "overloadpacket", target), "__name__", str(target)).rpartition(".")[2]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+def _argument(node: Any, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
-def _arguments(node: fx.Node, names: Sequence[str], defaults: Sequence[Any]) -> tuple[Any, ...]:
+def _arguments(node: Any, names: Sequence[str], defaults: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(_argument(node, at, name, default) for at, (name, default) in enumerate(zip(names, defaults)))
 
 
