@@ -126,7 +126,11 @@ def test_folders_that_are_refused(tmp_path):
     assert all(torch.equal(v, smaller.state_dict()[k]) for k, v in state.items())
 
     weights, text = folder / "extracted.safetensors", folder / "extracted.json"
-    for file, damaged in ((weights, b"\x00" * 20), (text, b"{"), (text, text.read_bytes().replace(b'"stem"', b'"root"'))):
+    for file, damaged in (
+        (weights, b"\x00" * 20),
+        (text, b"{"),
+        (text, text.read_bytes().replace(b'"stem"', b'"root"')),
+    ):
         good = file.read_bytes()
         file.write_bytes(damaged)
         with pytest.raises(ValueError):
@@ -184,9 +188,7 @@ def families():
             t.ConvNextV2Config(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2)
         ),
         "mobilevit": lambda: t.MobileViTForImageClassification(
-            t.MobileViTConfig(
-                image_size=64, hidden_sizes=[32, 48, 64], neck_hidden_sizes=[16, 16, 24, 32, 32, 32, 64]
-            )
+            t.MobileViTConfig(image_size=64, hidden_sizes=[32, 48, 64], neck_hidden_sizes=[16, 16, 24, 32, 32, 32, 64])
         ),
     }
 

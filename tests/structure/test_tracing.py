@@ -19,7 +19,17 @@ import random
 
 import pytest
 import torch
-from support.convnets import NETS, Basic, Branching, GroupShuffle, OldWeightNorm, Wrapped, counted_macs, images_for, make_net
+from support.convnets import (
+    NETS,
+    Basic,
+    Branching,
+    GroupShuffle,
+    OldWeightNorm,
+    Wrapped,
+    counted_macs,
+    images_for,
+    make_net,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -119,7 +129,9 @@ def test_a_residual_stream_by_hand():
 
     def norm(y, name):
         n = y.shape[1]
-        mean, var, g, b = (state[f"{name}.{k}"][:n, None, None] for k in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, g, b = (
+            state[f"{name}.{k}"][:n, None, None] for k in ("running_mean", "running_var", "weight", "bias")
+        )
         return (y - mean) / (var + 1e-5).sqrt() * g + b
 
     def block(y, name, width):
@@ -374,7 +386,19 @@ def test_the_largest_is_the_pretrained_model(width, half):
 
 @pytest.mark.parametrize(
     "options",
-    [[2.0], [0.0], [-0.5], [], [float("nan")], [200], [0], {"nothing": [0.5]}, {"head": [0.5]}, {"a": [101]}, {"a": "all"}],
+    [
+        [2.0],
+        [0.0],
+        [-0.5],
+        [],
+        [float("nan")],
+        [200],
+        [0],
+        {"nothing": [0.5]},
+        {"head": [0.5]},
+        {"a": [101]},
+        {"a": "all"},
+    ],
 )
 def test_widths_that_are_refused(options):
     with pytest.raises(ValueError, match="channels"):
@@ -466,7 +490,9 @@ def test_scores_by_hand(importance):
         expected = (total / (5 if importance == "gradient" else 1)).sqrt()
     model = elastic(net, batches[0][0], elastic_width={"channels": [6, 3]}, importance="none")
     found = model.sort_by_importance(batches, importance, progress=False)
-    torch.testing.assert_close(found["a"].double(), expected.detach().sort(descending=True).values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        found["a"].double(), expected.detach().sort(descending=True).values, rtol=1e-5, atol=1e-7
+    )
     own = model.sort_by_importance(importance={"a": torch.arange(6.0)}, progress=False)
     assert own["a"].tolist() == [5, 4, 3, 2, 1, 0]
 

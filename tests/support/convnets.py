@@ -17,7 +17,6 @@
 must be fixed with a part of the reason.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -274,7 +273,10 @@ class UNet(nn.Module):
         self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
         self.mid, self.norm = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
         self.up1, self.c = nn.ConvTranspose2d(32, 16, 2, stride=2), nn.Conv2d(32, 16, 3, padding=1)
-        self.up2, self.d = nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1), nn.Conv2d(16, 8, 3, padding=1)
+        self.up2, self.d = (
+            nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1),
+            nn.Conv2d(16, 8, 3, padding=1),
+        )
         self.out = nn.Conv2d(8, 2, 1)
 
     def forward(self, x):
@@ -361,7 +363,11 @@ class OptionA(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 24, 3, 2, 1), nn.Conv2d(24, 16, 3, padding=1)
+        self.stem, self.a, self.b = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 24, 3, 2, 1),
+            nn.Conv2d(24, 16, 3, padding=1),
+        )
         self.head = nn.Linear(16, 5)
 
     def forward(self, x):
@@ -436,7 +442,11 @@ class Outputs(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
+        self.stem, self.a, self.b = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(16, 24, 3, padding=1),
+        )
         self.classes, self.boxes = nn.Linear(24, 5), nn.Conv2d(24, 4, 1)
 
     def forward(self, x):
@@ -539,14 +549,18 @@ NETS = {
         fixed={"head": OUTPUT},
         blocks=("blocks.0", "blocks.1", "blocks.2", "last.0"),
     ),
-    "zero-gamma": Net(lambda: Residual(True), elastic=("stem", "blocks.1.a"), blocks=("blocks.0", "blocks.1", "blocks.2", "last.0")),
+    "zero-gamma": Net(
+        lambda: Residual(True), elastic=("stem", "blocks.1.a"), blocks=("blocks.0", "blocks.1", "blocks.2", "last.0")
+    ),
     "separable": Net(Separable, elastic=("stem", "point", "last"), fixed={"head": OUTPUT}),
     "grouped": Net(Grouped, elastic=("stem", "a"), fixed={"head": OUTPUT}),
     "dense": Net(Dense, elastic=("stem", "layers.0.c", "layers.0.d", "layers.1.d", "layers.2.c", "layers.2.d")),
     "inception": Net(Inception, elastic=("stem", "one", "three.0", "three.2", "five.0", "five.2", "pool", "last")),
     "squeeze": Net(Squeeze, elastic=("stem", "down", "next", "fall")),
     "activations": Net(Activations, elastic=("a", "b", "c")),
-    "next": Net(Next, (2, 3, 16, 16), ("stem", "blocks.0.up", "down.1", "next.up"), blocks=("blocks.0", "blocks.1", "next")),
+    "next": Net(
+        Next, (2, 3, 16, 16), ("stem", "blocks.0.up", "down.1", "next.up"), blocks=("blocks.0", "blocks.1", "next")
+    ),
     "pixels": Net(Pixels, elastic=("a", "b", "c"), fixed={"out": OUTPUT}),
     "shuffle": Net(Shuffle, elastic=("units.0.a", "last"), fixed={"stem": "chunk"}),
     "group-shuffle": Net(GroupShuffle, elastic=("b",), fixed={"a": "copies"}),
@@ -577,7 +591,11 @@ def make_net(name, seed=0):
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is not None and module.weight.any():
+            if (
+                isinstance(module, nn.modules.batchnorm._NormBase)
+                and module.weight is not None
+                and module.weight.any()
+            ):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.2)
     return net

@@ -205,7 +205,9 @@ class _Trial:
         try:
             whole = self._outputs()
             return self._narrowed(
-                values, whole, "narrowed, the model computes something else than with copies of the channels that are left"
+                values,
+                whole,
+                "narrowed, the model computes something else than with copies of the channels that are left",
             )
         finally:
             self._restore()
@@ -267,7 +269,9 @@ class _Trial:
         try:  # as a cut model is
             for name in names:
                 self.model.set_submodule(name, nn.Identity())
-            return self._difference(skipped, "with nn.Identity in its place it computes something else than without it")
+            return self._difference(
+                skipped, "with nn.Identity in its place it computes something else than without it"
+            )
         finally:
             for name in names:
                 self.model.set_submodule(name, block)

@@ -158,7 +158,12 @@ class TracedStructure:
         kernels: dict[str, tuple[int, ...]] = {}
         for call in found.calls:
             size = getattr(model.get_submodule(call.path), "kernel_size", ())
-            if call.op.startswith("conv") and "transpose" not in call.op and isinstance(size, tuple) and max(size, default=1) > 1:
+            if (
+                call.op.startswith("conv")
+                and "transpose" not in call.op
+                and isinstance(size, tuple)
+                and max(size, default=1) > 1
+            ):
                 kernels[call.path] = size
         norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for path in norms:  # one that is narrowed nowhere has the statistics of the whole model all the same
