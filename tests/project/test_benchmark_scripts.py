@@ -42,6 +42,7 @@ def asset(name):
     return pytest.mark.skipif(not cached, reason=f"{name} is not cached, and is not downloaded for this")
 
 
+EFFICIENTNET = asset("efficientnet-lite0")
 SMOLLM2, MINILM, REVIEWS = asset("smollm2-135m-instruct"), asset("all-minilm-l6-v2"), asset("vader-icwsm2014")
 
 
@@ -51,6 +52,7 @@ SCRIPTS = {
         ["--out", "--smoke", "--before", str(REPOSITORY), "--after", str(REPOSITORY)],
         [EXTENSION, pytest.mark.slow],
     ),
+    "bootstrapnas": (["--out", "--smoke"], [EFFICIENTNET]),
     "crossover": (["--out", "--smoke", "--threads", "1"], [EXTENSION]),
     "eftnas": (["--out", "--smoke"], [MINILM, REVIEWS]),
     "expansion": (["--out", "--smoke"], [EXTENSION, COMPILER]),

@@ -139,6 +139,23 @@ def test_eftnas_smoke_mode(metric, options, shared_data, tmp_path):
     assert small.num_parameters() == rows["searched"]["parameters"]
 
 
+def test_bootstrapnas_smoke_mode(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, EXAMPLES / "bootstrapnas_resnet.py", "--smoke", "--out", out]
+    done = fresh.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((out / "results.json").read_text())
+    rows = results["models"]
+    assert list(rows) == ["pretrained", "max", "searched"]
+    assert rows["max"]["macs"] >= rows["searched"]["macs"] and all(row["held-out"] > 0.5 for row in rows.values())
+    result = SearchResult.load(out / "search")
+    assert result.best(max_drop=0.01).to_dict() == results["subnet"] and (out / "pareto.png").stat().st_size > 0
+    model = ElasticModel.from_pretrained(out / "supernet")
+    assert model.search_space.subnet(results["subnet"])
+    difference = float(done.stdout.rpartition("in a fresh process")[2])
+    assert difference < 1e-5
+
+
 def test_eftnas_holds_out_both_splits_of_mnli(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lonas", None)  # there is one among the benchmarks, too; put back at the end
     del sys.modules["lonas"]
