@@ -250,7 +250,7 @@ def make_step(
     callback = SubnetSamplingCallback() if variant == "elastic" else None
     settings, state = SimpleNamespace(seed=SEED), SimpleNamespace(global_step=0)
     if callback is not None:
-        callback.on_train_begin(settings, TrainerState(max_steps=sys.maxsize), None, model=model)
+        callback.on_train_begin(settings, TrainerState(max_steps=sys.maxsize), TrainerControl(), model=model)
 
     def step() -> torch.Tensor:
         if callback is not None:

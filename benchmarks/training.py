@@ -191,7 +191,7 @@ def make_step(variant: str, model: nn.Module, batch: dict[str, torch.Tensor]) ->
     callback = SubnetSamplingCallback() if variant == "elastic-sampled" else None
     args = SimpleNamespace(seed=SEED)
     if callback is not None:
-        callback.on_train_begin(args, TrainerState(max_steps=sys.maxsize), None, model=model)
+        callback.on_train_begin(args, TrainerState(max_steps=sys.maxsize), TrainerControl(), model=model)
 
     def step(number: int) -> float:
         state = SimpleNamespace(global_step=number)

@@ -305,13 +305,13 @@ class SubnetSamplingCallback(TrainerCallback):
         assert self._host is not None
         self._generations.end_micro_batch()
         self._host.restore_subnet()
-        if control.should_evaluate:
+        if control is not None and control.should_evaluate:
             self._prepare(model)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self._host is not None
         self._host.restore_subnet()  # a step that is cut short in the middle of its gradient accumulation has no end
-        if control.should_evaluate:
+        if control is not None and control.should_evaluate:
             self._prepare(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -41,6 +41,33 @@ for _model in ("ElasticLoraModel", "SparseQALoraModel"):
             "one rank for all modules by default, as llama.cpp and vLLM read no other",
         ),
     }
+_TRAINER = (
+    "(self, *args, strategy='sandwich', distillation=None, distillation_weight=0.5, distillation_temperature=1.0, seed=None, "
+    "eval_subnet=None, stages=None, calibration=None, averaged=None, prepare=None, **kwargs)"
+)
+_CALLBACK = "peft_elastic.SubnetSamplingCallback"
+CHANGED |= {
+    "peft_elastic.ElasticTrainer.__init__": (_TRAINER, "arguments with defaults, by name alone, before **kwargs"),
+    "peft_elastic.ElasticTrainerMixin.__init__": (_TRAINER, "arguments with defaults, by name alone, before **kwargs"),
+    "peft_elastic.Stage.epochs": ("field = None", "a stage may be counted in `steps`"),
+    f"{_CALLBACK}.__init__": (
+        "(self, strategy='uniform', seed=None, eval_subnet=None, stages=None, *, calibration=None, averaged=None, prepare=None)",
+        "arguments with defaults, by name alone",
+    ),
+    f"{_CALLBACK}.on_epoch_end": (
+        "(self, args, state, control, model=None, **kwargs)",
+        "what Trainer gives by name",
+    ),
+    f"{_CALLBACK}.on_step_begin": (
+        "(self, args, state, control, optimizer=None, **kwargs)",
+        "what Trainer gives by name",
+    ),
+    f"{_CALLBACK}.on_step_end": ("(self, args, state, control, model=None, **kwargs)", "what Trainer gives by name"),
+    f"{_CALLBACK}.on_train_begin": (
+        "(self, args, state, control, model=None, lr_scheduler=None, optimizer=None, **kwargs)",
+        "what Trainer gives by name",
+    ),
+}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str | None]:
