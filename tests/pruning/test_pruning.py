@@ -23,12 +23,12 @@ import warnings
 
 import pytest
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from support.calibration import Experts, inputs_by_full_passes, linears
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 from transformers import (
     AlbertConfig,
     AlbertModel,
